@@ -1,0 +1,69 @@
+"""The protocol between the training loop and the engines that spread a model.
+
+The loop knows neither ranks nor meshes. It hands the engine this rank's rows of a global batch; the engine
+splits them into micro-batches, runs them, reduces, clips and steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]
+"""Rows of samples: every tensor's first dim is the sample, so any slice of rows is a batch too.
+
+Keys that every batch has: `sample` (int64, the sample's place in the global order, which names it) and
+`slot` (int64, its place in the global batch). An objective adds its own: `tokens`, `labels`, `documents`...
+"""
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step reports; equal on all ranks.
+
+    Attributes:
+        loss: mean over valid tokens of the global batch, in nats.
+        grad_norm: L2 norm of the whole gradient before clipping.
+        tokens: valid tokens in the global batch.
+        skipped: the update was left out (fp16 overflow).
+        metrics: what the objective adds.
+    """
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    skipped: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class State:
+    """State of a run, free of layout.
+
+    Attributes:
+        tensors: canonical name -> tensor (a DTensor where it is spread; shapes are global).
+        numbers: JSON values: step counts, scales, cursors.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """One way to spread a model. Built by `build(job, objective, mesh)`."""
+
+    objective: nn.Module
+
+    def train_step(self, batch: Batch, step: int) -> StepResult:
+        """Forward, backward, reduce, clip and update on this rank's rows of global batch number `step`."""
+
+    def evaluate(self, batch: Batch) -> tuple[float, int]:
+        """Summed loss and count of valid tokens over all ranks' rows; ranks may hold different numbers."""
+
+    def state(self) -> State:
+        """Weights, optimizer moments and counters under canonical names; tensors alias the live ones."""
+
+    def load(self, state: State) -> None:
+        """Take over numbers; tensors were written in place."""
