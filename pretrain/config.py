@@ -158,13 +158,17 @@ class Objective(Section):
     """Rows of logits that exist at once; chosen by the kernel if not given."""
 
 
+def _pair(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 class Optimizer(Section):
     """How parameters move. Weight decay spares biases, norms and other vectors."""
 
     name: Literal["adamw", "muon"] = "adamw"
     """`muon` moves hidden matrices by Muon and everything else by AdamW."""
     lr: Annotated[float, Field(gt=0)] = 3e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: Annotated[tuple[Fraction, Fraction], BeforeValidator(_pair)] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip: Annotated[float, Field(gt=0)] | None = 1.0
@@ -228,6 +232,8 @@ class Train(Section):
     """Steps between evaluations on held-out rows; 0 evaluates at the end only."""
     eval_rows: Positive = 64
     """Held-out rows of such an evaluation; the last one takes them all."""
+    eval_overlap: Fraction = 0.5
+    """Share of a held-out row that is context only: every token is then scored with at least that much."""
 
 
 class Checkpoint(Section):

@@ -59,6 +59,9 @@ class Engine(Protocol):
     def train_step(self, batch: Batch, step: int) -> StepResult:
         """Forward, backward, reduce, clip and update on this rank's rows of global batch number `step`."""
 
+    def learning_rate(self, step: int) -> float:
+        """Learning rate (`optimizer.lr` times the schedule's factor) of a step."""
+
     def evaluate(self, batch: Batch) -> tuple[float, int]:
         """Summed loss and count of valid tokens over all ranks' rows; ranks may hold different numbers."""
 

@@ -1,0 +1,46 @@
+# Targets: env, train, test, lint, bench, lock, clean. Everything lives in .venv and runs/.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock
+
+.PHONY: env train test fast lint bench lock clean
+
+env: $(VENV)/.ready
+
+train: env
+	$(BIN)/headway train gpt/tiny
+
+test: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest
+
+fast: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	MYPYPATH=.typecheck $(BIN)/mypy -p headway
+	PYTHONPATH=.typecheck $(BIN)/lint-imports
+
+bench: $(VENV)/.ready-dev
+	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+# torch first: DeepSpeed builds against it. Its operators are compiled when they are used, not now.
+$(VENV)/.ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is older than 3.11; set PYTHON=python3.11 or newer" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "make: $(PYTHON) cannot make environments; on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(PIP) torch numpy setuptools wheel ninja packaging
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation --editable '.[all]'
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+# Pins what is installed now; run it in an environment that `make test` has passed in.
+lock: $(VENV)/.ready-dev
+	$(BIN)/python -m pip freeze --all --exclude headway --exclude pip | sed 's/+cpu//' > requirements.lock
+
+clean:
+	rm -rf $(VENV) runs

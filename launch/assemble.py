@@ -1,0 +1,172 @@
+"""Where all rooms meet: from a resolved job to the parts of a run, in the order in which they need each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from headway.launch.environment import find_ranks
+from headway.parallel import mesh
+from headway.parallel.engines import capabilities
+from headway.parallel.engines.native import NativeEngine, rows_per_micro_batch
+from headway.parallel.mesh import World
+from headway.pretrain import device as devices
+from headway.pretrain.config import Job
+from headway.pretrain.data.build import Prepared, prepare_data
+from headway.pretrain.data.heldout import HeldoutRows
+from headway.pretrain.data.loader import Loader
+from headway.pretrain.data.store import TokenStore
+from headway.pretrain.data.stream import SampleStream
+from headway.pretrain.errors import JobError
+from headway.pretrain.evaluate import Evaluator
+from headway.pretrain.models.sizes import training_flops
+from headway.pretrain.objectives import build_objective
+from headway.pretrain.recipe import Resolved
+from headway.pretrain.trainer import Yardstick
+
+
+@dataclass
+class Hardware:
+    """Where the run computes, how exactly, and how fast that could be."""
+
+    world: World
+    precision: str
+    compiled: bool
+    peak: float
+    peak_source: str
+    notes: list[str]
+
+
+@dataclass
+class Corpus:
+    """What the run reads."""
+
+    prepared: Prepared
+    stream: SampleStream
+    loader: Loader
+    heldout: list[HeldoutRows]
+
+
+@dataclass
+class Parts:
+    """A run, put together."""
+
+    resolved: Resolved
+    hardware: Hardware
+    corpus: Corpus
+    engine: NativeEngine
+    evaluator: Evaluator
+    yardstick: Yardstick
+
+    @property
+    def job(self) -> Job:
+        return self.resolved.job
+
+    @property
+    def world(self) -> World:
+        return self.hardware.world
+
+
+def run_folder(job: Job) -> Path:
+    return Path(job.run.dir) / job.run.name
+
+
+def join(job: Job) -> World:
+    """Find the ranks, lay them out, check what the engine can do, and join them."""
+    ranks = find_ranks()
+    layout = mesh.lay_out(job.parallel, ranks.world)
+    device = devices.choose_device(job.parallel.device, ranks.local_rank)
+    capabilities.check(job, device.type)
+    rows_per_micro_batch(job, layout.data)
+    backend = devices.choose_backend(device, job.parallel.backend)
+    return mesh.start(job, layout, ranks.rank, ranks.world, ranks.local_rank, device, backend)
+
+
+def assemble(resolved: Resolved, world: World) -> Parts:
+    """Data, model, engine and evaluator of a job."""
+    job = resolved.job
+    hardware = choose_hardware(job, world)
+    prepared = prepare_data(job.data, main=world.main)
+    objective = build(job, prepared.tokenizer.vocab)
+    corpus = open_corpus(job, prepared, objective, world)
+    engine = NativeEngine(job, objective, world, precision=hardware.precision, compiled=hardware.compiled)
+    evaluator = Evaluator(
+        engine, corpus.heldout, objective.collate, world.device, world.data_rank, world.layout.data
+    )
+    flops = training_flops(job.model, prepared.tokenizer.vocab, job.data.seq_len)
+    return Parts(
+        resolved, hardware, corpus, engine, evaluator, Yardstick(flops, hardware.peak * world.size)
+    )
+
+
+LONG_ENOUGH_TO_COMPILE = 100
+"""Steps from which `train.compile: auto` compiles: compilation takes seconds to a minute."""
+
+
+def choose_hardware(job: Job, world: World) -> Hardware:
+    """Precision and compilation, chosen on the first rank for all, with what people should know."""
+    rows = rows_per_micro_batch(job, world.layout.data) * job.data.seq_len
+    names = list(devices.PRECISIONS)
+    precision, reason = job.precision, "set in the job"
+    if world.main or job.precision != "auto":
+        precision, reason = devices.choose_precision(
+            job.precision, world.device, hidden=job.model.hidden, rows=rows, ffn=job.model.ffn_width
+        )
+    if job.precision == "auto":
+        precision = names[int(world.sum(names.index(precision) if world.main else 0)[0])]
+    compiled, why = choose_compile(job, world.device)
+    peak, source = devices.peak_rate(world.device, devices.PRECISIONS[precision])
+    notes = [
+        f"device {world.device} ({devices.device_name(world.device)}), {world.size} rank(s), {world.layout}"
+        + (f", collectives over {world.backend}" if world.size > 1 else ""),
+        f"precision {precision}: {reason}",
+        f"compile {'on' if compiled else 'off'}: {why}",
+        f"peak {peak / 1e9:,.0f} GFLOP/s a device: {source}",
+    ]
+    return Hardware(world, precision, compiled, peak, source, notes)
+
+
+def choose_compile(job: Job, device: torch.device) -> tuple[bool, str]:
+    """Whether to compile, and why; raises JobError if it was asked for and cannot be."""
+    asked = job.train.compile
+    possible = device.type != "cpu" or devices.compiler_available()
+    if asked is True and not possible:
+        rule = "torch.compile needs a C++ compiler and Python's headers here (apt install g++ python3-dev)"
+        raise JobError("train.compile", True, rule, False)
+    if asked != "auto":
+        return bool(asked), "set in the job"
+    if not possible:
+        return False, "no C++ compiler with Python's headers on this machine"
+    if job.train.steps < LONG_ENOUGH_TO_COMPILE:
+        return False, f"fewer than {LONG_ENOUGH_TO_COMPILE} steps"
+    return True, "a compiler is here and the run is long"
+
+
+def build(job: Job, vocab: int) -> nn.Module:
+    """The objective with its model on the meta device: shapes, no memory."""
+    with torch.device("meta"):
+        return build_objective(job, vocab)
+
+
+def open_corpus(job: Job, prepared: Prepared, objective: nn.Module, world: World) -> Corpus:
+    """Stores, their order and the loader of this rank's rows."""
+    separator, vocab = prepared.tokenizer.separator, prepared.tokenizer.vocab
+    sources = [(part.name, TokenStore(part.train), part.weight) for part in prepared.parts]
+    stream = SampleStream(sources, job.data.seq_len, job.train.seed, separator, vocab)
+    loader = Loader(
+        stream,
+        objective.collate,
+        job.train.global_batch,
+        world.data_rank,
+        world.layout.data,
+        pin=world.device.type == "cuda",
+    )
+    heldout = [
+        HeldoutRows(TokenStore(part.heldout), job.data.seq_len, separator, job.train.eval_overlap, vocab, part.name)
+        for part in prepared.parts
+        if part.heldout
+    ]
+    return Corpus(prepared, stream, loader, heldout)

@@ -1,0 +1,155 @@
+"""The command line. Thin: it parses, calls one function of the room that does the work, and prints errors.
+
+Heavy libraries are imported inside the commands, so that `headway --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="headway",
+    help="Pretrain attention models: one recipe, any layout, one curve.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data = typer.Typer(help="Build and inspect token stores.", no_args_is_help=True)
+tokenizer = typer.Typer(help="Train and inspect tokenizers.", no_args_is_help=True)
+checkpoint = typer.Typer(help="List and verify checkpoints.", no_args_is_help=True)
+config = typer.Typer(help="Show jobs and the schema of recipes.", no_args_is_help=True)
+app.add_typer(data, name="data")
+app.add_typer(tokenizer, name="tokenizer")
+app.add_typer(checkpoint, name="checkpoint")
+app.add_typer(config, name="config")
+
+Recipes = Annotated[list[str], typer.Argument(help="Recipe names (gpt/tiny) or YAML files; later ones win.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: a.b=c. May be repeated.")]
+RunPath = Annotated[str, typer.Argument(help="A run folder, e.g. runs/gpt-tiny.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+@app.command()
+def train(
+    recipes: Recipes,
+    sets: Sets = None,
+    data_path: Annotated[str | None, typer.Option("--data", help="Corpus: file, glob, folder or store.")] = None,
+    nproc: Annotated[int, typer.Option(help="Start this many local ranks.", min=1)] = 1,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Set an existing run folder aside and begin anew.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Train, or go on with a run whose folder exists."""
+    from headway.launch import local, run
+
+    sets = [*(sets or []), *([f"data.sources=[{data_path!r}]"] if data_path else [])]
+    if nproc > 1:
+        local.start(nproc, sys.argv[1:])
+    else:
+        run.train(recipes, sets, fresh=fresh)
+
+
+@app.command("eval")
+def evaluate(run_path: RunPath, sets: Sets = None, debug: Debug = False) -> None:
+    """Loss and bits per byte of a run's newest checkpoint on its held-out documents."""
+    from headway.launch import run
+
+    run.evaluate(run_path, sets or [])
+
+
+@app.command()
+def look(run_path: RunPath, debug: Debug = False) -> None:
+    """Rebuild a run's report.html from its records and newest checkpoint."""
+    from headway.launch import run
+
+    run.look(run_path)
+
+
+@data.command("build")
+def data_build(recipes: Recipes, sets: Sets = None, on_error: Annotated[
+    str | None, typer.Option(help="stop or skip at malformed lines.")] = None, debug: Debug = False) -> None:
+    """Build the tokenizer and token stores of a recipe."""
+    from headway.launch import corpus
+
+    corpus.build(recipes, [*(sets or []), *([f"data.on_error={on_error}"] if on_error else [])])
+
+
+@data.command("inspect")
+def data_inspect(prefix: Annotated[str, typer.Argument(help="Store: path without .bin/.idx.")],
+                 debug: Debug = False) -> None:
+    """What a token store holds."""
+    from headway.launch import corpus
+
+    corpus.inspect(prefix)
+
+
+@tokenizer.command("train")
+def tokenizer_train(
+    out: Annotated[str, typer.Argument(help="File to write, e.g. my.model.")],
+    sources: Annotated[list[str], typer.Argument(help="Text, JSONL or Parquet files, globs, folders, stdlib:")],
+    vocab: Annotated[int, typer.Option(help="Number of pieces.", min=260)] = 32768,
+    debug: Debug = False,
+) -> None:
+    """Train a lossless SentencePiece tokenizer."""
+    from headway.launch import corpus
+
+    corpus.train_tokenizer(out, sources, vocab)
+
+
+@tokenizer.command("encode")
+def tokenizer_encode(
+    path: Annotated[str, typer.Argument(help="A .model, a tokenizer.json or 'bytes'.")],
+    text: Annotated[str, typer.Argument(help="Text to cut into pieces.")],
+    debug: Debug = False,
+) -> None:
+    """Show how a text is cut into pieces."""
+    from headway.launch import corpus
+
+    corpus.encode(path, text)
+
+
+@checkpoint.command("ls")
+def checkpoint_ls(run_path: RunPath, debug: Debug = False) -> None:
+    """List a run's checkpoints."""
+    from headway.launch import checkpoints
+
+    checkpoints.show(run_path)
+
+
+@checkpoint.command("verify")
+def checkpoint_verify(run_path: RunPath, debug: Debug = False) -> None:
+    """Check every digest of a run's checkpoints (or of one checkpoint)."""
+    from headway.launch import checkpoints
+
+    checkpoints.verify(run_path)
+
+
+@config.command("show")
+def config_show(recipes: Recipes, sets: Sets = None, debug: Debug = False) -> None:
+    """Every setting with its origin; settings without effect are marked."""
+    from headway.launch import settings
+
+    settings.show(recipes, sets or [])
+
+
+@config.command("schema")
+def config_schema(debug: Debug = False) -> None:
+    """The JSON schema of recipes."""
+    from headway.launch import settings
+
+    settings.print_schema()
+
+
+def main() -> None:
+    """Run the command line; every error that Headway raises becomes one message and its exit code."""
+    try:
+        app()
+    except Exception as error:
+        from headway.pretrain.errors import HeadwayError
+
+        if "--debug" in sys.argv or not isinstance(error, HeadwayError):
+            raise
+        print(f"headway: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

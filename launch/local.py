@@ -1,0 +1,78 @@
+"""Several ranks on this machine, through torchrun's agent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import uuid
+from pathlib import Path
+
+from headway.pretrain.errors import HeadwayError, Interrupted, JobError
+
+
+class RankFailed(HeadwayError):
+    """A rank ended with an error, which it has printed itself."""
+
+
+def start(ranks: int, arguments: list[str]) -> None:
+    """Run `headway ARGUMENTS` as `ranks` local processes; returns when all are done.
+
+    Raises:
+        JobError, Interrupted, RankFailed: with the exit code of the rank that failed first.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # Workers read a peer's old address if the agent lends them its rendezvous store; and fewer threads each.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+    )
+    try:
+        elastic_launch(config, headway_script())(*without_nproc(arguments))
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        _raise(code)
+    except SignalException as error:
+        raise Interrupted(f"stopped by {signal.Signals(error.sigval).name}; start again to go on") from None
+
+
+def _raise(code: int) -> None:
+    if code == Interrupted.exit_code:
+        raise Interrupted("all ranks saved and stopped; start again to go on")
+    failed = RankFailed(f"a rank ended with exit code {code}; its message stands above")
+    failed.exit_code = JobError.exit_code if code == JobError.exit_code else failed.exit_code
+    raise failed
+
+
+def headway_script() -> str:
+    """The console script beside this Python, or on the PATH."""
+    beside = Path(sys.executable).with_name("headway")
+    found = str(beside) if beside.exists() else shutil.which("headway")
+    if found is None:
+        raise JobError("--nproc", "headway", "the console script `headway` is not installed", "pip install -e .")
+    return found
+
+
+def without_nproc(arguments: list[str]) -> list[str]:
+    """Command line of a rank: the same, without --nproc."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument == "--nproc":
+            skip = True
+        elif not argument.startswith("--nproc="):
+            kept.append(argument)
+    return kept

@@ -1,0 +1,40 @@
+"""`headway config`: every setting with its origin, and the JSON schema of recipes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from headway.pretrain.config import Job
+from headway.pretrain.inert import inert
+from headway.pretrain.recipe import DEFAULT, leaves, one_line, resolve
+
+
+def show(recipes: Sequence[str], sets: Sequence[str]) -> None:
+    """Print every value with its origin; settings without effect are marked, with the reason."""
+    resolved = resolve(recipes, sets)
+    useless = inert(resolved)
+    table = Table(box=None, header_style="bold")
+    for title in ("setting", "value", "origin", "note"):
+        table.add_column(title, no_wrap=title != "note")
+    for name, value in leaves(resolved.job):
+        origin = resolved.origins.get(name, DEFAULT)
+        plain = [getattr(v, "path", v) for v in value] if isinstance(value, list) else value
+        style = "yellow" if name in useless else "dim" if origin == DEFAULT else None
+        note = f"no effect: {useless[name]}" if name in useless else ""
+        table.add_row(name, one_line(plain), origin, note, style=style)
+    console = Console()
+    console.print(table, width=None if console.is_terminal else 200)
+
+
+def print_schema() -> None:
+    """The JSON schema that editors use for completion and checks."""
+    print(json.dumps(schema(), indent=2))
+
+
+def schema() -> dict:
+    """JSON schema of a recipe; descriptions are the docstrings of the settings."""
+    return Job.model_json_schema()

@@ -1,0 +1,80 @@
+"""How a model is spread: every technique, once, in the order in which it is applied."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn.parallel import DistributedDataParallel
+
+from headway.kernels import cross_entropy
+from headway.parallel.mesh import World
+from headway.pretrain.config import Job
+from headway.pretrain.models.init import initialise
+
+
+def apply(objective: nn.Module, job: Job, world: World, *, compiled: bool) -> nn.Module:
+    """Spread an objective that was built on the meta device, give it memory and its initial weights.
+
+    Returns the module to call: the objective itself, or DDP around it. Names of parameters do not change.
+    """
+    if job.precision == "fp64":
+        objective.double()
+    if compiled:
+        compile_blocks(objective)
+    if world.layout.shard > 1:
+        shard(objective, world, reshard=job.parallel.reshard)
+    objective.to_empty(device=world.device)
+    initialise(objective, job.model, job.train.seed, slice_of=local_slice)
+    if world.layout.replicate > 1 and world.layout.shard == 1:
+        return replicate(objective, world)
+    return objective
+
+
+def compile_blocks(objective: nn.Module) -> None:
+    """Compile the block, once for all blocks, and the loss: most of the gain at a fraction of the wait."""
+    for block in objective.model.blocks:
+        block.compile()
+
+
+def shard(objective: nn.Module, world: World, *, reshard: bool) -> None:
+    """FSDP2 around every block and around the rest; with a replicate axis, HSDP.
+
+    Gradients are summed, not averaged: the loss is divided by the global count of tokens already.
+    """
+    assert world.mesh is not None
+    mesh = world.mesh["replicate", "shard"] if world.layout.replicate > 1 else world.mesh["shard"]
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float64 if _is_double(objective) else torch.float32)
+    for block in objective.model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(objective, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in objective.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+
+
+def replicate(objective: nn.Module, world: World) -> nn.Module:
+    """Plain DDP. Replicas are equal by construction, so nothing is broadcast at the start."""
+    return DistributedDataParallel(
+        objective,
+        device_ids=[world.device.index] if world.device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        init_sync=False,
+    )
+
+
+def local_slice(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """This rank's piece of a parameter and where it begins in the whole."""
+    if not isinstance(parameter, DTensor):
+        return parameter, (0,) * parameter.ndim
+    _, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    return parameter.to_local(), tuple(offset)
+
+
+def _is_double(module: nn.Module) -> bool:
+    return next(module.parameters()).dtype == torch.float64

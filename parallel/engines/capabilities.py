@@ -1,0 +1,41 @@
+"""What each engine can do, as data, and the one check that refuses what it cannot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headway.pretrain.config import Job
+from headway.pretrain.errors import JobError
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """Axes along which an engine spreads a model, precisions per device type."""
+
+    axes: frozenset[str]
+    precisions: dict[str, frozenset[str]]
+
+
+ENGINES = {
+    "native": Capabilities(
+        axes=frozenset({"replicate", "shard"}),
+        precisions={
+            "cpu": frozenset({"auto", "fp32", "bf16", "fp16", "fp64"}),
+            "cuda": frozenset({"auto", "fp32", "bf16", "fp16", "fp64"}),
+        },
+    ),
+}
+
+
+def check(job: Job, device_type: str) -> None:
+    """Raise JobError if the job's engine cannot do what the job asks of it."""
+    name = job.parallel.engine
+    can = ENGINES[name]
+    for axis in ("pipeline", "context", "tensor", "expert"):
+        size = getattr(job.parallel, axis)
+        if size not in (1, -1) and axis not in can.axes:
+            rule = f"the {name} engine spreads along {', '.join(sorted(can.axes))} only"
+            raise JobError(f"parallel.{axis}", size, rule, f"1, with parallel.shard = {size}")
+    legal = can.precisions.get(device_type, can.precisions["cpu"])
+    if job.precision not in legal:
+        raise JobError("precision", job.precision, f"not on {device_type} with the {name} engine", sorted(legal))

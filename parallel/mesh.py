@@ -1,0 +1,137 @@
+"""The mesh: how many ranks along each axis, and which process is where.
+
+Axes, outermost first: pipeline, replicate, shard, context, tensor.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from headway.pretrain.config import Job, Parallel
+from headway.pretrain.errors import JobError
+
+AXES = ("pipeline", "replicate", "shard", "context", "tensor")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ranks along each axis."""
+
+    pipeline: int = 1
+    replicate: int = 1
+    shard: int = 1
+    context: int = 1
+    tensor: int = 1
+
+    @property
+    def data(self) -> int:
+        """Ranks that read different rows."""
+        return self.replicate * self.shard
+
+    def __str__(self) -> str:
+        named = [f"{axis} {getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1]
+        return " x ".join(named) or "one process"
+
+
+def lay_out(parallel: Parallel, world: int) -> Layout:
+    """Fill in the axis of size -1 so that the product is the number of ranks.
+
+    Raises:
+        JobError: two axes of -1, a zero, or a product that is not the number of ranks.
+    """
+    sizes = {axis: getattr(parallel, axis) for axis in AXES}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    zero = next((axis for axis, size in sizes.items() if size == 0), None)
+    if zero:
+        raise JobError(f"parallel.{zero}", 0, "an axis has at least one rank, or -1 to take what is left", 1)
+    if len(free) > 1:
+        rule = f"only one axis may be -1, and parallel.{free[0]} is already"
+        raise JobError(f"parallel.{free[1]}", -1, rule, 1)
+    fixed = math.prod(size for size in sizes.values() if size > 0)
+    if free and world % fixed == 0:
+        sizes[free[0]] = world // fixed
+    elif free or fixed != world:
+        named = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "all axes 1"
+        rule = f"must {'divide' if free else 'be'} the {world} ranks that were started"
+        raise JobError("parallel", named, rule, _nearest(sizes, world))
+    return Layout(**sizes)
+
+
+def _nearest(sizes: dict[str, int], world: int) -> str:
+    """Lower the innermost axes to common divisors and give the rest to `shard`."""
+    left, legal = world, {}
+    for axis in reversed(AXES):
+        legal[axis] = math.gcd(left, max(1, sizes[axis]))
+        left //= legal[axis]
+    legal["shard"] *= left
+    return ", ".join(f"parallel.{axis}={legal[axis]}" for axis in AXES if legal[axis] > 1) or "all axes 1"
+
+
+@dataclass
+class World:
+    """This process among the ranks, and the collectives that the training loop needs."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    backend: str
+    layout: Layout
+    mesh: DeviceMesh | None
+
+    @property
+    def main(self) -> bool:
+        """Whether this rank writes logs and reports."""
+        return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which slice of the global batch is this rank's."""
+        if self.mesh is None:
+            return 0
+        here = dict(zip(AXES, self.mesh.get_coordinate() or [0] * len(AXES), strict=True))
+        return here["replicate"] * self.layout.shard + here["shard"]
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums over the ranks that read different rows, in fp64."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so; all ranks learn the same answer."""
+        return flag if self.size == 1 else self.sum(float(flag))[0] > 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def start(job: Job, layout: Layout, rank: int, size: int, local_rank: int, device: torch.device, backend: str) -> World:
+    """Join the other ranks (MASTER_ADDR and MASTER_PORT say where) and build the mesh."""
+    mesh = None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size > 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        dist.init_process_group(
+            backend, rank=rank, world_size=size, timeout=timedelta(seconds=job.parallel.timeout)
+        )
+        shape = tuple(getattr(layout, axis) for axis in AXES)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
+    return World(rank, size, local_rank, device, backend, layout, mesh)
+
+
+def stop() -> None:
+    """Leave the group; without it gloo now and then aborts at exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
