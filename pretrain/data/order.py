@@ -132,7 +132,7 @@ class Blend:
             raise ValueError(f"start {start} and consumed {self.consumed} do not fit {len(weights)} sources")
 
     def place(self, draws: ArrayLike) -> tuple[Ints, Ints]:
-        """Source of each draw, and its place in the order of that source: two int64 arrays of draws' shape."""
+        """Source of each draw and its place in the order of that source: two int64 arrays like `draws`."""
         draws = np.asarray(draws, dtype=np.int64)
         if draws.size and draws.min() < self.start:
             raise ValueError(f"draw {draws.min()} lies before draw {self.start}, where this blend begins")

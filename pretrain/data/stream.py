@@ -38,7 +38,7 @@ class SampleStream:
     """Draw i -> row: a blend of sources, each shuffled anew every epoch, and a cursor.
 
     The order is a function of the seed and the sources' names, sizes and weights. `draw` is the cursor: the
-    next draw of the run. Everything else is stateless, so rows may be asked for in any order, from any thread.
+    next draw of the run. The rest is stateless, so rows may be asked for in any order, from any thread.
 
     Args:
         sources: (name, store, weight) each; the name is the source's identity, the weight its share.
@@ -144,33 +144,40 @@ class SampleStream:
         Raises:
             DataError: the seed, the row length or a corpus is another, so the saved place means nothing here.
         """
-        for field, label in (("seed", "train.seed"), ("seq_len", "data.seq_len")):
-            if state[field] != getattr(self, field):
-                raise DataError(
-                    f"{label} = {getattr(self, field)}: the saved run has {state[field]}, and its place in the "
-                    f"order of samples means nothing under another; set {label} = {state[field]} or start anew"
-                )
+        self._check_same(state)
         active = [s for s in state["sources"] if s["weight"] > 0]
         saved = Blend([s["weight"] for s in active], state["start"], [s["consumed"] for s in active])
-        taken = dict(zip((s["name"] for s in active), saved.counts(state["draw"]), strict=True))
-        taken = {s["name"]: s["consumed"] for s in state["sources"]} | taken
-        tokens = {s["name"]: s["tokens"] for s in state["sources"]}
-        for name, store in zip(self.names, self.stores, strict=True):
-            if tokens.get(name, store.tokens) != store.tokens:
-                raise DataError(
-                    f"{name}: holds {store.tokens} tokens, but {tokens[name]} when the run was saved, so its rows "
-                    "are others; restore that corpus, or add the new one under another name"
-                )
+        taken = {s["name"]: s["consumed"] for s in state["sources"]}
+        taken |= zip((s["name"] for s in active), saved.counts(state["draw"]), strict=True)
         notes = self._differences(active)
-        here = [taken.get(name, 0) for name in self.names]
-        self.blend = Blend(self.blend.weights, state["draw"], here) if notes else saved
+        if notes:
+            here = [taken.get(name, 0) for name in self.names]
+            self.blend = Blend(self.blend.weights, state["draw"], here)
+        else:
+            self.blend = saved
         self._retired = [
-            {"name": name, "tokens": tokens[name], "weight": 0, "consumed": taken[name]}
-            for name in taken
-            if name not in self.names
+            {**s, "weight": 0, "consumed": taken[s["name"]]}
+            for s in state["sources"]
+            if s["name"] not in self.names
         ]
         self.draw = state["draw"]
         return notes
+
+    def _check_same(self, state: dict[str, Any]) -> None:
+        """DataError if a saved cursor is of another order."""
+        for field, label in (("seed", "train.seed"), ("seq_len", "data.seq_len")):
+            if state[field] != getattr(self, field):
+                raise DataError(
+                    f"{label} = {getattr(self, field)}: the run was saved with {state[field]}, and its place in "
+                    f"the order of samples has no meaning here; set {label} = {state[field]} or start a new run"
+                )
+        saved_tokens = {s["name"]: s["tokens"] for s in state["sources"]}
+        for name, store in zip(self.names, self.stores, strict=True):
+            if saved_tokens.get(name, store.tokens) != store.tokens:
+                raise DataError(
+                    f"{name}: holds {store.tokens} tokens, but {saved_tokens[name]} when the run was saved, so "
+                    "its rows are others; restore that corpus, or add the new one under another name"
+                )
 
     def _differences(self, active: list[dict[str, Any]]) -> list[str]:
         """What differs between the saved sources and these."""
@@ -199,8 +206,8 @@ def count_rows(name: str, store: Store, seq_len: int) -> int:
     rows = (store.tokens - 1) // seq_len
     if rows < 1:
         raise DataError(
-            f"{name}: holds {store.tokens} tokens, but one row of data.seq_len = {seq_len} needs {seq_len + 1}; "
-            "give more text or shorter rows"
+            f"{name}: holds {store.tokens} tokens, but one row of data.seq_len = {seq_len} needs "
+            f"{seq_len + 1}; give more text or shorter rows"
         )
     return rows
 
@@ -223,11 +230,11 @@ def document_ids(store: Store, start: int, tokens: Ints, separator: int) -> NDAr
 
 
 def outside_error(name: str, start: int, tokens: Ints, vocab: int | None) -> DataError | None:
-    """The error of the first token that the vocabulary does not have, if there is one; offsets from `start`."""
+    """Error that names the first token which the vocabulary does not have, if there is one."""
     if vocab is None or not tokens.size or (tokens.min() >= 0 and tokens.max() < vocab):
         return None
     place = int(np.flatnonzero((tokens < 0) | (tokens >= vocab))[0])
     return DataError(
-        f"{name}: token {tokens[place]} at offset {start + place} is not one of the vocabulary's {vocab}; the "
-        "store was built with another tokenizer: build it again, or give that tokenizer"
+        f"{name}: token {tokens[place]} at offset {start + place} is not one of the {vocab} of the vocabulary; "
+        "the store was built with another tokenizer: build it again, or give that tokenizer"
     )
