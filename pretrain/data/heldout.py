@@ -84,6 +84,7 @@ class HeldoutRows:
             end = front + count
             tokens[i, front:end] = real
             documents[i, front:end] = document_ids(self.store, start, real, self.separator)
+            documents[i, front:end] += front and real[0] == self.separator  # the first document is empty
             documents[i, end:] = documents[i, end - 1] + 1
             scored[i, 0 if front else self.context : end - 1] = True
         return {"tokens": tokens, "documents": documents, "scored": scored, "sample": indices}

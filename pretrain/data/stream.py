@@ -64,7 +64,7 @@ class SampleStream:
         self.seq_len, self.seed, self.separator, self.vocab = seq_len, seed, separator, vocab
         if len(set(self.names)) < len(self.names):
             raise DataError(
-                f"data.sources: two sources have one name: {', '.join(self.names)}. Name each once"
+                f"data.sources: two sources have one name: {', '.join(self.names)}; name each once"
             )
         self.row_counts = [count_rows(name, store, seq_len) for name, store, _ in sources]
         try:
@@ -168,15 +168,15 @@ class SampleStream:
         for field, label in (("seed", "train.seed"), ("seq_len", "data.seq_len")):
             if state[field] != getattr(self, field):
                 raise DataError(
-                    f"{label} = {getattr(self, field)}: the run was saved with {state[field]}, and its place in "
-                    f"the order of samples has no meaning here; set {label} = {state[field]} or start a new run"
+                    f"{label} = {getattr(self, field)}: the run was saved with {state[field]}, and its "
+                    "place in the order of samples has no meaning here; set that again, or start a new run"
                 )
         saved_tokens = {s["name"]: s["tokens"] for s in state["sources"]}
         for name, store in zip(self.names, self.stores, strict=True):
             if saved_tokens.get(name, store.tokens) != store.tokens:
                 raise DataError(
-                    f"{name}: holds {store.tokens} tokens, but {saved_tokens[name]} when the run was saved, so "
-                    "its rows are others; restore that corpus, or add the new one under another name"
+                    f"{name}: holds {store.tokens} tokens, but {saved_tokens[name]} when the run was saved, "
+                    "so its rows are others; restore that corpus, or add the new one under another name"
                 )
 
     def _differences(self, active: list[dict[str, Any]]) -> list[str]:
@@ -235,6 +235,6 @@ def outside_error(name: str, start: int, tokens: Ints, vocab: int | None) -> Dat
         return None
     place = int(np.flatnonzero((tokens < 0) | (tokens >= vocab))[0])
     return DataError(
-        f"{name}: token {tokens[place]} at offset {start + place} is not one of the {vocab} of the vocabulary; "
-        "the store was built with another tokenizer: build it again, or give that tokenizer"
+        f"{name}: token {tokens[place]} at offset {start + place} is not in the vocabulary of {vocab}; the "
+        "store was built with another tokenizer: build it again, or give that tokenizer"
     )
