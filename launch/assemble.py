@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from headway.pretrain.data.heldout import HeldoutRows
 from headway.pretrain.data.loader import Loader
 from headway.pretrain.data.store import TokenStore
 from headway.pretrain.data.stream import SampleStream
+from headway.pretrain.engine import Batch
 from headway.pretrain.errors import JobError
 from headway.pretrain.evaluate import Evaluator
 from headway.pretrain.models.sizes import training_flops
@@ -34,6 +36,7 @@ class Hardware:
 
     world: World
     precision: str
+    precision_reason: str
     compiled: bool
     peak: float
     peak_source: str
@@ -48,6 +51,7 @@ class Corpus:
     stream: SampleStream
     loader: Loader
     heldout: list[HeldoutRows]
+    notes: list[str]
 
 
 @dataclass
@@ -60,6 +64,17 @@ class Parts:
     engine: NativeEngine
     evaluator: Evaluator
     yardstick: Yardstick
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's rows of successive global batches, on the device."""
+        device = self.world.device
+        for batch in self.corpus.loader:
+            yield {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+    def name_samples(self, step: int) -> str:
+        """Names of all samples of a step's global batch, for error messages."""
+        end = self.corpus.stream.draw
+        return "; ".join(self.corpus.stream.describe(d) for d in range(end - self.job.train.global_batch, end))
 
     @property
     def job(self) -> Job:
@@ -126,7 +141,7 @@ def choose_hardware(job: Job, world: World) -> Hardware:
         f"compile {'on' if compiled else 'off'}: {why}",
         f"peak {peak / 1e9:,.0f} GFLOP/s a device: {source}",
     ]
-    return Hardware(world, precision, compiled, peak, source, notes)
+    return Hardware(world, precision, reason, compiled, peak, source, notes)
 
 
 def choose_compile(job: Job, device: torch.device) -> tuple[bool, str]:

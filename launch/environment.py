@@ -55,3 +55,9 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     if not value.isdigit():
         raise JobError(name, environment[name], "the launcher's variable must be a number")
     return int(value)
+
+
+def incarnation(environment: Mapping[str, str] = os.environ) -> int:
+    """How often the scheduler has restarted this job; fences off a predecessor that is still writing."""
+    names = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+    return sum(_number(environment, name) for name in names if name in environment)

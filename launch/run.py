@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
-from headway.launch import assemble as rooms
-from headway.launch.assemble import Parts, run_folder
-from headway.launch.finish import finish
+from headway.launch import saving
+from headway.launch.assemble import Parts, assemble, join, run_folder
+from headway.launch.environment import incarnation
+from headway.launch.finish import Finished, finish, heldout_loss, report
 from headway.launch.resume import check_resumable, set_aside
 from headway.launch.signals import StopRequest
 from headway.parallel import mesh
-from headway.parallel.checkpoint import Checkpointer, latest, load, newest_good
-from headway.pretrain.engine import State
-from headway.pretrain.errors import CheckpointError, JobError
+from headway.parallel.checkpoint.save import Checkpointer
+from headway.pretrain.errors import HeadwayError, Interrupted, JobError
 from headway.pretrain.inert import inert, refuse_inert
 from headway.pretrain.recipe import Resolved, dump, load_job, resolve
-from headway.pretrain.records import open_records, peak_memory_gib
+from headway.pretrain.records.metrics import peak_memory_gib
+from headway.pretrain.records.records import Recorder, open_records
 from headway.pretrain.trainer import Trainer
 
 
@@ -28,19 +28,135 @@ def train(recipes: Sequence[str], sets: Sequence[str], *, fresh: bool = False) -
     resolved = resolve(recipes, sets)
     refuse_inert(resolved)
     folder = run_folder(resolved.job)
-    world = rooms.join(resolved.job)
     with ExitStack() as stack:
+        world = join(resolved.job)
         stack.callback(mesh.stop)
-        if fresh:
-            if world.main and (aside := set_aside(folder)):
-                print(f"{folder} was set aside as {aside}")
-            world.barrier()
-        notes = check_saved_job(folder, resolved)
+        stop = stack.enter_context(StopRequest())
+        if fresh and world.main and (aside := set_aside(folder)):
+            print(f"{folder} was set aside as {aside}")
         world.barrier()
-        parts = rooms.assemble(resolved, world)
+        notes = compare_with_saved(folder, resolved)
+        world.barrier()
+        parts = assemble(resolved, world)
         stack.callback(parts.corpus.loader.close)
         if world.main:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "job.yaml").write_text(dump(resolved), encoding="utf-8")
             tell(parts, notes)
-        run(parts, folder, stack)
+        run(parts, folder, stop, stack)
+
+
+def compare_with_saved(folder: Path, resolved: Resolved) -> list[str]:
+    """What differs from the job that the run was begun with; raises JobError where that cannot work."""
+    saved = folder / "job.yaml"
+    if not saved.exists():
+        return []
+    return [f"changed since the run began: {line}" for line in check_resumable(load_job(saved).job, resolved.job)]
+
+
+def tell(parts: Parts, notes: Sequence[str]) -> None:
+    """Say what was chosen, and save the resolved job with the run."""
+    folder = run_folder(parts.job)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "job.yaml").write_text(dump(parts.resolved), encoding="utf-8")
+    useless = [f"{field} has no effect: {why}" for field, why in inert(parts.resolved).items()]
+    for line in [f"run {folder}", *parts.hardware.notes, *parts.corpus.notes, *notes, *useless]:
+        print(f"  {line}")
+
+
+def run(parts: Parts, folder: Path, stop: StopRequest, stack: ExitStack) -> None:
+    """Restore, train, evaluate, report."""
+    job, world = parts.job, parts.world
+    path, warnings = saving.choose(folder / "checkpoints", world)
+    done = 0
+    if path:
+        done, changes = saving.restore(parts, path)
+        warnings += changes
+        if world.main:
+            print(f"  goes on from {path}")
+    elif job.train.start_from:
+        saving.weights_only(parts, job.train.start_from)
+    if path and done >= job.train.steps and (folder / "report.html").exists():
+        if world.main:
+            Finished.read(folder).show(f"{folder} is complete at step {done}")
+        return
+    recorder = open_records(folder, job, start_step=done, rank=world.rank)
+    for warning in warnings:
+        recorder.event("warning", message=warning)
+    status = "failed"
+    try:
+        train_and_save(parts, folder, recorder, stop, done)
+        finished = finish(parts, folder)
+        status = "done"
+    except Interrupted:
+        status = "stopped"
+        raise
+    finally:
+        recorder.close(status, finished.summary if status == "done" else None)
+    if world.main:
+        finished.show(f"{folder} is complete at step {job.train.steps}")
+
+
+def train_and_save(parts: Parts, folder: Path, recorder: Recorder, stop: StopRequest, done: int) -> None:
+    """The training loop with its checkpoints; state is saved before an interruption is passed on."""
+    job, world = parts.job, parts.world
+    checkpointer = Checkpointer(
+        folder / "checkpoints",
+        background=job.checkpoint.background,
+        keep_last=job.checkpoint.keep_last,
+        keep_every=job.checkpoint.keep_every,
+        incarnation=incarnation(),
+    )
+    saver = saving.Saver(checkpointer, parts, recorder)
+    trainer = Trainer(
+        job=job,
+        engine=parts.engine,
+        batches=parts.batches(),
+        recorder=recorder,
+        yardstick=parts.yardstick,
+        saver=saver,
+        evaluate=partial(heldout_loss, parts),
+        stop_asked=lambda: world.any(stop.asked),
+        name_samples=parts.name_samples,
+        memory=partial(peak_memory_gib, world.device),
+    )
+    try:
+        trainer.run(done)
+    finally:
+        saver.close()
+
+
+def evaluate(run_path: str, sets: Sequence[str]) -> None:
+    """Print the held-out loss and bits per byte of a run's newest checkpoint."""
+    with ExitStack() as stack:
+        parts = restored(run_path, sets, stack)
+        values = heldout_loss(parts, None)
+        if parts.world.main:
+            print("  ".join(f"{name} {value:.4f}" for name, value in values.items()))
+
+
+def look(run_path: str) -> None:
+    """Rebuild a run's report."""
+    with ExitStack() as stack:
+        parts = restored(run_path, [], stack)
+        if parts.world.main:
+            print(report(parts, Path(run_path)))
+
+
+def restored(run_path: str, sets: Sequence[str], stack: ExitStack) -> Parts:
+    """A saved run, put together again with its newest whole checkpoint.
+
+    Raises:
+        JobError: no run there.
+    """
+    saved = Path(run_path) / "job.yaml"
+    if not saved.exists():
+        raise JobError("run", run_path, "is no run folder: it has no job.yaml", "e.g. runs/gpt-tiny")
+    resolved = resolve([str(saved)], [*sets, "train.compile=false"])
+    world = join(resolved.job)
+    stack.callback(mesh.stop)
+    parts = assemble(Resolved(resolved.job, load_job(saved).origins), world)
+    stack.callback(parts.corpus.loader.close)
+    path, _ = saving.choose(Path(run_path) / "checkpoints", world)
+    if path is None:
+        raise HeadwayError(f"{run_path} has no checkpoint yet")
+    saving.restore(parts, path)
+    return parts

@@ -6,6 +6,7 @@ splits them into micro-batches, runs them, reduces, clips and steps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +18,8 @@ Batch = dict[str, Tensor]
 Keys that every batch has: `sample` (int64, the sample's place in the global order, which names it) and
 `slot` (int64, its place in the global batch). An objective adds its own: `tokens`, `labels`, `documents`...
 """
+
+Watch = Callable[[dict[str, Tensor]], None]
 
 
 @dataclass
@@ -56,8 +59,11 @@ class Engine(Protocol):
 
     objective: nn.Module
 
-    def train_step(self, batch: Batch, step: int) -> StepResult:
-        """Forward, backward, reduce, clip and update on this rank's rows of global batch number `step`."""
+    def train_step(self, batch: Batch, step: int, watch: Watch | None = None) -> StepResult:
+        """Forward, backward, reduce, clip and update on this rank's rows of global batch number `step`.
+
+        `watch` is shown the gradients by name, reduced and not yet clipped.
+        """
 
     def learning_rate(self, step: int) -> float:
         """Learning rate (`optimizer.lr` times the schedule's factor) of a step."""

@@ -5,18 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from headway.pretrain.config import Job
 from headway.pretrain.engine import Batch, Engine, StepResult
 from headway.pretrain.errors import Interrupted, NonFiniteError
+from headway.pretrain.records.metrics import step_values
+from headway.pretrain.records.records import Recorder
 
 
-class Recorder(Protocol):
-    """Who is told about steps and events."""
+class Saver(Protocol):
+    """Writes checkpoints, perhaps in the background."""
 
-    def step(self, values: dict) -> None: ...
-    def event(self, kind: str, **fields: object) -> None: ...
+    def save(self, step: int) -> None:
+        """Save the state after that many steps."""
+
+    def poll(self) -> None:
+        """Tell what was published and what went wrong since."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Trainer:
 
     Attributes:
         batches: endless iterator over this rank's rows of successive global batches.
-        save: writes a checkpoint after that many steps.
+        saver: writes checkpoints.
         evaluate: held-out loss on at most that many rows (None: all), in nats a token.
         stop_asked: whether any rank was asked to stop; equal on all ranks.
         name_samples: names of the samples of a step's global batch, for error messages.
@@ -50,12 +56,11 @@ class Trainer:
     batches: Iterator[Batch]
     recorder: Recorder
     yardstick: Yardstick
-    save: Callable[[int], None]
+    saver: Saver
     evaluate: Callable[[int | None], dict[str, float]]
     stop_asked: Callable[[], bool]
     name_samples: Callable[[int], str]
     memory: Callable[[], float]
-    tokens: int = 0
 
     def run(self, done: int) -> None:
         """Train from step `done` on.
@@ -68,43 +73,41 @@ class Trainer:
         saved = done
         for step in range(done, steps):
             self._step(step)
+            self.saver.poll()
             finished = step + 1
             if every and finished % every == 0 and finished < steps:
-                self.save(finished)
+                self.saver.save(finished)
                 saved = finished
             if self.stop_asked():
                 if saved != finished:
-                    self.save(finished)
+                    self.saver.save(finished)
                 raise Interrupted(f"asked to stop: saved after step {finished} of {steps}; start again to go on")
         if saved != steps:
-            self.save(steps)
+            self.saver.save(steps)
 
     def _step(self, step: int) -> None:
         begin = time.perf_counter()
         batch = next(self.batches)
+        number = step + 1
+        watch = None
+        if self.recorder.wants_histograms(number):
+            watch = partial(self.recorder.histograms, number)
         try:
-            result = self.engine.train_step(batch, step)
+            result = self.engine.train_step(batch, step, watch)
         except NonFiniteError as error:
             raise NonFiniteError(f"{error}; samples: {self.name_samples(step)}") from None
-        seconds = time.perf_counter() - begin
-        values = self._values(step, result, seconds)
+        self.recorder.step(self._values(step, result, time.perf_counter() - begin))
         every = self.job.train.eval_every
-        if every and (step + 1) % every == 0 and step + 1 < self.job.train.steps:
-            values |= self.evaluate(self.job.train.eval_rows)
-        self.recorder.step(values)
+        if every and number % every == 0 and number < self.job.train.steps:
+            self.recorder.event("eval", **self.evaluate(self.job.train.eval_rows))
 
     def _values(self, step: int, result: StepResult, seconds: float) -> dict:
-        self.tokens += result.tokens
-        rate = result.tokens / seconds
-        return {
-            "step": step + 1,
-            "loss": result.loss,
-            "lr": self.engine.learning_rate(step),
-            "grad_norm": result.grad_norm,
-            "tokens": self.tokens,
-            "tokens_per_second": rate,
-            "step_seconds": seconds,
-            "mfu": rate * self.yardstick.flops_per_token / self.yardstick.peak,
-            "memory_gib": self.memory(),
-            **result.metrics,
-        }
+        return step_values(
+            step + 1,
+            result,
+            lr=self.engine.learning_rate(step),
+            seconds=seconds,
+            flops=result.tokens * self.yardstick.flops_per_token,
+            peak=self.yardstick.peak,
+            memory_gib=self.memory(),
+        )

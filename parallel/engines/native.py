@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from headway.parallel.apply import apply
 from headway.parallel.mesh import World
 from headway.pretrain.config import Job
-from headway.pretrain.engine import Batch, State, StepResult
+from headway.pretrain.engine import Batch, State, StepResult, Watch
 from headway.pretrain.errors import JobError, NonFiniteError
 from headway.pretrain.optim.build import build_optimizers
 from headway.pretrain.optim.clipping import global_norm, scale_gradients_
@@ -43,7 +43,7 @@ class NativeEngine:
 
     # -- one step ------------------------------------------------------------------------------------------
 
-    def train_step(self, batch: Batch, step: int) -> StepResult:
+    def train_step(self, batch: Batch, step: int, watch: Watch | None = None) -> StepResult:
         """One optimizer step; see the protocol.
 
         Raises:
@@ -57,6 +57,8 @@ class NativeEngine:
         if not math.isfinite(loss) or (not math.isfinite(norm) and self.scale is None):
             self._forget_gradients()
             raise NonFiniteError(f"step {step}: loss {loss}, gradient norm {norm}")
+        if watch:
+            watch({name: p.grad for name, p in self.named.items() if p.grad is not None})
         skipped = not math.isfinite(norm)
         if not skipped:
             self._update(step, norm)

@@ -1,0 +1,93 @@
+"""Between a run and its checkpoints: what goes in, what is told, and from where a run goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from headway.launch.assemble import Parts
+from headway.parallel.checkpoint.load import load
+from headway.parallel.checkpoint.retention import folder_name, list_checkpoints, step_of
+from headway.parallel.checkpoint.save import Checkpointer
+from headway.parallel.checkpoint.verify import newest_good
+from headway.parallel.mesh import World
+from headway.pretrain.engine import State
+from headway.pretrain.errors import CheckpointError
+from headway.pretrain.records.records import Recorder
+
+
+class Saver:
+    """Writes checkpoints of a run and tells the recorder what became of them."""
+
+    def __init__(self, checkpointer: Checkpointer, parts: Parts, recorder: Recorder) -> None:
+        self.checkpointer, self.parts, self.recorder = checkpointer, parts, recorder
+        self._told = 0
+
+    def save(self, step: int) -> None:
+        """Save the state after `step` steps."""
+        state = self.parts.engine.state()
+        state.numbers |= {"step": step, "data": self.parts.corpus.loader.state()}
+        self.checkpointer.save(step, state, self.parts.job.model_dump(mode="json"))
+
+    def poll(self) -> None:
+        """Tell what was published and what went wrong since the last call."""
+        for path in self.checkpointer.published[self._told :]:
+            self.recorder.event("checkpoint", step=step_of(path.name), path=str(path))
+        self._told = len(self.checkpointer.published)
+        while self.checkpointer.problems:
+            problem = self.checkpointer.problems.pop(0)
+            self.recorder.event("warning", message=f"no checkpoint: {problem}")
+
+    def close(self) -> None:
+        self.checkpointer.close()
+        self.poll()
+
+
+def choose(folder: Path, world: World) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose digests agree, and what is wrong with newer ones; equal on all ranks.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none of them is whole.
+    """
+    step, warnings = -1, []
+    if world.main and list_checkpoints(folder):
+        path, problems = newest_good(folder)
+        warnings = [f"checkpoint passed over: {problem}" for problem in problems]
+        step = step_of(path.name) or 0 if path else -2
+    step = int(world.sum(step if world.main else 0)[0])
+    if step == -2:
+        found = "; ".join(warnings) or "see the first rank's message"
+        raise CheckpointError(f"{folder} holds no checkpoint that is whole: {found}. Begin anew with --fresh")
+    return (folder / folder_name(step) if step >= 0 else None), warnings
+
+
+def restore(parts: Parts, path: Path) -> tuple[int, list[str]]:
+    """Load weights, moments, counters and the data cursor; the step, and what changed in the data."""
+    state = parts.engine.state()
+    numbers: dict[str, Any] = load(path, state, verify=False)  # `choose` has verified it
+    parts.engine.load(State({}, numbers))
+    return int(numbers["step"]), parts.corpus.loader.load(numbers["data"])
+
+
+def weights_only(parts: Parts, start: str) -> None:
+    """Begin a new run with the weights of a checkpoint or of a run's newest one."""
+    path = find_checkpoint(start)
+    load(path, parts.engine.state(), strict=False, names=lambda name: not name.startswith("optimizer."))
+
+
+def find_checkpoint(place: str) -> Path:
+    """A checkpoint folder, or the newest whole one of a run folder.
+
+    Raises:
+        CheckpointError: neither is there.
+    """
+    path = Path(place)
+    if (path / "manifest.json").exists():
+        return path
+    for folder in (path / "checkpoints", path):
+        if list_checkpoints(folder):
+            found, problems = newest_good(folder)
+            if found:
+                return found
+            raise CheckpointError(f"{folder}: no checkpoint is whole: {'; '.join(map(str, problems))}")
+    raise CheckpointError(f"{place}: neither a checkpoint nor a run with checkpoints")
