@@ -1,0 +1,139 @@
+"""Which parts of the whole tensors this rank holds, read off plain tensors and DTensors."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+from headway.parallel.checkpoint.boxes import Box
+from headway.parallel.checkpoint.shards import DTYPES
+from headway.pretrain.errors import CheckpointError
+
+Runs = list[tuple[int, int]]
+"""Ranges (start, stop) of one dim's global indices, in the order in which a local shard holds them."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A part of a tensor on this rank: a box of the whole, and a view of the live values in it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    box: Box
+    view: Tensor
+
+    @property
+    def what(self) -> tuple[str, str, Box]:
+        """What identifies the part: equal on two ranks only if they hold the same values."""
+        return self.name, self.dtype, self.box
+
+    @property
+    def nbytes(self) -> int:
+        return self.view.nbytes
+
+
+def held(tensors: Mapping[str, Tensor]) -> list[Held]:
+    """All parts that this rank holds, by name; parts without elements are left out.
+
+    A plain tensor is a whole. A DTensor is one box under `Shard` and `Replicate` in any order and any number
+    of axes on one dim, and several boxes where FSDP2 over tensor parallelism interleaves (`_StridedShard`).
+
+    Raises:
+        CheckpointError: for a dtype that safetensors lacks, a pending reduction, or an unknown placement.
+    """
+    parts: list[Held] = []
+    for name, tensor in tensors.items():
+        dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+        if dtype not in DTYPES:
+            raise CheckpointError(
+                f"tensor {name}: a checkpoint cannot hold {dtype}; it holds {', '.join(DTYPES)}."
+            )
+        boxes = _cut(name, tensor) if isinstance(tensor, DTensor) else [(Box.whole(shape), tensor.detach())]
+        parts += [Held(name, dtype, shape, box, view) for box, view in boxes if box.numel]
+    return parts
+
+
+def _cut(name: str, tensor: DTensor) -> list[tuple[Box, Tensor]]:
+    with torch.no_grad():
+        local = tensor.to_local().detach()
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:  # this rank is outside the tensor's mesh
+        return []
+    runs: list[Runs] = [[(0, n)] for n in tensor.shape]
+    for axis, placement in enumerate(tensor.placements):
+        if isinstance(placement, Replicate):
+            continue
+        if not isinstance(placement, Shard | _StridedShard):
+            raise CheckpointError(f"tensor {name}: placement {placement} cannot be saved or loaded.")
+        dim, parts = placement.dim, tensor.device_mesh.size(axis)
+        runs[dim] = _shard(runs[dim], placement, parts, coordinate[axis])
+    if (expected := tuple(map(_length, runs))) != tuple(local.shape):
+        found = list(local.shape)
+        raise CheckpointError(
+            f"tensor {name}: local shape {found}, but its placements give {list(expected)}."
+        )
+    if not local.numel():
+        return []
+    sides = [_placed(dim) for dim in runs]
+    cut = []
+    for corner in itertools.product(*sides):
+        box = Box(tuple(c[0] for c in corner), tuple(c[1] for c in corner))
+        cut.append((box, local[tuple(slice(at, at + n) for _, n, at in corner)]))
+    return cut
+
+
+def _shard(runs: Runs, placement: Placement, parts: int, index: int) -> Runs:
+    """The share of rank `index` of `parts` in a dim that earlier axes have left at `runs`."""
+    if not isinstance(placement, _StridedShard):
+        return _take(runs, *_chunk(_length(runs), parts, index))
+    # The axes to the right were split first, into `factor` blocks; this rank has its share of each block.
+    factor, share = int(placement.split_factor), []
+    for block in range(factor):
+        inner = _take(runs, *_chunk(_length(runs), factor, block))
+        share += _take(inner, *_chunk(_length(inner), parts, index))
+    return _joined(share)
+
+
+def _chunk(size: int, parts: int, index: int) -> tuple[int, int]:
+    """Start and stop of chunk `index`, as torch.chunk cuts: equal chunks, the last ones short or empty."""
+    step = -(-size // parts)
+    return min(size, step * index), min(size, step * (index + 1))
+
+
+def _take(runs: Runs, start: int, stop: int) -> Runs:
+    """Positions start..stop of the indices that `runs` lists."""
+    taken, at = [], 0
+    for a, b in runs:
+        low, high = max(start - at, 0), min(stop - at, b - a)
+        if low < high:
+            taken.append((a + low, a + high))
+        at += b - a
+    return taken
+
+
+def _joined(runs: Runs) -> Runs:
+    joined: Runs = []
+    for a, b in runs:
+        if joined and joined[-1][1] == a:
+            joined[-1] = (joined[-1][0], b)
+        else:
+            joined.append((a, b))
+    return joined
+
+
+def _placed(runs: Runs) -> list[tuple[int, int, int]]:
+    """Each run as (start in the whole, length, start in the local shard)."""
+    lengths = [b - a for a, b in runs]
+    starts = itertools.accumulate(lengths[:-1], initial=0)
+    return [(a, n, at) for (a, _), n, at in zip(runs, lengths, starts, strict=True)]
+
+
+def _length(runs: Runs) -> int:
+    return sum(b - a for a, b in runs)

@@ -1,0 +1,204 @@
+"""Saving: every rank copies what it owns to host memory, and a thread writes, checks and publishes it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from headway.parallel.checkpoint import parts
+from headway.parallel.checkpoint.durable import disk_errors, remove_tree
+from headway.parallel.checkpoint.host import HostBuffer
+from headway.parallel.checkpoint.layout import held
+from headway.parallel.checkpoint.manifest import check_json
+from headway.parallel.checkpoint.plan import Plan, make_plan
+from headway.parallel.checkpoint.publish import Folder, new_token
+from headway.parallel.checkpoint.retention import latest, retire
+from headway.parallel.checkpoint.shards import header, write_shard
+from headway.parallel.checkpoint.team import Team
+from headway.pretrain.engine import State
+from headway.pretrain.errors import CheckpointError
+
+
+class Checkpointer:
+    """Saves states into a run's `checkpoints/` folder. One at a time; construct it on all ranks together.
+
+    A failed save (disk full, a rank that does not answer) does not raise: it is put on `problems` for the
+    caller to show, its files are removed, the last good checkpoint stays, and the next save tries again.
+
+    Args:
+        folder: `runs/NAME/checkpoints`, on a file system that all ranks share.
+        group: the ranks that hold the state; the default process group, or this process alone, if not given.
+        background: write in a thread; `save` then returns when the copy to host memory is complete.
+        keep_last: newest checkpoints that are kept.
+        keep_every: checkpoints at multiples of this many steps are kept for good; 0 keeps none for good.
+        incarnation: how often the job has been restarted; fences off a predecessor that is still writing.
+        timeout: seconds that rank 0 waits for another rank's shard after the last one that came.
+
+    Attributes:
+        problems: faults since the caller last looked (pop them); on rank 0 those of all ranks.
+        published: folders that were published, in order; rank 0 only.
+
+    Raises:
+        CheckpointError: the folder cannot be made or written, or a higher incarnation owns it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        group: dist.ProcessGroup | None = None,
+        background: bool = True,
+        keep_last: int = 2,
+        keep_every: int = 0,
+        incarnation: int = 0,
+        timeout: float = 300.0,
+    ) -> None:
+        self.team = Team(group)
+        self.background, self.keep_last, self.keep_every = background, max(1, keep_last), keep_every
+        self.timeout = timeout
+        self.problems: list[CheckpointError] = []
+        self.published: list[Path] = []
+        token = int(self.team.gather([new_token()])[0, 0])
+        self.folder = Folder(Path(folder), token, incarnation)
+        self._attempt = 0
+        self._plan: Plan | None = None
+        self._buffer = HostBuffer()
+        self._writer: threading.Thread | None = None
+        with self.team.together():
+            if self.team.rank == 0:
+                with disk_errors(self.folder.path, "be made ready for checkpoints"):
+                    self.folder.take_over()
+
+    def save(self, step: int, state: State, job: Mapping[str, Any] | None = None) -> None:
+        """Save `state` as the checkpoint of `step`; collective. Numbers and job are taken from rank 0.
+
+        Returns when the values have been copied (background), so that training may change them, or when the
+        checkpoint is published. Waits for an earlier save that is still being written.
+
+        Raises:
+            CheckpointError: the state cannot be saved at all: a dtype or placement that a checkpoint cannot
+                hold, numbers that are not JSON, ranks at different steps. Faults of the disk do not raise.
+        """
+        self.wait()
+        self._attempt += 1
+        numbers, job = dict(state.numbers), dict(job or {})
+        with self.team.together():
+            check_json(numbers, "numbers")
+            check_json(job, "job")
+            have = held(state.tensors)
+        opened = self._open_staging(step)
+        changed = self._plan is None or not self._plan.fits(have)
+        said = self.team.gather([step, opened, changed])
+        if said[:, 0].min() != said[:, 0].max():
+            raise CheckpointError(f"ranks save different steps: {said[:, 0].tolist()}.")
+        if not said[0, 1]:
+            return  # rank 0 has put the reason on its problems
+        if self._plan is None or said[:, 2].any():
+            self._plan = make_plan(state, have, self.team)
+        plan, staging = self._plan, self.folder.staging(step, self._attempt)
+        try:
+            views = [have[index].view for index in plan.chosen]
+            data = self._buffer.fill(views, [slot.start for slot in plan.slots], plan.nbytes)
+        except (RuntimeError, MemoryError) as error:  # no host memory for the copy
+            self._give_up(step, staging, error)
+            return
+        # The caller may change its dicts while the thread writes.
+        work = (step, staging, plan, data, copy.deepcopy(numbers), copy.deepcopy(job))
+        if self.background:
+            self._writer = threading.Thread(target=self._write, args=work, name=f"checkpoint-{step}")
+            self._writer.start()
+        else:
+            self._write(*work)
+
+    def wait(self) -> None:
+        """Return when nothing is being written: on rank 0 the last save is published or has failed."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+
+    def close(self) -> None:
+        """Finish what is being written and free the buffers; `problems` can still be read."""
+        self.wait()
+        self._buffer.close()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open_staging(self, step: int) -> bool:
+        if self.team.rank == 0:
+            try:
+                with disk_errors(self.folder.path, f"take a checkpoint of step {step}"):
+                    self.folder.open_staging(step, self._attempt)
+            except CheckpointError as error:
+                self._report(step, error)
+                return False
+        return True
+
+    def _write(
+        self,
+        step: int,
+        staging: Path,
+        plan: Plan,
+        data: memoryview,
+        numbers: dict[str, Any],
+        job: dict[str, Any],
+    ) -> None:
+        """Write this rank's shard and tell rank 0; rank 0 waits for all and publishes. No collective here."""
+        try:
+            with disk_errors(staging, "be written", needed=plan.nbytes):
+                parts.tell(staging, self.team.rank, self._write_shard(staging, plan, data))
+            if self.team.rank == 0:
+                with disk_errors(staging, f"be published as the checkpoint of step {step}"):
+                    said = parts.collect(staging, self.team.world, self.timeout)
+                    manifest = parts.merge(said, step, numbers, job, staging)
+                    self.published.append(self.folder.publish(staging, manifest))
+        except Exception as error:
+            # Nothing that goes wrong in this thread may end the training, or go unseen.
+            self._give_up(step, staging, error)
+        else:
+            self._retire(step)
+
+    def _write_shard(self, staging: Path, plan: Plan, data: memoryview) -> dict[str, Any]:
+        if not plan.slots:
+            return {"file": None, "tensors": plan.tensors}
+        name = parts.shard_name(self.team.rank)
+        size, digest = write_shard(staging / name, header(plan.slots), data)
+        return {"file": name, "bytes": size, "sha256": digest, "tensors": plan.tensors}
+
+    def _give_up(self, step: int, staging: Path, error: Exception) -> None:
+        """Remove what this attempt wrote, say why, and let rank 0 know at once, not after a timeout."""
+        self._report(step, error)
+        if self.team.rank == 0:
+            remove_tree(staging)
+            return
+        with contextlib.suppress(OSError):
+            (staging / parts.shard_name(self.team.rank)).unlink(missing_ok=True)
+            parts.tell(staging, self.team.rank, {"error": str(error)})
+
+    def _retire(self, step: int) -> None:
+        if self.team.rank != 0:
+            return
+        try:
+            with disk_errors(self.folder.path, "let an old checkpoint go"):
+                retire(self.folder.path, step, self.keep_last, self.keep_every)
+        except CheckpointError as error:
+            self.problems.append(error)
+
+    def _report(self, step: int, error: Exception) -> None:
+        last = latest(self.folder.path)
+        stays = f"The last good checkpoint is {last}." if last else "There is no earlier checkpoint."
+        problem = CheckpointError(f"step {step} was not saved: {error} {stays} The next save tries again.")
+        problem.__cause__ = error
+        self.problems.append(problem)
