@@ -29,9 +29,10 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 _NAMES = {dtype: name for name, dtype in PRECISIONS.items()}
 
 # Dense peaks in TFLOP/s, per device as torch counts it, from NVIDIA's data sheets and, for workstation and
-# GeForce cards, the appendix tables of the Ampere GA102, Ada and RTX Blackwell whitepapers (tensor cores with
-# fp32 accumulation, as PyTorch uses them). Where a sheet gives only "with sparsity" (H100, H200, B200, L4), half
-# of it. Names match in full: a MIG slice, a laptop or a regional variant is a different machine and is measured.
+# GeForce cards, the appendices of the Ampere GA102, Ada and RTX Blackwell whitepapers (tensor cores with
+# fp32 accumulation, as PyTorch uses them). Where a sheet gives only "with sparsity" (H100, H200, B200, L4), it
+# is half of that. Names match in full: a MIG slice, a laptop or a regional variant is another machine, and is
+# measured.
 _PEAKS: list[tuple[str, dict[str, float]]] = [
     (r"Tesla V100-SXM2-\d+GB", {"fp32": 15.7, "fp16": 125}),
     (r"Tesla V100-PCIE-\d+GB", {"fp32": 14, "fp16": 112}),
@@ -115,8 +116,7 @@ def peak_rate(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
                 return peaks[kind] * 1e12, f"dense {kind} peak of the data sheet of {name}"
     source = f"measured: best square {kind} product on {name}"
     if device.type == "cpu":
-        threads = torch.get_num_threads()
-        source += f", {threads} thread{'s' if threads > 1 else ''}"
+        source += f", {_threads(device)}"
     return matmul_rate(device, dtype), source
 
 
@@ -126,8 +126,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, *, budget: float = 2.0
     Sizes double while they are expected to fit into `budget` seconds together. Measured once: the result is
     kept in the user's cache, by device, dtype, threads and version of torch.
     """
-    threads = torch.get_num_threads() if device.type == "cpu" else 0
-    key = f"matmul | {device_name(device)} | {_kind(device, dtype)} | {threads} threads | torch {torch.__version__}"
+    key = _cache_key(f"square {_kind(device, dtype)}", device)
     cached = _cache_get(key)
     if isinstance(cached, float) and cached > 0:
         return cached
@@ -137,9 +136,8 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, *, budget: float = 2.0
         if spent + expected > budget:
             break
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        seconds, taken = _fastest(
-            functools.partial(torch.mm, a, b, out=torch.empty_like(a)), device, budget / 8
-        )
+        product = functools.partial(torch.mm, a, b, out=torch.empty_like(a))
+        seconds, taken = _fastest(product, device, budget / 8)
         best, spent, n = max(best, 2 * n**3 / seconds), spent + taken, 2 * n
     _cache_put(key, best)
     return best
@@ -148,12 +146,12 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, *, budget: float = 2.0
 def choose_precision(
     requested: str, device: torch.device, *, hidden: int, rows: int, ffn: int | None = None
 ) -> tuple[str, str]:
-    """Precision of matrix products and the reason, for people.
+    """Precision of matrix products and the reason, for people; JobError for bf16 on a GPU without it.
 
     `auto` on a GPU is bf16 where its hardware has it, else fp16. On a CPU small bf16 products can take a path
-    that is ten times slower than fp32, so forward and backward of one linear layer of this job's shape are timed
-    in both; fp32 stays unless bf16 is at least a tenth faster. The answer is cached, so that a resumed run
-    decides as before. Call it on one rank and tell the others: ranks that measure apart may disagree.
+    that is ten times slower than fp32, so forward and backward of one linear layer of this job's shape are
+    timed in both; fp32 stays unless bf16 is at least a tenth faster. The answer is cached, so that a resumed
+    run decides as before. Call it on one rank and tell the others: ranks that measure apart may disagree.
 
     Args:
         hidden, ffn: widths of the layer; ffn is 4 x hidden if not given.
@@ -168,46 +166,44 @@ def choose_precision(
         if torch.cuda.is_bf16_supported(False):
             return "bf16", f"{device_name(device)} has bf16 units"
         return "fp16", f"{device_name(device)} has no bf16 units"
-    ffn, threads = ffn or 4 * hidden, torch.get_num_threads()
-    key = f"linear | {device_name(device)} | {rows}x{hidden}x{ffn} | {threads} threads | torch {torch.__version__}"
-    cached = _cache_get(key)
-    if isinstance(cached, dict) and {"fp32", "bf16", "rows"} <= cached.keys():
-        rates = cached
-    else:
+    ffn = ffn or 4 * hidden
+    key = _cache_key(f"linear {rows} x {hidden} x {ffn}", device)
+    rates = _cache_get(key)
+    if not (isinstance(rates, dict) and {"fp32", "bf16", "rows"} <= rates.keys()):
         rates = _linear_rates(rows, hidden, ffn)
         _cache_put(key, rates)
     choice = "bf16" if rates["bf16"] > 1.1 * rates["fp32"] else "fp32"
-    reason = (
-        f"measured on this CPU at {rates['rows']:.0f} x {hidden} x {ffn}, {threads} thread{'s' * (threads > 1)}: "
-        f"fp32 {rates['fp32'] / 1e9:.0f}, bf16 {rates['bf16'] / 1e9:.0f} GFLOP/s"
-    )
-    return choice, reason
+    shape = f"{rates['rows']} x {hidden} x {ffn}, {_threads(device)}"
+    speeds = f"fp32 {rates['fp32'] / 1e9:.3g}, bf16 {rates['bf16'] / 1e9:.3g} GFLOP/s"
+    return choice, f"measured on this CPU at {shape}: {speeds}"
 
 
-def _linear_rates(rows: int, hidden: int, ffn: int, budget: float = 0.6) -> dict[str, float]:
+def _linear_rates(rows: int, hidden: int, ffn: int, budget: float = 0.8) -> dict[str, float]:
     """FLOP/s of forward and backward of a linear layer in fp32 and under bf16 autocast, casts included.
 
-    Rows grow fourfold towards the job's own while the next round is expected to fit the budget, so that a
-    machine on which bf16 is a hundred times slower says so in under a second too.
+    Which path a product takes depends on its rows too, so they grow to the job's own, as far as two calls of
+    each are expected to fit into `budget` seconds: a machine on which bf16 is a hundred times slower
+    says so in under a second as well.
     """
     # Beyond these widths a product takes the same path, and the weights alone would take the time.
     hidden, ffn = min(hidden, 1024), min(ffn, 4096)
     weight = torch.randn(ffn, hidden, requires_grad=True)
-    _linear_step(
-        torch.randn(1, hidden), weight, torch.randn(1, ffn, dtype=torch.bfloat16)
-    )  # pays for start-up
+    for dtype in (torch.float32, torch.bfloat16):  # pays for start-up, untimed
+        _linear_step(torch.randn(64, hidden, requires_grad=True), weight, torch.randn(64, ffn, dtype=dtype))
     rates: dict[str, float] = {}
     spent, size = 0.0, min(rows, 64)
     while True:
-        x, grad, seconds = torch.randn(size, hidden, requires_grad=True), torch.randn(size, ffn), 0.0
+        x, grad = torch.randn(size, hidden, requires_grad=True), torch.randn(size, ffn)
+        seconds = 0.0
         for name in ("fp32", "bf16"):
             step = functools.partial(_linear_step, x, weight, grad.to(PRECISIONS[name]))
-            fastest, taken = _fastest(step, x.device, budget / 16)
+            fastest, taken = _fastest(step, x.device, budget / 20)
             seconds, spent = seconds + fastest, spent + taken
             rates[name] = 6 * size * hidden * ffn / fastest
         rates["rows"] = size
-        grown = min(4 * size, rows)
-        if size == rows or spent + 2 * seconds * grown / size > budget:
+        # Small products leave the units idle, so time grows more slowly than rows: a step of 4 is modest.
+        grown = min(rows, 4 * size)
+        if size == rows or spent + seconds * (grown / size) > budget:
             return rates
         size = grown
 
@@ -222,8 +218,8 @@ def _linear_step(x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> N
 def compiler_available() -> bool:
     """Whether torch.compile can build CPU kernels here: a C++ compiler with OpenMP, and Python's headers.
 
-    Asks the compiler that Inductor would take ($CXX, else g++ or clang++) instead of only looking for it: on a
-    machine with a compiler but without Python's development headers, compilation fails too.
+    Asks the compiler that Inductor would take ($CXX, else g++ or clang++) instead of looking for it: with
+    a compiler but without Python's development headers, compilation fails too.
     """
     compiler = os.environ.get("CXX") or ("clang++" if platform.system() == "Darwin" else "g++")
     command = [*compiler.split(), "-x", "c++", "-fsyntax-only", f"-I{sysconfig.get_path('include')}", "-"]
@@ -258,7 +254,7 @@ def _tf32_allowed() -> bool:
 
 
 def _fastest(function: Callable[[], object], device: torch.device, enough: float) -> tuple[float, float]:
-    """Seconds of the fastest of 2 to 10 calls (one, if it takes `enough` seconds alone), and of all of them."""
+    """Seconds of the fastest of up to 10 calls, made until they took `enough` together, and of all calls."""
     times = [_seconds(function, device)]
     while len(times) < 10 and sum(times) < enough:
         times.append(_seconds(function, device))
@@ -275,6 +271,17 @@ def _seconds(function: Callable[[], object], device: torch.device) -> float:
     function()
     wait()
     return time.perf_counter() - start
+
+
+def _threads(device: torch.device) -> str:
+    count = torch.get_num_threads()
+    return "" if device.type != "cpu" else f"{count} thread{'s' if count > 1 else ''}"
+
+
+def _cache_key(what: str, device: torch.device) -> str:
+    return ", ".join(
+        filter(None, [what, device_name(device), _threads(device), f"torch {torch.__version__}"])
+    )
 
 
 def _cache_get(key: str) -> object:
