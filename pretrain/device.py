@@ -29,9 +29,9 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 _NAMES = {dtype: name for name, dtype in PRECISIONS.items()}
 
 # Dense peaks in TFLOP/s, per device as torch counts it, from NVIDIA's data sheets and, for workstation and
-# GeForce cards, the appendices of the Ampere GA102, Ada and RTX Blackwell whitepapers (tensor cores with
-# fp32 accumulation, as PyTorch uses them). Where a sheet gives only "with sparsity" (H100, H200, B200, L4), it
-# is half of that. Names match in full: a MIG slice, a laptop or a regional variant is another machine, and is
+# GeForce cards, from the Ampere GA102, Ada and RTX Blackwell whitepapers (tensor cores with fp32
+# accumulation, as PyTorch uses them). Where a sheet gives only "with sparsity" (H100, H200, B200, L4), it is
+# half of that. Names match in full: a MIG slice, a laptop or a regional variant is another machine, and is
 # measured.
 _PEAKS: list[tuple[str, dict[str, float]]] = [
     (r"Tesla V100-SXM2-\d+GB", {"fp32": 15.7, "fp16": 125}),

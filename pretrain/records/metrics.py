@@ -49,9 +49,9 @@ def step_values(
 class MetricsFile:
     """Appends steps to `metrics.jsonl`; every line reaches the operating system before `write` returns.
 
-    Opening it at `start_step` cuts off later steps (a killed run may have gone beyond its last checkpoint) and a
-    torn last line, and publishes the rest under the same name: a process of an earlier incarnation that is still
-    alive writes into the unlinked file.
+    Opening it at `start_step` cuts off later steps (a killed run may have gone beyond its last checkpoint)
+    and a torn last line, and publishes the rest under the same name: a process of an earlier incarnation that
+    still lives writes into the unlinked file.
 
     A full disk raises OSError and leaves no torn line; the lines wait in memory and go out with the next one.
     """
