@@ -1,0 +1,191 @@
+"""What the training loop tells about a run, said once: to `metrics.jsonl`, W&B and whoever watches."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import torch
+from torch import Tensor
+
+from headway.pretrain.config import Job
+from headway.pretrain.records.metrics import MetricsFile, encode
+from headway.pretrain.records.progress import ProgressDisplay
+from headway.pretrain.records.tracker import WandbTracker, wandb_mode
+
+
+class Recorder(Protocol):
+    """The whole of what a training loop needs; rank 0 holds `Records`, the others `NoRecords`."""
+
+    def step(self, values: Mapping[str, Any]) -> None:
+        """One finished optimizer step; `values` as `step_values` makes them."""
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Something between steps: `eval`, `checkpoint`, `warning`, or a kind of the caller's own.
+
+        `eval`: its numbers join the line of the last step. `checkpoint`: `step`, `path`. `warning`: `message`.
+        """
+
+    def wants_histograms(self, step: int) -> bool:
+        """Whether gradients of this step are to be handed to `histograms`."""
+
+    def histograms(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Distributions of tensors by name, usually gradients, before the optimizer changes them."""
+
+    def close(self, status: str = "done", summary: Mapping[str, Any] | None = None) -> None:
+        """End of the run: `done`, `stopped` (will be started again) or `failed`."""
+
+
+class NoRecords:
+    """Keeps nothing: every rank but the first."""
+
+    def step(self, values: Mapping[str, Any]) -> None: ...
+
+    def event(self, kind: str, **fields: Any) -> None: ...
+
+    def wants_histograms(self, step: int) -> bool:
+        return False
+
+    def histograms(self, step: int, tensors: Mapping[str, Tensor]) -> None: ...
+
+    def close(self, status: str = "done", summary: Mapping[str, Any] | None = None) -> None: ...
+
+
+class Records:
+    """Keeps everything; no full disk and no dead W&B server stops the run, and each trouble is told once.
+
+    Beside `metrics.jsonl`, `events.jsonl` keeps what happened when: starts, checkpoints, warnings, the end.
+    It is never cut: after a crash it shows both lives of the run.
+
+    Args:
+        run_dir: the run's folder.
+        job: the resolved job; W&B gets it as the run's config.
+        start_step: step of the checkpoint that the run goes on from, 0 for a new one.
+        mode: `online`, `offline` or `off`, from `wandb_mode`.
+        stream: where progress goes; standard output if not given.
+    """
+
+    def __init__(
+        self, run_dir: Path, job: Job, start_step: int = 0, *, mode: str = "off", stream: TextIO | None = None
+    ) -> None:
+        self._run_dir, self._told = run_dir, set[str]()
+        self._histograms_every = job.tracking.histograms_every
+        self._step = start_step
+        self._metrics = MetricsFile(run_dir / "metrics.jsonl", start_step)
+        self._progress = ProgressDisplay(job.train.steps, start_step, stream=stream)
+        self._wandb: WandbTracker | None = None
+        self.event("start" if start_step == 0 else "resume", step=start_step)
+        if mode != "off":
+            config = job.model_dump(mode="json")
+            try:
+                say = self._progress.say
+                self._wandb = WandbTracker(run_dir, mode, job.tracking, config, warn=self._warn, say=say)
+            except OSError as error:
+                self._warn(f"no W&B: {error}")
+
+    def step(self, values: Mapping[str, Any]) -> None:
+        self._step = int(values["step"])
+        self._try(self._metrics.write, values)
+        if self._wandb:
+            self._wandb.log(self._step, numbers(values))
+        self._progress.step(values)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        fields = {"step": self._step, **fields}
+        self._try(self._append_event, {"time": time.time(), "kind": kind, **fields})
+        if kind == "eval":
+            values = numbers({k: v for k, v in fields.items() if k != "step"})
+            self._try(self._metrics.amend, values)
+            if self._wandb:
+                self._wandb.log(self._step, values)
+            shown = "  ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in values.items())
+            self._progress.say(f"step {fields['step']}  {shown}")
+        elif kind == "checkpoint" and self._wandb:
+            self._wandb.checkpoint(int(fields["step"]), Path(fields["path"]))
+        elif kind == "warning":
+            self._progress.say(f"warning: {fields['message']}")
+
+    def wants_histograms(self, step: int) -> bool:
+        return bool(self._wandb and self._histograms_every and step % self._histograms_every == 0)
+
+    def histograms(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        if self._wandb:
+            found = {f"gradients/{name}": histogram(t) for name, t in tensors.items()}
+            self._wandb.histograms(step, {name: h for name, h in found.items() if h})
+
+    def close(self, status: str = "done", summary: Mapping[str, Any] | None = None) -> None:
+        self._progress.close()
+        if self._wandb:
+            exit_code = {"done": 0, "stopped": 0}.get(status, 1)
+            self._wandb.finish(exit_code, numbers(summary or {}))
+        self.event("end", status=status)
+        self._metrics.close()
+
+    def _warn(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            self.event("warning", message=message)
+
+    def _append_event(self, fields: Mapping[str, Any]) -> None:
+        line = encode(fields)
+        file = os.open(self._run_dir / "events.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(file, line)
+        finally:
+            os.close(file)
+
+    def _try(self, write: Any, values: Mapping[str, Any]) -> None:
+        try:
+            write(values)
+        except OSError as error:
+            self._warn(
+                f"{self._run_dir}: {error.strerror or error}; the run goes on without its latest records"
+            )
+
+
+def open_records(
+    run_dir: Path, job: Job, *, start_step: int = 0, rank: int = 0, stream: TextIO | None = None
+) -> Recorder:
+    """Records on rank 0, silence on the others; JobError if `tracking.wandb` asks for what cannot be."""
+    if rank != 0:
+        return NoRecords()
+    return Records(run_dir, job, start_step, mode=wandb_mode(job.tracking.wandb), stream=stream)
+
+
+def read_events(run_dir: Path) -> list[dict[str, Any]]:
+    """Everything that `Records.event` noted, in order; lines that a killed process left torn are left out."""
+    events = []
+    path = run_dir / "events.jsonl"
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            continue
+    return events
+
+
+def numbers(values: Mapping[str, Any]) -> dict[str, float | int]:
+    """What of `values` can be drawn over steps; tensors and NumPy numbers become plain ones."""
+    found = {k: v.item() if hasattr(v, "item") else v for k, v in values.items()}
+    return {k: v for k, v in found.items() if isinstance(v, int | float)}
+
+
+def histogram(tensor: Tensor, bins: int = 64) -> tuple[list[float], list[float]] | None:
+    """Counts and the bins + 1 edges of the finite values; None if there are none.
+
+    Of a DTensor, this rank's shard: a distribution needs no collective, which other ranks would have to join.
+    """
+    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    values = tensor.detach().float().flatten()
+    values = values[torch.isfinite(values)]
+    if not values.numel():
+        return None
+    low, high = values.min().item(), values.max().item()
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    counts = torch.histc(values, bins, low, high)  # on the tensor's own device
+    return counts.tolist(), torch.linspace(low, high, bins + 1, dtype=torch.float64).tolist()
