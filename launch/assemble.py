@@ -1,4 +1,4 @@
-"""Where all rooms meet: from a resolved job to the parts of a run, in the order in which they need each other."""
+"""Where all rooms meet: from a resolved job to the parts of a run, each after what it needs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import nn
 from headway.launch.environment import find_ranks
 from headway.parallel import mesh
 from headway.parallel.engines import capabilities
-from headway.parallel.engines.native import NativeEngine, rows_per_micro_batch
-from headway.parallel.mesh import World
+from headway.parallel.engines.native import NativeEngine
+from headway.parallel.mesh import World, rows_per_micro_batch
 from headway.pretrain import device as devices
 from headway.pretrain.config import Job
 from headway.pretrain.data.build import Prepared, prepare_data
@@ -74,7 +74,9 @@ class Parts:
     def name_samples(self, step: int) -> str:
         """Names of all samples of a step's global batch, for error messages."""
         end = self.corpus.stream.draw
-        return "; ".join(self.corpus.stream.describe(d) for d in range(end - self.job.train.global_batch, end))
+        return "; ".join(
+            self.corpus.stream.describe(d) for d in range(end - self.job.train.global_batch, end)
+        )
 
     @property
     def job(self) -> Job:
@@ -112,9 +114,7 @@ def assemble(resolved: Resolved, world: World) -> Parts:
         engine, corpus.heldout, objective.collate, world.device, world.data_rank, world.layout.data
     )
     flops = training_flops(job.model, prepared.tokenizer.vocab, job.data.seq_len)
-    return Parts(
-        resolved, hardware, corpus, engine, evaluator, Yardstick(flops, hardware.peak * world.size)
-    )
+    return Parts(resolved, hardware, corpus, engine, evaluator, Yardstick(flops, hardware.peak * world.size))
 
 
 LONG_ENOUGH_TO_COMPILE = 100
@@ -180,7 +180,9 @@ def open_corpus(job: Job, prepared: Prepared, objective: nn.Module, world: World
         pin=world.device.type == "cuda",
     )
     heldout = [
-        HeldoutRows(TokenStore(part.heldout), job.data.seq_len, separator, job.train.eval_overlap, vocab, part.name)
+        HeldoutRows(
+            TokenStore(part.heldout), job.data.seq_len, separator, job.train.eval_overlap, vocab, part.name
+        )
         for part in prepared.parts
         if part.heldout
     ]

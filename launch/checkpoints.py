@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from headway.launch.console import console
 from headway.parallel.checkpoint.manifest import read_manifest
 from headway.parallel.checkpoint.retention import latest, list_checkpoints
 from headway.parallel.checkpoint.verify import verify as problems_of
@@ -42,8 +42,7 @@ def show(place: str) -> None:
         written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.created))
         size = f"{manifest.nbytes / 2**20:.1f} MiB"
         table.add_row(path.name, size, str(len(manifest.tensors)), str(manifest.world), written, mark)
-    console = Console()
-    console.print(table, width=None if console.is_terminal else 200)
+    console().print(table)
 
 
 def verify(place: str) -> None:

@@ -36,9 +36,13 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 def train(
     recipes: Recipes,
     sets: Sets = None,
-    data_path: Annotated[str | None, typer.Option("--data", help="Corpus: file, glob, folder or store.")] = None,
+    data_path: Annotated[
+        str | None, typer.Option("--data", help="Corpus: file, glob, folder or store.")
+    ] = None,
     nproc: Annotated[int, typer.Option(help="Start this many local ranks.", min=1)] = 1,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Set an existing run folder aside and begin anew.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Set an existing run folder aside and begin anew.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Train, or go on with a run whose folder exists."""
@@ -68,8 +72,12 @@ def look(run_path: RunPath, debug: Debug = False) -> None:
 
 
 @data.command("build")
-def data_build(recipes: Recipes, sets: Sets = None, on_error: Annotated[
-    str | None, typer.Option(help="stop or skip at malformed lines.")] = None, debug: Debug = False) -> None:
+def data_build(
+    recipes: Recipes,
+    sets: Sets = None,
+    on_error: Annotated[str | None, typer.Option(help="stop or skip at malformed lines.")] = None,
+    debug: Debug = False,
+) -> None:
     """Build the tokenizer and token stores of a recipe."""
     from headway.launch import corpus
 
@@ -77,8 +85,9 @@ def data_build(recipes: Recipes, sets: Sets = None, on_error: Annotated[
 
 
 @data.command("inspect")
-def data_inspect(prefix: Annotated[str, typer.Argument(help="Store: path without .bin/.idx.")],
-                 debug: Debug = False) -> None:
+def data_inspect(
+    prefix: Annotated[str, typer.Argument(help="Store: path without .bin/.idx.")], debug: Debug = False
+) -> None:
     """What a token store holds."""
     from headway.launch import corpus
 
@@ -88,7 +97,9 @@ def data_inspect(prefix: Annotated[str, typer.Argument(help="Store: path without
 @tokenizer.command("train")
 def tokenizer_train(
     out: Annotated[str, typer.Argument(help="File to write, e.g. my.model.")],
-    sources: Annotated[list[str], typer.Argument(help="Text, JSONL or Parquet files, globs, folders, stdlib:")],
+    sources: Annotated[
+        list[str], typer.Argument(help="Text, JSONL or Parquet files, globs, folders, stdlib:")
+    ],
     vocab: Annotated[int, typer.Option(help="Number of pieces.", min=260)] = 32768,
     debug: Debug = False,
 ) -> None:

@@ -11,7 +11,7 @@ from headway.pretrain.errors import JobError
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: `rank` of `world`, `local_rank` of `local_world` on its node; `source` named it."""
+    """This process among all: `rank` of `world`, `local_rank` of `local_world` on its node."""
 
     rank: int = 0
     world: int = 1
@@ -28,7 +28,12 @@ class Ranks:
 LAUNCHERS = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
-    "MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    "MPI": (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
 }
 
 

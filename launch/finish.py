@@ -1,4 +1,4 @@
-"""The end of a run: held-out bits per byte beside what general compressors reach, a completion, the report."""
+"""The end of a run: held-out bits per byte beside general compressors, a completion, the report."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from headway.launch.assemble import Parts
+from headway.launch.console import console
 from headway.pretrain.data.build import heldout_bytes
 from headway.pretrain.evaluate import bits_per_byte
 from headway.pretrain.generate import generate
@@ -44,7 +44,7 @@ class Finished:
 
     def show(self, title: str) -> None:
         """Print it for a person."""
-        s, console = self.summary, Console(highlight=False)
+        s, out = self.summary, console()
         table = Table(box=None, show_header=False, pad_edge=False)
         for label, key in (("train loss", "train_loss"), ("held-out loss", "heldout_loss")):
             if s.get(key) is not None:
@@ -54,11 +54,11 @@ class Finished:
             table.add_row("bits per byte", f"[bold]{s['bits_per_byte']:.3f}[/bold]  {size}")
             table.add_row("  zlib -9", f"{s['zlib_bits_per_byte']:.3f}")
             table.add_row("  xz -9", f"{s['xz_bits_per_byte']:.3f}")
-        console.print(f"\n{title}")
-        console.print(table)
-        console.print("\ncompletion:", style="dim")
-        console.print(s["prompt"] + s["completion"], markup=False)
-        console.print(f"\nreport: {self.folder / 'report.html'}")
+        out.print(f"\n{title}")
+        out.print(table)
+        out.print("\ncompletion:", style="dim")
+        out.print(s["prompt"] + s["completion"], markup=False)
+        out.print(f"\nreport: {self.folder / 'report.html'}")
 
 
 def heldout_loss(parts: Parts, limit: int | None) -> dict[str, float]:

@@ -61,7 +61,9 @@ def headway_script() -> str:
     beside = Path(sys.executable).with_name("headway")
     found = str(beside) if beside.exists() else shutil.which("headway")
     if found is None:
-        raise JobError("--nproc", "headway", "the console script `headway` is not installed", "pip install -e .")
+        raise JobError(
+            "--nproc", "headway", "the console script `headway` is not installed", "pip install -e ."
+        )
     return found
 
 

@@ -1,4 +1,4 @@
-"""Going on with a run: what may differ between the saved job and the present one, and from where to go on."""
+"""Going on with a run: what may differ between the saved job and the present one."""
 
 from __future__ import annotations
 

@@ -49,7 +49,9 @@ def compare_with_saved(folder: Path, resolved: Resolved) -> list[str]:
     saved = folder / "job.yaml"
     if not saved.exists():
         return []
-    return [f"changed since the run began: {line}" for line in check_resumable(load_job(saved).job, resolved.job)]
+    return [
+        f"changed since the run began: {line}" for line in check_resumable(load_job(saved).job, resolved.job)
+    ]
 
 
 def tell(parts: Parts, notes: Sequence[str]) -> None:

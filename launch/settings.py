@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 
+from headway.launch.console import console
 from headway.pretrain.config import Job
 from headway.pretrain.inert import inert
 from headway.pretrain.recipe import DEFAULT, leaves, one_line, resolve
@@ -26,8 +26,7 @@ def show(recipes: Sequence[str], sets: Sequence[str]) -> None:
         style = "yellow" if name in useless else "dim" if origin == DEFAULT else None
         note = f"no effect: {useless[name]}" if name in useless else ""
         table.add_row(name, one_line(plain), origin, note, style=style)
-    console = Console()
-    console.print(table, width=None if console.is_terminal else 200)
+    console().print(table)
 
 
 def print_schema() -> None:

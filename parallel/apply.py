@@ -9,7 +9,6 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
-from headway.kernels import cross_entropy
 from headway.parallel.mesh import World
 from headway.pretrain.config import Job
 from headway.pretrain.models.init import initialise

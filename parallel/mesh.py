@@ -74,6 +74,22 @@ def _nearest(sizes: dict[str, int], world: int) -> str:
     return ", ".join(f"parallel.{axis}={legal[axis]}" for axis in AXES if legal[axis] > 1) or "all axes 1"
 
 
+def rows_per_micro_batch(job: Job, data_ranks: int) -> int:
+    """Rows of a micro-batch; raises JobError if the global batch cannot be cut that way."""
+    rows, micro = job.train.global_batch, job.parallel.micro_batch
+    if rows % data_ranks:
+        rule = f"must be a multiple of the {data_ranks} ranks that read different rows"
+        raise JobError("train.global_batch", rows, rule, -(-rows // data_ranks) * data_ranks)
+    mine = rows // data_ranks
+    if micro is None:
+        return mine
+    if mine % micro:
+        legal = [d for d in range(1, mine + 1) if mine % d == 0]
+        rule = f"must divide the {mine} rows of a rank (train.global_batch {rows} over {data_ranks} ranks)"
+        raise JobError("parallel.micro_batch", micro, rule, min(legal, key=lambda d: abs(d - micro)))
+    return micro
+
+
 @dataclass
 class World:
     """This process among the ranks, and the collectives that the training loop needs."""
@@ -116,7 +132,9 @@ class World:
             dist.barrier()
 
 
-def start(job: Job, layout: Layout, rank: int, size: int, local_rank: int, device: torch.device, backend: str) -> World:
+def start(
+    job: Job, layout: Layout, rank: int, size: int, local_rank: int, device: torch.device, backend: str
+) -> World:
     """Join the other ranks (MASTER_ADDR and MASTER_PORT say where) and build the mesh."""
     mesh = None
     if device.type == "cuda":

@@ -19,7 +19,11 @@ RULES: list[Rule] = [
     ("optimizer.muon_lr", lambda j: j.optimizer.name == "muon", "optimizer.name is not muon"),
     ("optimizer.momentum", lambda j: j.optimizer.name == "muon", "optimizer.name is not muon"),
     ("schedule.decay", lambda j: j.schedule.name == "wsd", "only wsd has a decay phase of its own"),
-    ("schedule.floor", lambda j: j.schedule.name in ("cosine", "linear", "wsd"), "this schedule has no floor"),
+    (
+        "schedule.floor",
+        lambda j: j.schedule.name in ("cosine", "linear", "wsd"),
+        "this schedule has no floor",
+    ),
     (
         "schedule.steps",
         lambda j: j.schedule.name in ("cosine", "linear", "wsd"),
@@ -48,4 +52,6 @@ def refuse_inert(resolved: Resolved) -> None:
     """Raise JobError if the command line sets something that has no effect."""
     for field, why in inert(resolved).items():
         if resolved.set_by_hand(field):
-            raise JobError(field, "given on the command line", f"has no effect in this job: {why}", "leave it out")
+            raise JobError(
+                field, "given on the command line", f"has no effect in this job: {why}", "leave it out"
+            )

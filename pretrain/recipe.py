@@ -194,11 +194,17 @@ def dump(resolved: Resolved) -> str:
     open_sections: list[str] = []
     for name, value in leaves(resolved.job):
         *sections, key = name.split(".")
-        shared = next((i for i, (a, b) in enumerate(zip(sections, open_sections, strict=False)) if a != b), None)
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(sections, open_sections, strict=False)) if a != b), None
+        )
         start = min(len(sections), len(open_sections)) if shared is None else shared
         lines += [f"{'  ' * i}{sections[i]}:" for i in range(start, len(sections))]
         open_sections = sections
-        plain = [v.model_dump() if isinstance(v, BaseModel) else v for v in value] if isinstance(value, list) else value
+        plain = (
+            [v.model_dump() if isinstance(v, BaseModel) else v for v in value]
+            if isinstance(value, list)
+            else value
+        )
         origin = resolved.origins.get(name, DEFAULT)
         lines.append(f"{'  ' * len(sections)}{key}: {one_line(plain)}{_ORIGIN}{origin}")
     return "\n".join(lines) + "\n"

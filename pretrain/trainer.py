@@ -81,7 +81,9 @@ class Trainer:
             if self.stop_asked():
                 if saved != finished:
                     self.saver.save(finished)
-                raise Interrupted(f"asked to stop: saved after step {finished} of {steps}; start again to go on")
+                raise Interrupted(
+                    f"asked to stop: saved after step {finished} of {steps}; start again to go on"
+                )
         if saved != steps:
             self.saver.save(steps)
 

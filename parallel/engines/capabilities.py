@@ -38,4 +38,6 @@ def check(job: Job, device_type: str) -> None:
             raise JobError(f"parallel.{axis}", size, rule, f"1, with parallel.shard = {size}")
     legal = can.precisions.get(device_type, can.precisions["cpu"])
     if job.precision not in legal:
-        raise JobError("precision", job.precision, f"not on {device_type} with the {name} engine", sorted(legal))
+        raise JobError(
+            "precision", job.precision, f"not on {device_type} with the {name} engine", sorted(legal)
+        )

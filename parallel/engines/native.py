@@ -12,10 +12,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from headway.parallel.apply import apply
-from headway.parallel.mesh import World
+from headway.parallel.mesh import World, rows_per_micro_batch
 from headway.pretrain.config import Job
 from headway.pretrain.engine import Batch, State, StepResult, Watch
-from headway.pretrain.errors import JobError, NonFiniteError
+from headway.pretrain.errors import NonFiniteError
 from headway.pretrain.optim.build import build_optimizers
 from headway.pretrain.optim.clipping import global_norm, scale_gradients_
 from headway.pretrain.optim.scaler import LossScale
@@ -30,7 +30,9 @@ class NativeEngine:
     Weights, moments and reductions are fp32 (fp64 for fp64); bf16 and fp16 are autocast around the forward.
     """
 
-    def __init__(self, job: Job, objective: nn.Module, world: World, *, precision: str, compiled: bool) -> None:
+    def __init__(
+        self, job: Job, objective: nn.Module, world: World, *, precision: str, compiled: bool
+    ) -> None:
         self.job, self.world, self.objective = job, world, objective
         self.precision = precision
         self.call = apply(objective, job, world, compiled=compiled)
@@ -70,7 +72,10 @@ class NativeEngine:
 
     def _accumulate(self, batch: Batch, step: int, tokens: int) -> tuple[float, dict[str, float]]:
         """Forward and backward over micro-batches; the mean loss over the global batch."""
-        micros = [{k: v[i : i + self.rows] for k, v in batch.items()} for i in range(0, len(batch["slot"]), self.rows)]
+        micros = [
+            {k: v[i : i + self.rows] for k, v in batch.items()}
+            for i in range(0, len(batch["slot"]), self.rows)
+        ]
         weight = (self.scale.scale if self.scale else 1.0) / max(tokens, 1)
         if isinstance(self.call, DistributedDataParallel):
             weight *= self.world.layout.data  # DDP averages; the sum is wanted
@@ -150,22 +155,6 @@ class NativeEngine:
     def _forget_gradients(self) -> None:
         for parameter in self.named.values():
             parameter.grad = None
-
-
-def rows_per_micro_batch(job: Job, data_ranks: int) -> int:
-    """Rows of a micro-batch; raises JobError if the global batch cannot be cut that way."""
-    rows, micro = job.train.global_batch, job.parallel.micro_batch
-    if rows % data_ranks:
-        rule = f"must be a multiple of the {data_ranks} ranks that read different rows"
-        raise JobError("train.global_batch", rows, rule, -(-rows // data_ranks) * data_ranks)
-    mine = rows // data_ranks
-    if micro is None:
-        return mine
-    if mine % micro:
-        legal = [d for d in range(1, mine + 1) if mine % d == 0]
-        rule = f"must divide the {mine} rows of a rank (train.global_batch {rows} over {data_ranks} ranks)"
-        raise JobError("parallel.micro_batch", micro, rule, min(legal, key=lambda d: abs(d - micro)))
-    return micro
 
 
 def _allocate_state(optimizer: torch.optim.Optimizer) -> None:

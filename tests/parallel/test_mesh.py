@@ -3,8 +3,7 @@
 import pytest
 
 from headway.parallel.engines.capabilities import check
-from headway.parallel.engines.native import rows_per_micro_batch
-from headway.parallel.mesh import Layout, lay_out
+from headway.parallel.mesh import Layout, lay_out, rows_per_micro_batch
 from headway.pretrain.config import Job, Parallel, Train
 from headway.pretrain.errors import JobError
 
@@ -38,7 +37,9 @@ def test_impossible_layouts_are_refused(axes, world, message):
 
 
 def test_the_engine_refuses_what_it_cannot_do():
-    with pytest.raises(JobError, match=r"parallel\.tensor = 2: the native engine spreads along replicate, shard only"):
+    with pytest.raises(
+        JobError, match=r"parallel\.tensor = 2: the native engine spreads along replicate, shard only"
+    ):
         check(Job(parallel=Parallel(tensor=2)), "cpu")
 
 

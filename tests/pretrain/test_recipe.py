@@ -39,7 +39,11 @@ def test_every_shipped_recipe_is_a_job_and_names_its_schema(name):
 
 
 def test_dumped_job_loads_again_with_its_origins(tmp_path):
-    sets = ["optimizer.betas=[0.8, 0.9]", "data.sources=['a b.jsonl', {path: c, weight: 2}]", "optimizer.lr=3e-4"]
+    sets = [
+        "optimizer.betas=[0.8, 0.9]",
+        "data.sources=['a b.jsonl', {path: c, weight: 2}]",
+        "optimizer.lr=3e-4",
+    ]
     resolved = recipe.resolve(["gpt/tiny"], [*sets, "tracking.prompt='# from: here\n'"])
     path = tmp_path / "job.yaml"
     path.write_text(recipe.dump(resolved))
@@ -93,7 +97,7 @@ def test_sequences_must_fit_the_position_table():
 
 def test_yaml_is_safe_strict_and_of_version_1_2(tmp_path):
     assert recipe.parse_yaml("lr: 3e-4", "x") == {"lr": 3e-4}
-    with pytest.raises(JobError, match="bad.yaml:2.*twice"):
+    with pytest.raises(JobError, match=r"bad.yaml:2.*twice"):
         recipe.resolve([write(tmp_path / "bad.yaml", "train: {}\ntrain: {}\n")])
     with pytest.raises(JobError, match="not valid YAML"):
         recipe.resolve([write(tmp_path / "evil.yaml", "run: !!python/object/apply:os.system ['true']\n")])
