@@ -39,7 +39,7 @@ class Curve:
     points: bool = False
     """Mark each value: for the few values of evaluations."""
     smooth: bool = False
-    """Draw the values faintly and a running median over them, which one spike does not move."""
+    """Draw the values faintly and a running mean over them, which one spike does not move."""
 
 
 def draw(
@@ -87,7 +87,7 @@ def _plot(axes: Any, curve: Curve) -> dict[str, Any]:
     if curve.smooth and len(mean_x) > 8:
         axes.fill_between(mean_x, low, high, color=curve.colour, alpha=0.16, linewidth=0)
         axes.plot(mean_x, mean_y, color=curve.colour, linewidth=0.8, alpha=0.45)
-        axes.plot(mean_x, _running_median(mean_y), color=curve.colour, linewidth=1.8)
+        axes.plot(mean_x, _running_mean(mean_y), color=curve.colour, linewidth=1.8)
     else:
         axes.plot(
             mean_x, mean_y, color=curve.colour, linewidth=1.8, marker="o" if few else None, markersize=5
@@ -110,16 +110,17 @@ def _thin(x: NDArray, y: NDArray) -> tuple[NDArray, NDArray, NDArray, NDArray]:
     return np.array([part[-1] for part in x_parts]), reduced[0], reduced[1], reduced[2]
 
 
-def _running_median(y: NDArray) -> NDArray:
-    """Centred median over a twentieth of the points, NaN left out, narrower at the ends."""
+def _running_mean(y: NDArray) -> NDArray:
+    """Mean of the middle half of each twentieth of the points around a point; NaN is left out."""
     half, last = max(2, len(y) // 40), len(y) - 1
     found = []
     for i in range(len(y)):
         # Equal reach to both sides keeps the ends of a falling curve from being dragged towards the middle.
         reach = max(2, min(half, i, last - i))
         window = y[max(0, i - reach) : i + reach + 1]
-        window = window[np.isfinite(window)]
-        found.append(float(np.median(window)) if len(window) else np.nan)
+        window = np.sort(window[np.isfinite(window)])
+        middle = window[len(window) // 4 : len(window) - len(window) // 4]
+        found.append(float(middle.mean()) if len(middle) else np.nan)
     return np.array(found)
 
 
@@ -146,7 +147,7 @@ def _style(axes: Any, limits: tuple[float, float], zero: bool, width: float) -> 
     axes.set_axisbelow(True)
     axes.tick_params(length=0, labelsize=11, colors=_MUTED, pad=6)
     round_steps = [1, 2, 2.5, 5, 10]
-    axes.yaxis.set_major_locator(MaxNLocator(5 if width > 600 else 4, steps=round_steps))
+    axes.yaxis.set_major_locator(MaxNLocator(7 if width > 600 else 4, steps=round_steps))
     axes.xaxis.set_major_locator(MaxNLocator(8 if width > 600 else 4, steps=round_steps, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     high = max(abs(v) for v in axes.get_ylim())

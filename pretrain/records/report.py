@@ -20,7 +20,6 @@ from headway.pretrain.records.metrics import plain, read_metrics
 from headway.pretrain.records.progress import clock, short
 from headway.pretrain.records.records import read_events
 
-
 _DERIVED = {"status", "steps", "tokens", "tokens_per_second", "mfu", "memory_gib"}
 _LASTING = {"parameters", "device", "devices", "precision", "precision_reason", "peak_flops", "peak_source",
             "zlib_bits_per_byte", "xz_bits_per_byte", "heldout_bytes", "environment"}  # fmt: skip
@@ -55,7 +54,7 @@ def write_report(
     settings = list(flatten(job))
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page.filters.update(short=short, clock=clock, show=show, size=_size, date=_date)
+    page.filters.update(short=short, si=_si, clock=clock, show=show, size=_size, date=_date)
     html = page.get_template("report.html.j2").render(
         name=run_dir.resolve().name,
         s={k: v for k, v in known.items() if not (isinstance(v, float) and math.isnan(v))},
@@ -221,6 +220,13 @@ def _publish(path: Path, text: str) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+def _si(number: float) -> str:
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:.3g} {prefix}"
+    return f"{number:.3g} "
 
 
 def _size(count: float) -> str:

@@ -11,7 +11,7 @@ for (const chart of document.querySelectorAll("svg.chart")) {
   };
   const group = make("g", chart, { class: "pointer", visibility: "hidden" });
   const line = make("line", group, { y1: top, y2: bottom });
-  const step = make("text", group, { y: top - 8, "text-anchor": "middle", style: "fill: var(--muted)" });
+  const step = make("text", group, { y: bottom + 18, "text-anchor": "middle", style: "fill: var(--muted)" });
   const marks = curves.map((curve) => ({
     dot: make("circle", group, { r: 4, style: `fill: ${curve.colour}` }),
     text: make("text", group, { style: `fill: ${curve.colour}` }),
