@@ -27,7 +27,8 @@ class Recorder(Protocol):
     def event(self, kind: str, **fields: Any) -> None:
         """Something between steps: `eval`, `checkpoint`, `warning`, or a kind of the caller's own.
 
-        `eval`: its numbers join the line of the last step. `checkpoint`: `step`, `path`. `warning`: `message`.
+        `eval`: numbers, which join the line of the last step. `checkpoint`: `step` and `path`.
+        `warning`: `message`.
         """
 
     def wants_histograms(self, step: int) -> bool:

@@ -1,0 +1,240 @@
+"""`report.html`: a whole run on one page that needs no network, and `summary.json`, its final numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from headway.pretrain.records.attention_maps import AttentionMaps, draw_heads
+from headway.pretrain.records.figures import SECOND, Curve, draw
+from headway.pretrain.records.metrics import plain, read_metrics
+from headway.pretrain.records.progress import clock, short
+from headway.pretrain.records.records import read_events
+
+_DERIVED = {"status", "steps", "tokens", "tokens_per_second", "mfu", "memory_gib"}
+_LASTING = {"parameters", "device", "devices", "precision", "precision_reason", "peak_flops", "peak_source",
+            "zlib_bits_per_byte", "xz_bits_per_byte", "heldout_bytes", "environment"}  # fmt: skip
+
+
+def write_report(
+    run_dir: Path,
+    job: Mapping[str, Any],
+    maps: AttentionMaps | None = None,
+    summary: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write `summary.json` and `report.html` of a run, finished or not; returns the path of the page.
+
+    Args:
+        job: the resolved job. A leaf is a value, or `{"value": ..., "origin": ...}` as `job.yaml` keeps it.
+        maps: attention of the trained model on a sample text.
+        summary: what only the end of a run knows; each may be missing, and what an earlier report of this run
+            knew stays: `status`, `train_loss`, `heldout_loss`, `bits_per_byte`, `zlib_bits_per_byte`,
+            `xz_bits_per_byte`, `heldout_bytes`, `tokens`, `seconds`, `parameters`, `device`, `devices`,
+            `precision`, `precision_reason`, `peak_flops`, `peak_source`, `prompt`, `completion`.
+    """
+    rows, events = read_metrics(run_dir), read_events(run_dir)
+    derived, saved = derive(rows, events), _saved(run_dir)
+    if saved.get("steps") != derived.get(
+        "steps"
+    ):  # the run went on: measurements of its earlier end are stale
+        saved = {k: saved[k] for k in _LASTING & saved.keys()}
+    saved = {k: v for k, v in saved.items() if k not in _DERIVED}
+    known = {"environment": environment(), **derived, **saved}
+    known |= {k: v for k, v in (summary or {}).items() if v is not None}
+    _publish(run_dir / "summary.json", json.dumps(plain(known), indent=1, ensure_ascii=False) + "\n")
+    settings = list(flatten(job))
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page.filters.update(short=short, si=_si, clock=clock, show=show, size=_size, date=_date)
+    html = page.get_template("report.html.j2").render(
+        name=run_dir.resolve().name,
+        s={k: v for k, v in known.items() if not (isinstance(v, float) and math.isnan(v))},
+        facts=facts({key: value for key, value, _ in settings}, known),
+        bars=compression(known),
+        loss=loss_chart(rows),
+        charts=small_charts(rows),
+        settings=settings,
+        heads=draw_heads(maps) if maps else None,
+        checkpoints=checkpoints(run_dir),
+        events=[e for e in events if e.get("kind") not in ("eval", "checkpoint")][-50:],
+        skipped=sum(bool(row.get("skipped")) for row in rows),
+        broken=[row["step"] for row in rows if not math.isfinite(row.get("loss", 0.0))],
+        written=time.time(),
+    )
+    _publish(run_dir / "report.html", html)
+    return run_dir / "report.html"
+
+
+def derive(rows: list[dict[str, Any]], events: list[dict[str, Any]]) -> dict[str, Any]:
+    """The numbers that follow from the metrics alone."""
+    ends = [e for e in events if e.get("kind") in ("start", "resume", "end")]
+    running = not ends or ends[-1]["kind"] != "end"
+    found: dict[str, Any] = {"status": "running" if running else str(ends[-1].get("status"))}
+    if not rows:
+        return found
+    tokens, seconds = _column(rows, "tokens"), _column(rows, "step_seconds")
+    found |= {
+        "steps": rows[-1]["step"],
+        "tokens": int(np.nansum(tokens)),
+        "seconds": float(np.nansum(seconds)),
+    }
+    for name, key in (("tokens_per_second", "tokens_per_second"), ("mfu", "mfu")):
+        values = _column(rows, key)
+        if np.isfinite(values).any():
+            found[name] = float(np.nanmedian(values))
+    memory, loss, heldout = (_column(rows, key) for key in ("memory_gib", "loss", "heldout_loss"))
+    if np.isfinite(memory).any():
+        found["memory_gib"] = float(np.nanmax(memory))
+    if np.isfinite(loss[-10:]).any():
+        found["train_loss"] = float(np.nanmean(loss[-10:]))
+    if np.isfinite(heldout).any():
+        found["heldout_loss"] = float(heldout[np.isfinite(heldout)][-1])
+    return found
+
+
+def flatten(job: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Dotted key, value and origin of every setting; the origin is empty where the job does not say."""
+    for key, value in job.items():
+        if isinstance(value, Mapping) and set(value) == {"value", "origin"}:
+            yield prefix + key, value["value"], str(value["origin"])
+        elif isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value, ""
+
+
+def facts(values: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
+    """The line under the name: what was trained."""
+    found = []
+    if values.get("model.family"):
+        found.append(str(values["model.family"]).upper())
+    if summary.get("parameters"):
+        found.append(f"{short(summary['parameters'])} parameters")
+    if values.get("model.layers") and values.get("model.hidden"):
+        found.append(f"{values['model.layers']} layers × {values['model.hidden']}")
+    if values.get("data.seq_len"):
+        found.append(f"{values['data.seq_len']:,} tokens of context")
+    if values.get("train.global_batch"):
+        found.append(f"batches of {values['train.global_batch']} rows")
+    if values.get("optimizer.name"):
+        found.append(str(values["optimizer.name"]))
+    return found
+
+
+def compression(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The model beside general compressors on the same held-out bytes, in bits per byte."""
+    names = {"bits_per_byte": "this model", "zlib_bits_per_byte": "zlib -9", "xz_bits_per_byte": "xz -9"}
+    found = [{"name": name, "bits": summary[key], "ours": key == "bits_per_byte"}
+             for key, name in names.items() if isinstance(summary.get(key), int | float)]  # fmt: skip
+    found = [bar for bar in found if math.isfinite(bar["bits"])]
+    longest = max((bar["bits"] for bar in found), default=1) or 1
+    return [{**bar, "share": 100 * bar["bits"] / longest} for bar in found]
+
+
+def loss_chart(rows: list[dict[str, Any]]) -> Any:
+    """Training loss, and held-out loss where it was taken."""
+    steps = [row["step"] for row in rows]
+    curves = [Curve("train", steps, _column(rows, "loss").tolist(), smooth=True)]
+    curves.append(Curve("held-out", steps, _column(rows, "heldout_loss").tolist(), SECOND, points=True))
+    return draw(curves, "loss", width=1000, height=340)
+
+
+def small_charts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The other curves: title, note, picture."""
+    wanted = [
+        ("lr", "Learning rate", "", True),
+        ("grad_norm", "Gradient norm", "before clipping", False),
+        ("tokens_per_second", "Throughput", "tokens a second", True),
+        ("memory_gib", "Memory", "GiB, peak so far", True),
+    ]
+    steps, found = [row["step"] for row in rows], []
+    for key, title, note, zero in wanted:
+        smooth = key in ("grad_norm", "tokens_per_second")
+        curve = Curve(title.lower(), steps, _column(rows, key).tolist(), smooth=smooth)
+        picture = draw([curve], key, width=480, height=190, zero=zero)
+        if picture:
+            found.append({"title": title, "note": note, "picture": picture})
+    return found
+
+
+def checkpoints(run_dir: Path) -> list[dict[str, Any]]:
+    """Checkpoints that lie in the run folder: name, bytes, time, and whether `LATEST` names it."""
+    folder = run_dir / "checkpoints"
+    latest = folder / "LATEST"
+    name = latest.read_text().strip() if latest.is_file() else latest.resolve().name
+    found = []
+    for path in sorted(folder.glob("step_*")) if folder.is_dir() else []:
+        if path.is_dir():
+            size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+            mark = Path(name).name == path.name
+            found.append({"name": path.name, "bytes": size, "time": path.stat().st_mtime, "latest": mark})
+    return found
+
+
+def environment() -> dict[str, str]:
+    """Where the run happened, as far as it explains its numbers; no host name, no user, no paths."""
+    import torch
+
+    found = {
+        "torch": torch.__version__,
+        "Python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "host cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+    }
+    if torch.cuda.is_available():
+        found["GPUs"] = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+        found["CUDA"] = str(torch.version.cuda)
+    return found
+
+
+def show(value: Any) -> str:
+    """A setting as the recipe would spell it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _column(rows: list[dict[str, Any]], key: str) -> np.ndarray:
+    values = (row.get(key, math.nan) for row in rows)
+    return np.array([v if isinstance(v, int | float) else math.nan for v in values], dtype=float)
+
+
+def _saved(run_dir: Path) -> dict[str, Any]:
+    """What an earlier report knew."""
+    try:
+        saved = json.loads((run_dir / "summary.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return saved
+
+
+def _publish(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _si(number: float) -> str:
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:.3g} {prefix}"
+    return f"{number:.3g} "
+
+
+def _size(count: float) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+def _date(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
