@@ -51,6 +51,7 @@ class Corpus:
     stream: SampleStream
     loader: Loader
     heldout: list[HeldoutRows]
+    heldout_utf8_bytes: int
     notes: list[str]
 
 
@@ -106,7 +107,7 @@ def assemble(resolved: Resolved, world: World) -> Parts:
     """Data, model, engine and evaluator of a job."""
     job = resolved.job
     hardware = choose_hardware(job, world)
-    prepared = prepare_data(job.data, main=world.main)
+    prepared = prepare_data(job.data, progress=world.main)
     objective = build(job, prepared.tokenizer.vocab)
     corpus = open_corpus(job, prepared, objective, world)
     engine = NativeEngine(job, objective, world, precision=hardware.precision, compiled=hardware.compiled)
@@ -168,9 +169,10 @@ def build(job: Job, vocab: int) -> nn.Module:
 
 def open_corpus(job: Job, prepared: Prepared, objective: nn.Module, world: World) -> Corpus:
     """Stores, their order and the loader of this rank's rows."""
-    separator, vocab = prepared.tokenizer.separator, prepared.tokenizer.vocab
-    sources = [(part.name, TokenStore(part.train), part.weight) for part in prepared.parts]
-    stream = SampleStream(sources, job.data.seq_len, job.train.seed, separator, vocab)
+    tokenizer = prepared.tokenizer
+    names = [source.path for source in job.data.sources]
+    opened = [(name, TokenStore(prefix), w) for name, (prefix, w) in zip(names, prepared.train, strict=True)]
+    stream = SampleStream(opened, job.data.seq_len, job.train.seed, tokenizer.separator, tokenizer.vocab)
     loader = Loader(
         stream,
         objective.collate,
@@ -179,11 +181,19 @@ def open_corpus(job: Job, prepared: Prepared, objective: nn.Module, world: World
         world.layout.data,
         pin=world.device.type == "cuda",
     )
+    stores = [TokenStore(prefix) for prefix in prepared.heldout]
     heldout = [
         HeldoutRows(
-            TokenStore(part.heldout), job.data.seq_len, separator, job.train.eval_overlap, vocab, part.name
+            store, job.data.seq_len, tokenizer.separator, job.train.eval_overlap, tokenizer.vocab, str(store.prefix)
         )
-        for part in prepared.parts
-        if part.heldout
+        for store in stores
     ]
-    return Corpus(prepared, stream, loader, heldout)
+    notes = [
+        f"data {name}: {store.documents:,} documents, {store.tokens:,} tokens"
+        for name, store, _ in opened
+    ]
+    for built in prepared.built:
+        if built.skipped:
+            notes.append(f"left out {built.skipped} malformed lines: {'; '.join(built.skipped_first)}")
+    utf8_bytes = sum(store.facts.get("utf8_bytes", 0) for store in stores)
+    return Corpus(prepared, stream, loader, heldout, utf8_bytes, notes)

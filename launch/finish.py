@@ -67,7 +67,7 @@ def heldout_loss(parts: Parts, limit: int | None) -> dict[str, float]:
         return {}
     nats, tokens = parts.evaluator.loss(limit)
     values = {"heldout_loss": nats / max(tokens, 1)}
-    utf8_bytes = parts.corpus.prepared.heldout_utf8_bytes
+    utf8_bytes = parts.corpus.heldout_utf8_bytes
     if limit is None and utf8_bytes:
         values["bits_per_byte"] = bits_per_byte(nats, utf8_bytes)
     return values
@@ -75,7 +75,8 @@ def heldout_loss(parts: Parts, limit: int | None) -> dict[str, float]:
 
 def compressors(parts: Parts) -> dict[str, float]:
     """Bits per byte of zlib -9 and xz -9 on the very bytes that the model was scored on."""
-    text = b"".join(heldout_bytes(parts.corpus.prepared))
+    prepared = parts.corpus.prepared
+    text = heldout_bytes(prepared.heldout, prepared.tokenizer)
     return {
         "heldout_bytes": len(text),
         "zlib_bits_per_byte": 8 * len(zlib.compress(text, 9)) / len(text),

@@ -16,7 +16,7 @@ from headway.parallel.mesh import World, rows_per_micro_batch
 from headway.pretrain.config import Job
 from headway.pretrain.engine import Batch, State, StepResult, Watch
 from headway.pretrain.errors import NonFiniteError
-from headway.pretrain.optim.build import build_optimizers
+from headway.pretrain.optim.build import build_optimizers, set_rate
 from headway.pretrain.optim.clipping import global_norm, scale_gradients_
 from headway.pretrain.optim.scaler import LossScale
 from headway.pretrain.optim.schedules import factor
@@ -97,18 +97,18 @@ class NativeEngine:
         clip = self.job.optimizer.clip
         if clip and norm > clip:
             scale_gradients_(self.named.values(), clip / norm)
-        job = self.job
-        per_step = job.train.global_batch * job.data.seq_len
-        lr_factor = factor(step, job.schedule, job.train.steps, per_step)
+        set_rate(self.optimizers, self._factor(step))
         for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * lr_factor
             optimizer.step()
+
+    def _factor(self, step: int) -> float:
+        """The schedule's factor of the learning rate."""
+        tokens_per_step = self.job.train.global_batch * self.job.data.seq_len
+        return factor(step, self.job.schedule, self.job.train.steps, tokens_per_step)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of AdamW's parameters at a step."""
-        per_step = self.job.train.global_batch * self.job.data.seq_len
-        return self.job.optimizer.lr * factor(step, self.job.schedule, self.job.train.steps, per_step)
+        return self.job.optimizer.lr * self._factor(step)
 
     # -- evaluation ----------------------------------------------------------------------------------------
 
