@@ -151,5 +151,5 @@ def draw_maps(parts: Parts) -> AttentionMaps:
         rows = parts.corpus.heldout[0].rows([0])["tokens"][0]
         tokens = rows[: min(MAP_TOKENS, len(rows) - 1)].tolist()
     maps = attention_maps(parts.engine.objective.model, torch.tensor([tokens], device=parts.world.device))
-    names = [tokenizer.piece(t) for t in tokens]
+    names = ["<end>" if t == tokenizer.separator else tokenizer.decode([t]) for t in tokens]
     return AttentionMaps(names, maps[:, 0].float().cpu().numpy().astype(np.float32))
