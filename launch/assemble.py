@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from headway.launch.environment import find_ranks
 from headway.parallel import mesh
@@ -25,7 +24,7 @@ from headway.pretrain.engine import Batch
 from headway.pretrain.errors import JobError
 from headway.pretrain.evaluate import Evaluator
 from headway.pretrain.models.sizes import training_flops
-from headway.pretrain.objectives import build_objective
+from headway.pretrain.objectives import CausalLM, build_objective
 from headway.pretrain.recipe import Resolved
 from headway.pretrain.trainer import Yardstick
 
@@ -108,7 +107,7 @@ def assemble(resolved: Resolved, world: World) -> Parts:
     job = resolved.job
     hardware = choose_hardware(job, world)
     prepared = prepare_data(job.data, progress=world.main)
-    objective = build(job, prepared.tokenizer.vocab)
+    objective = build_objective(job, prepared.tokenizer.vocab, device="meta")
     corpus = open_corpus(job, prepared, objective, world)
     engine = NativeEngine(job, objective, world, precision=hardware.precision, compiled=hardware.compiled)
     evaluator = Evaluator(
@@ -126,7 +125,7 @@ def choose_hardware(job: Job, world: World) -> Hardware:
     """Precision and compilation, chosen on the first rank for all, with what people should know."""
     rows = rows_per_micro_batch(job, world.layout.data) * job.data.seq_len
     names = list(devices.PRECISIONS)
-    precision, reason = job.precision, "set in the job"
+    precision, reason = str(job.precision), "set in the job"
     if world.main or job.precision != "auto":
         precision, reason = devices.choose_precision(
             job.precision, world.device, hidden=job.model.hidden, rows=rows, ffn=job.model.ffn_width
@@ -161,13 +160,7 @@ def choose_compile(job: Job, device: torch.device) -> tuple[bool, str]:
     return True, "a compiler is here and the run is long"
 
 
-def build(job: Job, vocab: int) -> nn.Module:
-    """The objective with its model on the meta device: shapes, no memory."""
-    with torch.device("meta"):
-        return build_objective(job, vocab)
-
-
-def open_corpus(job: Job, prepared: Prepared, objective: nn.Module, world: World) -> Corpus:
+def open_corpus(job: Job, prepared: Prepared, objective: CausalLM, world: World) -> Corpus:
     """Stores, their order and the loader of this rank's rows."""
     tokenizer = prepared.tokenizer
     names = [source.path for source in job.data.sources]
@@ -184,13 +177,17 @@ def open_corpus(job: Job, prepared: Prepared, objective: nn.Module, world: World
     stores = [TokenStore(prefix) for prefix in prepared.heldout]
     heldout = [
         HeldoutRows(
-            store, job.data.seq_len, tokenizer.separator, job.train.eval_overlap, tokenizer.vocab, str(store.prefix)
+            store,
+            job.data.seq_len,
+            tokenizer.separator,
+            job.train.eval_overlap,
+            tokenizer.vocab,
+            str(store.prefix),
         )
         for store in stores
     ]
     notes = [
-        f"data {name}: {store.documents:,} documents, {store.tokens:,} tokens"
-        for name, store, _ in opened
+        f"data {name}: {store.documents:,} documents, {store.tokens:,} tokens" for name, store, _ in opened
     ]
     for built in prepared.built:
         if built.skipped:

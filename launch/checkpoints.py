@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 from rich.table import Table
@@ -39,15 +38,15 @@ def show(place: str) -> None:
         except CheckpointError as error:
             table.add_row(path.name, "", "", "", "", f"broken: {error}")
             continue
-        written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.created))
         size = f"{manifest.nbytes / 2**20:.1f} MiB"
-        table.add_row(path.name, size, str(len(manifest.tensors)), str(manifest.world), written, mark)
+        table.add_row(path.name, size, str(len(manifest.tensors)), str(manifest.world), manifest.created, mark)
     console().print(table)
 
 
 def verify(place: str) -> None:
     """Check every digest; raises CheckpointError that names each bad file and the newest good checkpoint."""
-    good, bad = [], []
+    good: list[Path] = []
+    bad: list[Path] = []
     for path in folders(place):
         problems = problems_of(path)
         (bad if problems else good).append(path)

@@ -18,7 +18,6 @@ from headway.launch.console import console
 from headway.pretrain.data.build import heldout_bytes
 from headway.pretrain.evaluate import bits_per_byte
 from headway.pretrain.generate import generate
-from headway.pretrain.models.attention_maps import attention_maps
 from headway.pretrain.recipe import leaves
 from headway.pretrain.records.attention_maps import AttentionMaps
 from headway.pretrain.records.metrics import read_metrics
@@ -150,6 +149,6 @@ def draw_maps(parts: Parts) -> AttentionMaps:
     if parts.corpus.heldout:
         rows = parts.corpus.heldout[0].rows([0])["tokens"][0]
         tokens = rows[: min(MAP_TOKENS, len(rows) - 1)].tolist()
-    maps = attention_maps(parts.engine.objective.model, torch.tensor([tokens], device=parts.world.device))
+    maps = parts.engine.objective.attention_maps(torch.tensor([tokens], device=parts.world.device))
     names = ["<end>" if t == tokenizer.separator else tokenizer.decode([t]) for t in tokens]
     return AttentionMaps(names, maps[:, 0].float().cpu().numpy().astype(np.float32))

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
 from headway.parallel.mesh import World
 from headway.pretrain.config import Job
-from headway.pretrain.models.init import initialise
+from headway.pretrain.models.init import Slice, initialise, whole
+from headway.pretrain.objectives import CausalLM
 
 
-def apply(objective: nn.Module, job: Job, world: World, *, compiled: bool) -> nn.Module:
+def apply(objective: CausalLM, job: Job, world: World, *, compiled: bool) -> nn.Module:
     """Spread an objective that was built on the meta device, give it memory and its initial weights.
 
     Returns the module to call: the objective itself, or DDP around it. Names of parameters do not change.
     """
-    if job.precision == "fp64":
-        objective.double()
     if compiled:
         compile_blocks(objective)
     if world.layout.shard > 1:
@@ -32,13 +31,14 @@ def apply(objective: nn.Module, job: Job, world: World, *, compiled: bool) -> nn
     return objective
 
 
-def compile_blocks(objective: nn.Module) -> None:
+def compile_blocks(objective: CausalLM) -> None:
     """Compile the block, once for all blocks, and the loss: most of the gain at a fraction of the wait."""
     for block in objective.model.blocks:
         block.compile()
+    objective.loss.compile()
 
 
-def shard(objective: nn.Module, world: World, *, reshard: bool) -> None:
+def shard(objective: CausalLM, world: World, *, reshard: bool) -> None:
     """FSDP2 around every block and around the rest; with a replicate axis, HSDP.
 
     Gradients are summed, not averaged: the loss is divided by the global count of tokens already.
@@ -52,9 +52,11 @@ def shard(objective: nn.Module, world: World, *, reshard: bool) -> None:
     for module in objective.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+    for method in ("logits", "attention_maps"):  # they gather parameters as the forward does
+        register_fsdp_forward_method(objective, method)
 
 
-def replicate(objective: nn.Module, world: World) -> nn.Module:
+def replicate(objective: CausalLM, world: World) -> nn.Module:
     """Plain DDP. Replicas are equal by construction, so nothing is broadcast at the start."""
     return DistributedDataParallel(
         objective,
@@ -65,14 +67,14 @@ def replicate(objective: nn.Module, world: World) -> nn.Module:
     )
 
 
-def local_slice(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+def local_slice(name: str, parameter: nn.Parameter) -> Slice:
     """This rank's piece of a parameter and where it begins in the whole."""
     if not isinstance(parameter, DTensor):
-        return parameter, (0,) * parameter.ndim
+        return whole(parameter)
     _, offset = compute_local_shape_and_global_offset(
         parameter.shape, parameter.device_mesh, parameter.placements
     )
-    return parameter.to_local(), tuple(offset)
+    return Slice(parameter.to_local(), tuple(parameter.shape), tuple(offset))
 
 
 def _is_double(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,6 +16,8 @@ from headway.parallel.mesh import World, rows_per_micro_batch
 from headway.pretrain.config import Job
 from headway.pretrain.engine import Batch, State, StepResult, Watch
 from headway.pretrain.errors import NonFiniteError
+from headway.pretrain.models.layers import Noise
+from headway.pretrain.objectives import CausalLM
 from headway.pretrain.optim.build import build_optimizers, set_rate
 from headway.pretrain.optim.clipping import global_norm, scale_gradients_
 from headway.pretrain.optim.scaler import LossScale
@@ -31,7 +33,7 @@ class NativeEngine:
     """
 
     def __init__(
-        self, job: Job, objective: nn.Module, world: World, *, precision: str, compiled: bool
+        self, job: Job, objective: CausalLM, world: World, *, precision: str, compiled: bool
     ) -> None:
         self.job, self.world, self.objective = job, world, objective
         self.precision = precision
@@ -84,7 +86,7 @@ class NativeEngine:
         for i, micro in enumerate(micros):
             with self._sync(last=i == len(micros) - 1):
                 with self._autocast():
-                    out = self.call(micro, self.noise(step, micro))
+                    out = self.call(micro, Noise.at(self.job.train.seed, step, micro["slot"]))
                 (out.total * weight).backward()
             total = total + out.total.detach()
             for name, value in out.metrics.items():

@@ -104,7 +104,9 @@ def test_a_resumed_run_draws_the_same_bits(train, monkeypatch):
 @pytest.mark.slow
 def test_a_killed_process_resumes_to_the_same_bits(train, small_job, tmp_path):
     straight = train(name="straight")
-    child = subprocess.Popen(command(small_job, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    child = subprocess.Popen(
+        command(small_job, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     metrics = tmp_path / "run/metrics.jsonl"
     while child.poll() is None and not (metrics.exists() and len(metrics.read_bytes().splitlines()) >= 10):
         os.sched_yield()
@@ -214,12 +216,16 @@ def test_gradient_accumulation_does_not_change_the_curve(train):
 
 
 def test_isolated_documents_train(train):
-    assert losses(train("data.documents=isolate", "train.steps=2")) != losses(train("train.steps=2", name="other"))
+    assert losses(train("data.documents=isolate", "train.steps=2")) != losses(
+        train("train.steps=2", name="other")
+    )
 
 
 def test_errors_are_one_message_without_traceback(small_job, tmp_path):
     done = subprocess.run(
-        command(small_job, tmp_path, "--data", str(tmp_path / "missing.jsonl")), capture_output=True, text=True
+        command(small_job, tmp_path, "--data", str(tmp_path / "missing.jsonl")),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2
     assert "missing.jsonl" in done.stderr
