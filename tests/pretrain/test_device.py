@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from headway.pretrain import device as devices
 from headway.pretrain.device import (
     choose_backend,
@@ -45,7 +46,7 @@ def test_each_local_rank_gets_a_gpu_of_its_own_or_an_error(monkeypatch):
     pretend_gpu(monkeypatch, "NVIDIA H100 PCIe", count=2)
     assert [choose_device("auto", rank).index for rank in (0, 1)] == [0, 1]
     assert choose_device("cpu", 0) == CPU
-    with pytest.raises(JobError, match="process 2 finds 2.*at most 2 processes"):
+    with pytest.raises(JobError, match=r"process 2 finds 2.*at most 2 processes"):
         choose_device("auto", 2)
 
 
@@ -114,7 +115,7 @@ def test_what_no_data_sheet_names_is_measured(monkeypatch, name):
 
 
 def test_the_table_holds_dense_peaks_only():
-    """16-bit tensor cores do 2x TF32; with fp32 accumulation GeForce does 2x as well. A sparse number is 4x."""
+    """Dense 16-bit products run at twice the rate of TF32 on all of these; a sparse number would be 4x."""
     for pattern, peaks in devices._PEAKS:
         if "tf32" in peaks:
             assert peaks["bf16"] == peaks["fp16"]
@@ -164,7 +165,7 @@ def test_precision_that_was_asked_for_stays(monkeypatch):
     for name in ("fp32", "bf16", "fp16", "fp64"):
         assert choose_precision(name, CPU, hidden=64, rows=64)[0] == name
     pretend_gpu(monkeypatch, "Tesla V100-SXM2-16GB", bf16=False)
-    with pytest.raises(JobError, match="precision = 'bf16'.*no bf16 units.*fp16"):
+    with pytest.raises(JobError, match=r"precision = 'bf16'.*no bf16 units.*fp16"):
         choose_precision("bf16", GPU, hidden=64, rows=64)
 
 
@@ -175,7 +176,8 @@ def test_auto_precision_on_a_gpu_follows_its_units(monkeypatch, bf16, choice):
 
 
 @pytest.mark.parametrize(
-    ("fp32", "bf16", "choice"), [(1e11, 3e11, "bf16"), (1e11, 1.05e11, "fp32"), (1e11, 1e10, "fp32")]
+    ("fp32", "bf16", "choice"),
+    [(1e11, 3e11, "bf16"), (1e11, 1.05e11, "fp32"), (1e11, 1e10, "fp32")],
 )
 def test_auto_precision_on_a_cpu_takes_what_measured_faster_and_remembers(monkeypatch, fp32, bf16, choice):
     calls = []
