@@ -130,6 +130,17 @@ def test_an_evaluation_joins_the_line_of_its_step(tmp_path):
     assert read_metrics(tmp_path) == [row(1), {**row(2), "heldout_loss": 0.5, "lr": 0}, row(3)]
 
 
+def test_an_evaluation_right_after_a_resume_joins_the_line_of_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, [1, 2, 3])
+    MetricsFile(path, start_step=2).amend({"heldout_loss": 0.5})
+    assert read_metrics(path) == [row(1), {**row(2), "heldout_loss": 0.5}]
+    fresh = MetricsFile(path)
+    fresh.amend({"heldout_loss": 9.0})  # before the first step there is no line to join
+    fresh.write(row(1))
+    assert read_metrics(path) == [row(1)]
+
+
 @pytest.mark.parametrize("taken", [0, 10, None])
 def test_a_full_disk_is_an_error_without_torn_or_lost_lines(tmp_path, monkeypatch, taken):
     """Space runs out after `taken` bytes of a line, or the call fails; later there is space again."""
