@@ -1,6 +1,7 @@
 """Choices of device, backend and precision, and the rates that MFU is held against."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("HEADWAY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     devices.device_name.cache_clear()
     return tmp_path / "cache"
 
@@ -141,6 +143,13 @@ def test_matmul_rate_counts_two_operations_a_product_and_is_measured_once(monkey
     assert "thread" in key
     with pytest.raises(AssertionError, match="measured again"):
         matmul_rate(CPU, torch.bfloat16)
+
+
+def test_what_was_measured_on_a_busy_host_is_forgotten(monkeypatch, cache):
+    monkeypatch.setattr(os, "getloadavg", lambda: (os.cpu_count() + 1.0, 0.0, 0.0))
+    monkeypatch.setattr(devices, "_seconds", lambda function, device: 1.0)
+    matmul_rate(CPU, torch.float32)
+    assert not cache.exists()
 
 
 def test_matmul_rate_of_this_machine_is_plausible():
