@@ -124,7 +124,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, *, budget: float = 2.0
     """FLOP/s of the best square matrix product, with torch's present number of threads.
 
     Sizes double while they are expected to fit into `budget` seconds together. Measured once: the result is
-    kept in the user's cache, by device, dtype, threads and version of torch.
+    kept in the user's cache, by device, dtype, threads and version of torch, unless the host was busy.
     """
     key = _cache_key(f"square {_kind(device, dtype)}", device)
     cached = _cache_get(key)
@@ -150,8 +150,9 @@ def choose_precision(
 
     `auto` on a GPU is bf16 where its hardware has it, else fp16. On a CPU small bf16 products can take a path
     that is ten times slower than fp32, so forward and backward of one linear layer of this job's shape are
-    timed in both; fp32 stays unless bf16 is at least a tenth faster. The answer is cached, so that a resumed
-    run decides as before. Call it on one rank and tell the others: ranks that measure apart may disagree.
+    timed in both; fp32 stays unless bf16 is at least a tenth faster. The answer is cached unless the host is
+    busy; keep it with the run, so that it resumes as it began. Call it on one rank and tell the others: ranks
+    that measure apart may disagree.
 
     Args:
         hidden, ffn: widths of the layer; ffn is 4 x hidden if not given.
@@ -292,7 +293,13 @@ def _cache_get(key: str) -> object:
 
 
 def _cache_put(key: str, value: object) -> None:
-    """Best effort: a cache that cannot be written costs the next run a second, nothing else."""
+    """Best effort: a cache that cannot be written costs the next run a second, nothing else.
+
+    What was measured while other processes wanted the cores is used once and forgotten.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not on Windows
+        if os.getloadavg()[0] > (os.cpu_count() or 1):
+            return
     path = cache_dir() / "rates.json"
     try:
         rates = json.loads(path.read_text())

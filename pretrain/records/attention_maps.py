@@ -56,7 +56,8 @@ def describe_head(w_SS: NDArray[np.floating]) -> dict[str, float]:
     """Three numbers that tell kinds of heads apart.
 
     `entropy`: mean over queries, in bits. `reach`: mean distance in tokens between a query and what it
-    attends to. `first`: mean share of the first token, where idle heads park attention (sinks, Xiao et al. 2024).
+    attends to. `first`: mean share of the first token, where idle heads park attention (the sinks of Xiao et
+    al. 2024).
     """
     size = len(w_SS)
     total = np.maximum(w_SS.sum(-1, keepdims=True), 1e-30)

@@ -58,11 +58,10 @@ class MetricsFile:
 
     def __init__(self, path: Path, start_step: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._end = cut_metrics(path, start_step)
+        self._end, self._row = cut_metrics(path, start_step)
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
         self._pending = b""
-        self._row: dict[str, Any] = {}
-        self._line = b""
+        self._line = encode(self._row) if self._row else b""
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one step."""
@@ -71,7 +70,12 @@ class MetricsFile:
         self._flush()
 
     def amend(self, values: Mapping[str, Any]) -> None:
-        """Add values to the line of the last step (an evaluation comes after its step was written)."""
+        """Add values to the line of the last step: an evaluation comes after its step was written.
+
+        Before the first step there is no line, and nothing is written.
+        """
+        if not self._row:
+            return
         if self._pending.endswith(self._line):
             self._pending = self._pending[: len(self._pending) - len(self._line)]
         else:
@@ -109,17 +113,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def cut_metrics(path: Path, last_step: int) -> int:
-    """Keep the steps up to `last_step`, atomically; returns the size in bytes of what is left."""
-    part, size, last = path.with_name(f"{path.name}.{os.getpid()}.part"), 0, 0
+def cut_metrics(path: Path, last_step: int) -> tuple[int, dict[str, Any]]:
+    """Keep the steps up to `last_step`, atomically; returns the bytes of what is left, and its last row."""
+    part, size, last = path.with_name(f"{path.name}.{os.getpid()}.part"), 0, dict[str, Any]()
     with open(part, "wb") as file:
         for row in _rows(path):
-            if last < row["step"] <= last_step:
-                size, last = size + file.write(encode(row)), row["step"]
+            if last.get("step", 0) < row["step"] <= last_step:
+                size, last = size + file.write(encode(row)), row
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
-    return size
+    return size, last
 
 
 def encode(row: Mapping[str, Any]) -> bytes:

@@ -82,7 +82,7 @@ class WandbTracker:
         self._folder, self._name = run_dir.resolve() / "wandb", run_dir.resolve().name
         self._warn, self._say, self._timeout = warn, say, finish_timeout
         self._pending, self._inbox = bytearray(), b""
-        self._alive = True
+        self._alive, self._warned = True, False
         self.run: dict[str, Any] = {}
         self._folder.mkdir(parents=True, exist_ok=True)
         with open(self._folder / "client.log", "ab") as log:
@@ -187,8 +187,11 @@ class WandbTracker:
                 if self.run["url"]:
                     self._say(f"W&B: {self.run['url']}")
             if "warning" in message:
+                self._warned = True
                 self._warn(message["warning"])
         if not chunk and not finished:  # the end of its output
+            if not self._warned:
+                self._warn(f"the W&B client ended early, see {self._folder / 'client.log'}; the run goes on")
             self._end(patience=1.0)
         return finished
 

@@ -5,10 +5,12 @@ import json
 import math
 import os
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
 from headway.pretrain.engine import StepResult
 from headway.pretrain.errors import DataError
 from headway.pretrain.records.metrics import MetricsFile, peak_memory_gib, read_metrics, step_values
@@ -28,7 +30,17 @@ def write(path, steps, start=0) -> None:
 def test_a_step_has_the_promised_keys_and_numbers():
     result = StepResult(2.5, 0.7, 4096, metrics={"z_loss": 0.01})
     values = step_values(7, result, lr=1e-3, seconds=2.0, flops=3e12, peak=6e12, memory_gib=1.5)
-    promised = "step loss lr grad_norm tokens tokens_per_second step_seconds mfu memory_gib".split()
+    promised = [
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "tokens_per_second",
+        "step_seconds",
+        "mfu",
+        "memory_gib",
+    ]
     assert list(values) == [*promised, "z_loss"]
     assert values["tokens_per_second"] == 2048
     assert values["mfu"] == 0.25  # 3e12 operations in 2 s, of 6e12 a second
@@ -118,6 +130,17 @@ def test_an_evaluation_joins_the_line_of_its_step(tmp_path):
     assert read_metrics(tmp_path) == [row(1), {**row(2), "heldout_loss": 0.5, "lr": 0}, row(3)]
 
 
+def test_an_evaluation_right_after_a_resume_joins_the_line_of_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, [1, 2, 3])
+    MetricsFile(path, start_step=2).amend({"heldout_loss": 0.5})
+    assert read_metrics(path) == [row(1), {**row(2), "heldout_loss": 0.5}]
+    fresh = MetricsFile(path)
+    fresh.amend({"heldout_loss": 9.0})  # before the first step there is no line to join
+    fresh.write(row(1))
+    assert read_metrics(path) == [row(1)]
+
+
 @pytest.mark.parametrize("taken", [0, 10, None])
 def test_a_full_disk_is_an_error_without_torn_or_lost_lines(tmp_path, monkeypatch, taken):
     """Space runs out after `taken` bytes of a line, or the call fails; later there is space again."""
@@ -136,7 +159,7 @@ def test_a_full_disk_is_an_error_without_torn_or_lost_lines(tmp_path, monkeypatc
         lambda: file.amend({"heldout_loss": 0.5}),
         lambda: file.write(row(3)),
     ):
-        with pytest.raises(OSError, match="No space|disk full"):
+        with pytest.raises(OSError, match=r"No space|disk full"):
             act()
         assert read_metrics(tmp_path) == [row(1)]
     monkeypatch.setattr(os, "pwrite", real)
@@ -154,7 +177,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
 
 def test_peak_memory_is_at_least_what_is_held():
     held = np.ones(2**25)  # 256 MiB, touched
-    pages = int(open("/proc/self/statm").read().split()[1])
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
     resident = pages * resource.getpagesize() / 2**30
     assert peak_memory_gib(torch.device("cpu")) >= resident * 0.99 > 0.25  # 1%: the kernel counts lazily
     del held
