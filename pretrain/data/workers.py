@@ -6,15 +6,16 @@ This module is imported by every worker: it stays light (no torch, no pydantic).
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
+import pickle
 import signal
-import threading
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from queue import SimpleQueue
+from subprocess import PIPE, Popen
 
 import numpy as np
 import numpy.typing as npt
@@ -104,8 +105,7 @@ def encode_side(texts: list[str], tokenizer: Tokenizer) -> Side:
 def encode_blocks(blocks: Iterable[Block], work: Work, workers: int) -> Iterator[Encoded]:
     """Encode blocks, in the order in which they come, whatever the number of workers.
 
-    Processes are spawned, not forked, as a fork of a process that has loaded torch may hang. At most a few
-    blocks a worker are held at once.
+    At most a few blocks a worker are held at once.
 
     Raises:
         DataError: a line is malformed; a worker was killed.
@@ -113,39 +113,85 @@ def encode_blocks(blocks: Iterable[Block], work: Work, workers: int) -> Iterator
     if workers == 1:
         yield from (encode_block(block, work) for block in blocks)
         return
+    processes = [Worker(work) for _ in range(workers)]
+    idle: SimpleQueue[Worker] = SimpleQueue()
+    for process in processes:
+        idle.put(process)
+
+    def encode(block: Block) -> Encoded:
+        process = idle.get()
+        try:
+            return process.encode(block)
+        finally:
+            idle.put(process)
+
     waiting: deque[Future[Encoded]] = deque()
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (work,))
+    threads = ThreadPoolExecutor(workers)
     try:
         for block in blocks:
-            waiting.append(pool.submit(_encode, block))
+            waiting.append(threads.submit(encode, block))
             if len(waiting) > 4 * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    except BrokenProcessPool as fault:
-        rule = "it was killed (out of memory?) or could not start; try a smaller data.workers"
-        raise DataError(f"a process that builds the token store ended: {rule}") from fault
     finally:
-        pool.shutdown(cancel_futures=True)
+        threads.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.stop()
+        threads.shutdown()
 
 
-_work: Work
+class Worker:
+    """A Python process that encodes blocks, one at a time, over a pipe.
+
+    `multiprocessing` is not used: its fork may hang once torch has started threads, and its other ways import
+    the caller's main module again in each process, which may cost more than the work.
+    """
+
+    def __init__(self, work: Work) -> None:
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        environment = os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
+        command = [sys.executable, "-c", f"from {__name__} import serve; serve()"]
+        self._process = Popen(command, stdin=PIPE, stdout=PIPE, env=environment)
+        self._work: Work | None = work
+
+    def encode(self, block: Block) -> Encoded:
+        assert self._process.stdin and self._process.stdout
+        try:
+            if self._work is not None:
+                pickle.dump(self._work, self._process.stdin)
+                self._work = None
+            pickle.dump(block, self._process.stdin)
+            self._process.stdin.flush()
+            answer = pickle.load(self._process.stdout)
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError) as fault:
+            rule = "it was killed (out of memory?) or could not start; try a smaller data.workers"
+            ended = f"a process that builds the token store ended with status {self._process.wait()}"
+            raise DataError(f"{ended}: {rule}") from fault
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.communicate()
 
 
-def _start_worker(work: Work) -> None:
-    global _work
-    _work = work
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+def serve() -> None:
+    """Encode what comes on standard input until it ends, as it does when the parent stops or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)
-
-
-def _encode(block: Block) -> Encoded:
-    return encode_block(block, _work)
+    requests = sys.stdin.buffer
+    with os.fdopen(os.dup(1), "wb") as answers:
+        os.dup2(2, 1)  # what a library prints must not get among the answers
+        work = pickle.load(requests)
+        while True:
+            try:
+                block = pickle.load(requests)
+            except EOFError:
+                return
+            try:
+                answer: Encoded | Exception = encode_block(block, work)
+            except Exception as fault:
+                answer = fault
+            pickle.dump(answer, answers)
+            answers.flush()
