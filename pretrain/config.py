@@ -103,6 +103,8 @@ class Tokenizer(Section):
     """A `.model` (sentencepiece) or `tokenizer.json` (huggingface)."""
     vocab: Annotated[int, Field(ge=260)] = 32768
     """Pieces of a tokenizer that is trained here."""
+    span: Literal["line", "word"] = "line"
+    """How far its pieces reach: over words within a line (fewest tokens), or one word with spaces before it."""
     train_bytes: Positive = 100_000_000
     """At most this many bytes of the corpus are shown to the tokenizer's trainer."""
 
