@@ -39,8 +39,8 @@ DTYPES: dict[int, np.dtype[Any]] = {
     8: np.dtype(np.uint16),
 }
 ADVISED = hasattr(mmap, "MADV_RANDOM")
-"""Whether the system can be told that rows are read at random. Untold, it reads as much around each page as its
-read-ahead says (128 KiB to 8 MiB) for a row of 2 KiB; told, it reads what is asked for, long rows at once."""
+"""Whether the system can be told that rows are read at random. Untold, it reads as much around each page as
+its read-ahead says (128 KiB to 8 MiB) for a row of 2 KiB; told, it reads what is asked, long rows at once."""
 LONGEST = 2**31 - 1
 """Tokens of a document: its length is an int32."""
 
