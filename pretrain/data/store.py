@@ -38,6 +38,9 @@ DTYPES: dict[int, np.dtype[Any]] = {
     5: np.dtype(np.int64),
     8: np.dtype(np.uint16),
 }
+ADVISED = hasattr(mmap, "MADV_RANDOM")
+"""Whether the system can be told that rows are read at random. Untold, it reads as much around each page as
+its read-ahead says (128 KiB to 8 MiB) for a row of 2 KiB; told, it reads what is asked, long rows at once."""
 LONGEST = 2**31 - 1
 """Tokens of a document: its length is an int32."""
 
@@ -159,7 +162,8 @@ class TokenStore:
             rule = f"its documents span sequences {self._firsts[0]} to {self._firsts[-1]} of {sequences}"
             raise DataError(f"{part(self.prefix, '.idx')}: not an index: {rule}; build the store again")
         size = int(self._pointers[-1]) + int(lengths[-1]) * self.dtype.itemsize if sequences else 0
-        self._stream = np.frombuffer(_map_bin(part(self.prefix, ".bin"), size), self.dtype)
+        self._bytes = _map_bin(part(self.prefix, ".bin"), size)
+        self._stream = np.frombuffer(self._bytes, self.dtype)
         self.tokens, self.documents = self._stream.size, documents
         self._starts = _Starts(self._firsts, self._pointers, self.dtype.itemsize, self.tokens)
         self.facts: dict[str, Any] = _read_facts(part(self.prefix, ".json"), self.tokens, documents)
@@ -175,6 +179,10 @@ class TokenStore:
         """
         if start < 0 or count < 0 or start + count > self.tokens:
             raise IndexError(f"{self.prefix}: [{start}, {start + count}) is not within {self.tokens} tokens")
+        first, last = start * self.dtype.itemsize, (start + count) * self.dtype.itemsize
+        if isinstance(self._bytes, mmap.mmap) and last - first > 4 * mmap.PAGESIZE and ADVISED:
+            page = first // mmap.PAGESIZE * mmap.PAGESIZE
+            self._bytes.madvise(mmap.MADV_WILLNEED, page, last - page)
         return self._stream[start : start + count]
 
     def boundaries(self, start: int, stop: int) -> npt.NDArray[np.int64]:
@@ -289,6 +297,8 @@ def _map_bin(path: Path, size: int) -> mmap.mmap | bytes:
         raise DataError(
             f"{path}: the .idx belongs to another .bin: it says {size} bytes, there are {len(tokens)}"
         )
+    if isinstance(tokens, mmap.mmap) and ADVISED:
+        tokens.madvise(mmap.MADV_RANDOM)
     return tokens
 
 

@@ -1,8 +1,8 @@
 """The learning rate over steps: a factor of the base rate, a pure function of the step.
 
-Steps count from 0 and the k-th update uses the factor of k updates done when it is over: step 0 of a warmup
-of w steps has factor 1/w (not 0, which would waste it), step w - 1 has 1, and the last step of the schedule
-has exactly the floor. Without warmup, step 0 has 1.
+Steps count from 0, and a step's factor is that of its own update, counted from 1: step 0 of a warmup of w
+steps has 1/w (not 0, which would waste it), step w - 1 has 1, and the last step of the schedule has exactly
+the floor. Without warmup, step 0 has 1.
 """
 
 from __future__ import annotations

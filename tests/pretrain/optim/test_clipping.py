@@ -22,8 +22,8 @@ def test_norm_and_clipping_are_pytorchs(dtype, scale):
     ours, theirs = parameters(dtype, scale), parameters(dtype, scale)
     norm = global_norm(ours)
     exact = torch.cat([p.grad.double().reshape(-1) for p in theirs if p.grad is not None]).norm()
-    # Sums of 1,024 squares in turn are off by tens of roundings of 6e-8, the norm by half of that; in fp64 the
-    # expectation, one long sum, is itself off by more.
+    # Sums of 1,024 squares in turn are off by tens of roundings of 6e-8, the norm by half of that; in fp64
+    # the expectation, one long sum, is itself off by more.
     torch.testing.assert_close(norm.double(), exact, rtol=1e-13 if dtype == torch.float64 else 1e-6, atol=0)
     assert norm.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     expected = torch.nn.utils.clip_grad_norm_(theirs, 1.0)
