@@ -281,15 +281,21 @@ def check_model(job: Job) -> None:
     """Rules that bind several settings of the model; raises JobError."""
     m = job.model
     if m.head_dim is None and m.hidden % m.heads:
-        nearest = min((h for h in range(1, m.hidden + 1) if m.hidden % h == 0), key=lambda h: abs(h - m.heads))
+        nearest = min(
+            (h for h in range(1, m.hidden + 1) if m.hidden % h == 0), key=lambda h: abs(h - m.heads)
+        )
         raise JobError("model.heads", m.heads, f"must divide model.hidden = {m.hidden}", nearest)
     if m.heads % m.kv:
         nearest = min((k for k in range(1, m.heads + 1) if m.heads % k == 0), key=lambda k: abs(k - m.kv))
         raise JobError("model.kv_heads", m.kv_heads, f"must divide model.heads = {m.heads}", nearest)
     if m.positions == "rotary" and m.head_width % 2:
-        raise JobError("model.head_dim", m.head_width, "rotary positions turn pairs: must be even", m.head_width + 1)
+        raise JobError(
+            "model.head_dim", m.head_width, "rotary positions turn pairs: must be even", m.head_width + 1
+        )
     if m.positions == "learned" and m.max_positions and job.data.seq_len > m.max_positions:
-        rule = f"must not exceed model.max_positions = {m.max_positions}, the rows of the learned position table"
+        rule = (
+            f"must not exceed model.max_positions = {m.max_positions}, the rows of the learned position table"
+        )
         raise JobError("data.seq_len", job.data.seq_len, rule, m.max_positions)
 
 
@@ -300,4 +306,6 @@ def check_schedule(job: Job) -> None:
         rule = f"give warmup in steps or in tokens, not both (schedule.warmup_tokens = {s.warmup_tokens})"
         raise JobError("schedule.warmup", s.warmup, rule, 0)
     if s.warmup >= steps and s.warmup > 0:
-        raise JobError("schedule.warmup", s.warmup, f"must be less than the {steps} steps of the schedule", steps - 1)
+        raise JobError(
+            "schedule.warmup", s.warmup, f"must be less than the {steps} steps of the schedule", steps - 1
+        )
