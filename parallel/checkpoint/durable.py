@@ -57,11 +57,20 @@ def write_new(path: Path, data: bytes) -> None:
 
 def replace_file(path: Path, data: bytes) -> None:
     """Put a file in place of another: at any moment one of the two is there, whole."""
+    os.replace(beside(path, data), path)
+    sync_folder(path.parent)
+
+
+def beside(path: Path, data: bytes) -> Path:
+    """Write and sync what will replace `path`; a rename, which needs no space, is then all that is left."""
     fresh = path.with_name(f".{path.name}.new")
     fresh.unlink(missing_ok=True)
-    write_new(fresh, data)
-    os.replace(fresh, path)
-    sync_folder(path.parent)
+    try:
+        write_new(fresh, data)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise
+    return fresh
 
 
 def exchange(one: Path, other: Path) -> bool:

@@ -12,7 +12,14 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from headway.parallel.checkpoint.durable import exchange, remove_tree, replace_file, sync_folder, write_new
+from headway.parallel.checkpoint.durable import (
+    beside,
+    exchange,
+    remove_tree,
+    replace_file,
+    sync_folder,
+    write_new,
+)
 from headway.parallel.checkpoint.manifest import MANIFEST, Manifest
 from headway.parallel.checkpoint.parts import part_name
 from headway.parallel.checkpoint.retention import LATEST, TRASH, discard, folder_name
@@ -66,6 +73,9 @@ class Folder:
         sync_folder(staging)
         self._check_owner()
         final = self.path / folder_name(manifest.step)
+        pointer = beside(
+            self.path / LATEST, f"{final.name}\n".encode()
+        )  # while a full disk is still harmless
         if not (final.exists() and exchange(staging, final)):
             if (
                 final.exists()
@@ -73,7 +83,8 @@ class Folder:
                 discard(final)
             staging.rename(final)
         sync_folder(self.path)
-        replace_file(self.path / LATEST, f"{final.name}\n".encode())
+        os.replace(pointer, self.path / LATEST)
+        sync_folder(self.path)
         check_sizes(final, manifest)
         if staging.exists():  # after an exchange: the older checkpoint of the same step
             discard(staging)

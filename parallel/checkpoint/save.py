@@ -68,6 +68,7 @@ class Checkpointer:
         token = int(self.team.gather([new_token()])[0, 0])
         self.folder = Folder(Path(folder), token, incarnation)
         self._attempt = 0
+        self._good = False  # this rank's share of the last save; on rank 0: it is published
         self._plan: Plan | None = None
         self._buffer = HostBuffer()
         self._writer: threading.Thread | None = None
@@ -86,8 +87,9 @@ class Checkpointer:
             CheckpointError: the state cannot be saved at all: a dtype or placement that a checkpoint cannot
                 hold, numbers that are not JSON, ranks at different steps. Faults of the disk do not raise.
         """
-        self.wait()
+        self._join()
         self._attempt += 1
+        self._good = False
         numbers, job = dict(state.numbers), dict(job or {})
         with self.team.together():
             check_json(numbers, "numbers")
@@ -117,15 +119,14 @@ class Checkpointer:
         else:
             self._write(*work)
 
-    def wait(self) -> None:
-        """Return when nothing is being written: on rank 0 the last save is published or has failed."""
-        if self._writer is not None:
-            self._writer.join()
-            self._writer = None
+    def wait(self) -> bool:
+        """Wait for the last save; collective. True on all ranks if its checkpoint has been published."""
+        self._join()
+        return bool(self.team.gather([self._good])[0, 0])
 
     def close(self) -> None:
-        """Finish what is being written and free the buffers; `problems` can still be read."""
-        self.wait()
+        """Finish what this rank is writing and free the buffers; `problems` can still be read."""
+        self._join()
         self._buffer.close()
 
     def __enter__(self) -> Checkpointer:
@@ -135,6 +136,11 @@ class Checkpointer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _join(self) -> None:
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
 
     def _open_staging(self, step: int) -> bool:
         if self.team.rank == 0:
@@ -168,6 +174,7 @@ class Checkpointer:
             # Nothing that goes wrong in this thread may end the training, or go unseen.
             self._give_up(step, staging, error)
         else:
+            self._good = True
             self._retire(step)
 
     def _write_shard(self, staging: Path, plan: Plan, data: memoryview) -> dict[str, Any]:

@@ -18,23 +18,25 @@ from pathlib import Path
 from headway.parallel.checkpoint.boxes import Box
 
 DTYPES = {
+    "uint64": ("U64", 8),
+    "int64": ("I64", 8),
     "float64": ("F64", 8),
     "float32": ("F32", 4),
-    "float16": ("F16", 2),
+    "uint32": ("U32", 4),
+    "int32": ("I32", 4),
     "bfloat16": ("BF16", 2),
+    "float16": ("F16", 2),
+    "uint16": ("U16", 2),
+    "int16": ("I16", 2),
     "float8_e4m3fn": ("F8_E4M3", 1),
     "float8_e5m2": ("F8_E5M2", 1),
-    "int64": ("I64", 8),
-    "int32": ("I32", 4),
-    "int16": ("I16", 2),
     "int8": ("I8", 1),
-    "uint64": ("U64", 8),
-    "uint32": ("U32", 4),
-    "uint16": ("U16", 2),
     "uint8": ("U8", 1),
     "bool": ("BOOL", 1),
 }
-"""torch's name of a dtype -> (its code in safetensors, bytes of an element)."""
+"""torch's name of a dtype -> (its code in safetensors, bytes of an element), widest first: a file's order."""
+
+_ORDER = {dtype: place for place, dtype in enumerate(DTYPES)}
 
 BLOCK = 8 << 20
 """Bytes written, hashed or read at once: small beside any shard, large beside the cost of a call."""
@@ -57,13 +59,13 @@ def key_of(name: str, box: Box, shape: tuple[int, ...]) -> str:
 
 
 def arrange(pieces: list[tuple[str, str, tuple[int, ...]]]) -> list[Slot]:
-    """Places for pieces (key, dtype, shape): widest dtype first, then by key, without gaps.
+    """Places for pieces (key, dtype, shape): by dtype, widest first, then by key, without gaps.
 
     This is the order of safetensors' own writer; it keeps every piece aligned to its element size.
     """
     slots: list[Slot] = []
     at = 0
-    for key, dtype, shape in sorted(pieces, key=lambda p: (-DTYPES[p[1]][1], p[0])):
+    for key, dtype, shape in sorted(pieces, key=lambda p: (_ORDER[p[1]], p[0])):
         stop = at + Box.whole(shape).numel * DTYPES[dtype][1]
         slots.append(Slot(key, dtype, shape, at, stop))
         at = stop
