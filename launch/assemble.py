@@ -37,6 +37,7 @@ class Hardware:
     precision: str
     precision_reason: str
     compiled: bool
+    compile_reason: str
     peak: float
     peak_source: str
     notes: list[str]
@@ -106,6 +107,8 @@ def assemble(resolved: Resolved, world: World) -> Parts:
     """Data, model, engine and evaluator of a job."""
     job = resolved.job
     hardware = choose_hardware(job, world)
+    resolved = settled(resolved, hardware)
+    job = resolved.job
     prepared = prepare_data(job.data, progress=world.main)
     objective = build_objective(job, prepared.tokenizer.vocab, device="meta")
     corpus = open_corpus(job, prepared, objective, world)
@@ -115,6 +118,15 @@ def assemble(resolved: Resolved, world: World) -> Parts:
     )
     flops = training_flops(job.model, prepared.tokenizer.vocab, job.data.seq_len)
     return Parts(resolved, hardware, corpus, engine, evaluator, Yardstick(flops, hardware.peak * world.size))
+
+
+def settled(resolved: Resolved, hardware: Hardware) -> Resolved:
+    """The job with `auto` replaced by what was chosen, and the reason as its origin."""
+    if resolved.job.precision == "auto":
+        resolved = resolved.settle("precision", hardware.precision, f"auto: {hardware.precision_reason}")
+    if resolved.job.train.compile == "auto":
+        resolved = resolved.settle("train.compile", hardware.compiled, f"auto: {hardware.compile_reason}")
+    return resolved
 
 
 LONG_ENOUGH_TO_COMPILE = 100
@@ -141,7 +153,7 @@ def choose_hardware(job: Job, world: World) -> Hardware:
         f"compile {'on' if compiled else 'off'}: {why}",
         f"peak {peak / 1e9:,.0f} GFLOP/s a device: {source}",
     ]
-    return Hardware(world, precision, reason, compiled, peak, source, notes)
+    return Hardware(world, precision, reason, compiled, why, peak, source, notes)
 
 
 def choose_compile(job: Job, device: torch.device) -> tuple[bool, str]:

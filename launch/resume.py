@@ -7,7 +7,7 @@ from pathlib import Path
 
 from headway.pretrain.config import Job
 from headway.pretrain.errors import JobError
-from headway.pretrain.recipe import leaves
+from headway.pretrain.recipe import Resolved, leaves
 
 # Settings that a run cannot change on its way, and why. Sources and weights may: the stream says what follows.
 FIXED: list[tuple[str, str]] = [
@@ -45,6 +45,19 @@ def check_resumable(saved: Job, now: Job) -> list[str]:
         if not name.startswith(SILENT):
             lines.append(f"{name}: {before!r} -> {after!r}")
     return lines
+
+
+CHOSEN = ("precision", "train.compile")
+"""Settings whose `auto` is decided once: a run that goes on keeps the decision, and with it its bits."""
+
+
+def keep_choices(saved: Resolved, now: Resolved) -> Resolved:
+    """What `auto` meant when the run was begun, it means again."""
+    before, after = dict(leaves(saved.job)), dict(leaves(now.job))
+    for field in CHOSEN:
+        if after[field] == "auto":
+            now = now.settle(field, before[field], saved.origins.get(field, "the run's beginning"))
+    return now
 
 
 def set_aside(folder: Path) -> Path | None:

@@ -11,7 +11,7 @@ from headway.launch import saving
 from headway.launch.assemble import Parts, assemble, join, run_folder
 from headway.launch.environment import incarnation
 from headway.launch.finish import Finished, finish, heldout_loss, report
-from headway.launch.resume import check_resumable, set_aside
+from headway.launch.resume import check_resumable, keep_choices, set_aside
 from headway.launch.signals import StopRequest
 from headway.parallel import mesh
 from headway.parallel.checkpoint.save import Checkpointer
@@ -35,7 +35,7 @@ def train(recipes: Sequence[str], sets: Sequence[str], *, fresh: bool = False) -
         if fresh and world.main and (aside := set_aside(folder)):
             print(f"{folder} was set aside as {aside}")
         world.barrier()
-        notes = compare_with_saved(folder, resolved)
+        resolved, notes = compare_with_saved(folder, resolved)
         world.barrier()
         parts = assemble(resolved, world)
         stack.callback(parts.corpus.loader.close)
@@ -44,14 +44,19 @@ def train(recipes: Sequence[str], sets: Sequence[str], *, fresh: bool = False) -
         run(parts, folder, stop, stack)
 
 
-def compare_with_saved(folder: Path, resolved: Resolved) -> list[str]:
-    """What differs from the job that the run was begun with; raises JobError where that cannot work."""
-    saved = folder / "job.yaml"
-    if not saved.exists():
-        return []
-    return [
-        f"changed since the run began: {line}" for line in check_resumable(load_job(saved).job, resolved.job)
-    ]
+def compare_with_saved(folder: Path, resolved: Resolved) -> tuple[Resolved, list[str]]:
+    """The job with what `auto` meant when the run was begun, and what differs from then.
+
+    Raises:
+        JobError: a difference with which the run cannot go on.
+    """
+    path = folder / "job.yaml"
+    if not path.exists():
+        return resolved, []
+    saved = load_job(path)
+    resolved = keep_choices(saved, resolved)
+    changed = check_resumable(saved.job, resolved.job)
+    return resolved, [f"changed since the run began: {line}" for line in changed]
 
 
 def tell(parts: Parts, notes: Sequence[str]) -> None:

@@ -59,6 +59,16 @@ class Resolved:
     job: Job
     origins: dict[str, str]
 
+    def settle(self, field: str, value: Any, origin: str) -> Resolved:
+        """The same job with one value replaced by what was chosen for it."""
+        tree = self.job.model_dump()
+        *sections, key = field.split(".")
+        place = tree
+        for section in sections:
+            place = place[section]
+        place[key] = value
+        return Resolved(validate(tree), {**self.origins, field: origin})
+
     def set_by_hand(self, field: str) -> bool:
         return self.origins.get(field, DEFAULT) == COMMAND_LINE
 

@@ -24,6 +24,8 @@ from headway.pretrain.optim.scaler import LossScale
 from headway.pretrain.optim.schedules import factor
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+MUON = {"fp32": torch.float32, "fp64": torch.float64}
+"""Dtype of Muon's iteration; where products are narrow, so may it be (None)."""
 
 
 class NativeEngine:
@@ -39,7 +41,7 @@ class NativeEngine:
         self.precision = precision
         self.call = apply(objective, job, world, compiled=compiled)
         self.named = dict(objective.named_parameters())
-        self.optimizers = build_optimizers(self.named.items(), job.optimizer)
+        self.optimizers = build_optimizers(self.named.items(), job.optimizer, MUON.get(precision))
         self.scale = LossScale() if precision == "fp16" else None
         self.rows = rows_per_micro_batch(job, world.layout.data)
         for optimizer in self.optimizers:

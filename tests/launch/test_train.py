@@ -12,10 +12,9 @@ import torch
 from safetensors import safe_open
 
 from headway.launch import run
-from headway.parallel.checkpoint.load import load
 from headway.parallel.checkpoint.manifest import read_manifest
 from headway.pretrain.data.stream import SampleStream
-from headway.pretrain.errors import CheckpointError, HeadwayError, JobError, NonFiniteError
+from headway.pretrain.errors import CheckpointError, JobError, NonFiniteError
 from headway.pretrain.records.metrics import read_metrics
 
 HEADWAY = [sys.executable, "-P", "-c", "from headway.launch.cli import main; main()"]
@@ -145,7 +144,7 @@ def test_a_changed_recipe_is_told_or_refused(train, capsys):
     for change in ("model.layers=3", "data.seq_len=16", "train.seed=1", "optimizer.name=muon"):
         with pytest.raises(JobError, match=r"this run was begun with"):
             train(change)
-    fresh = train("model.layers=1", "train.steps=2", fresh=True)
+    fresh = train("model.layers=1", "train.steps=2", "schedule.warmup=1", fresh=True)
     assert len(losses(fresh)) == 2
     assert len(list(fresh.parent.glob("run.before-*"))) == 1
 
@@ -179,8 +178,8 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_samples(train, corpus):
 
 def test_start_from_takes_the_weights_and_begins_at_step_one(train):
     first = train("train.steps=10")
-    second = train(f"train.start_from={first}", "train.steps=1", name="second")
-    fresh = train("train.steps=1", name="fresh")
+    second = train(f"train.start_from={first}", "train.steps=1", "schedule.warmup=0", name="second")
+    fresh = train("train.steps=1", "schedule.warmup=0", name="fresh")
     assert losses(second)[0] < losses(fresh)[0]
 
 
@@ -200,12 +199,13 @@ def test_eval_and_look_use_the_newest_checkpoint(train, capsys):
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp64"])
 def test_every_precision_trains_and_resumes(train, precision):
     sets = (f"precision={precision}", "checkpoint.every=2", "model.dropout=0")
+    sets += ("schedule.steps=4", "schedule.warmup=1")
     straight = train(*sets, "train.steps=4", name="straight")
-    train(*sets, "train.steps=2", "schedule.steps=4", "schedule.warmup=1", name="broken")
+    train(*sets, "train.steps=2", name="broken")
     reference = losses(straight)
     assert all(loss < 7 for loss in reference)
     folder = train(*sets, "train.steps=4", name="broken")
-    assert len(losses(folder)) == 4
+    assert losses(folder) == reference
 
 
 def test_gradient_accumulation_does_not_change_the_curve(train):
@@ -216,9 +216,10 @@ def test_gradient_accumulation_does_not_change_the_curve(train):
 
 
 def test_isolated_documents_train(train):
-    assert losses(train("data.documents=isolate", "train.steps=2")) != losses(
-        train("train.steps=2", name="other")
-    )
+    attend = losses(train("train.steps=5"))
+    isolate = losses(train("train.steps=5", "data.documents=isolate", name="isolate"))
+    assert all(loss < 6 for loss in isolate)
+    assert isolate != attend
 
 
 def test_errors_are_one_message_without_traceback(small_job, tmp_path):
@@ -231,11 +232,3 @@ def test_errors_are_one_message_without_traceback(small_job, tmp_path):
     assert "missing.jsonl" in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-
-
-def test_unlike_states_are_not_loaded(train):
-    folder = train("train.steps=5")
-    from headway.pretrain.engine import State
-
-    with pytest.raises(HeadwayError, match=r"head|blocks|embed"):
-        load(folder / "checkpoints/step_00000005", State({"model.none": torch.zeros(1)}))
