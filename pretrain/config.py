@@ -37,7 +37,7 @@ class Attention(Section):
     """What attention means (mechanism) and how it is computed here (kernel)."""
 
     mechanism: Literal["dense"] = "dense"
-    kernel: Literal["auto", "reference", "sdpa"] = "auto"
+    kernel: Literal["auto", "reference", "sdpa", "blocks"] = "auto"
     """`auto` chooses by device, shape and mask, and the choice is printed; a name is never replaced."""
     qk_norm: bool = False
     """RMS-normalise queries and keys per head before the scores (Henry et al. 2020, Qwen3)."""

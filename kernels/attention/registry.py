@@ -1,0 +1,84 @@
+"""What is known of every attention mechanism and kernel, as data: tests, costs and the choice read it from here.
+
+A mechanism says what attention means, a kernel how it is computed. The mechanism's `reference` is its
+specification, and a contract test holds every registered kernel to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from headway.kernels.attention import blocks, dense
+
+Compute = Callable[..., Tensor]
+"""(q [B, H, S, D], k [B, K, S, D], v [B, K, S, D], mask, dropout or None) -> [B, H, S, D]"""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute a mechanism.
+
+    Attributes:
+        name: what `model.attention.kernel` calls it.
+        compute: the function.
+        dropout: computes dropout of attention weights, by coordinates.
+        memory: growth of what it holds for the backward, in words.
+    """
+
+    name: str
+    compute: Compute
+    dropout: bool
+    memory: str
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """What attention means.
+
+    Attributes:
+        name: what `model.attention.mechanism` calls it.
+        source: paper and equation.
+        kernels: by name, `reference` among them.
+        weights: (q, k, mask) -> attention weights [B, H, S, S], for maps.
+        flops: (query heads, head dimension, tokens, causal) -> forward FLOPs of one sequence.
+        bytes: (query heads, key/value heads, head dimension, tokens, bytes per element) -> bytes of one sequence
+            that a fused forward reads and writes at least.
+    """
+
+    name: str
+    source: str
+    kernels: dict[str, Kernel]
+    weights: Callable[..., Tensor]
+    flops: Callable[[int, int, int, bool], int]
+    bytes: Callable[[int, int, int, int, int], int]
+
+
+def _dense_flops(heads: int, dim: int, tokens: int, causal: bool) -> int:
+    pairs = tokens * (tokens + 1) // 2 if causal else tokens * tokens
+    return 4 * heads * dim * pairs  # multiply and add, for the scores and for the values
+
+
+def _dense_bytes(heads: int, kv_heads: int, dim: int, tokens: int, itemsize: int) -> int:
+    return 2 * (heads + kv_heads) * dim * tokens * itemsize  # q and output, k and v
+
+
+DENSE = Mechanism(
+    name="dense",
+    source="Vaswani et al. 2017, equation 1; grouped queries: Ainslie et al. 2023",
+    kernels={
+        k.name: k
+        for k in (
+            Kernel("reference", dense.reference, dropout=True, memory="S^2"),
+            Kernel("sdpa", dense.sdpa, dropout=False, memory="S on fused paths"),
+            Kernel("blocks", blocks.attention, dropout=True, memory="S"),
+        )
+    },
+    weights=dense.attention_weights,
+    flops=_dense_flops,
+    bytes=_dense_bytes,
+)
+
+MECHANISMS: dict[str, Mechanism] = {m.name: m for m in (DENSE,)}

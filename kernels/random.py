@@ -1,0 +1,163 @@
+"""Random numbers that are a function of names and coordinates, and of nothing else.
+
+Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") turns a 64-bit key and a
+128-bit counter into 128 random bits. A key stands for (seed, step, parameter or module), a counter for global
+coordinates, so any rank computes the numbers of any slice, and no generator state exists to be saved.
+
+Words are 32-bit values held in int64 tensors: plain torch arithmetic, the same bits on every device, eager or
+compiled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57  # multipliers and key increments of the paper, section 5.3
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
+Coordinates = tuple[Tensor, Tensor | int, Tensor | int]
+
+
+def key(seed: int, *names: object) -> int:
+    """A 64-bit key of a seed and any names (strings, integers); signed, so that an int64 tensor holds it.
+
+    Names are told apart by quotes and commas: ("ab", "c") and ("a", "bc") give different keys.
+    """
+    digest = hashlib.blake2b(repr((seed, *names)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def philox(key: int | Tensor, c0: Tensor, c1: Tensor | int, c2: Tensor | int, c3: Tensor | int) -> Words:
+    """Four words from a key (64 bits) and a counter of four words, which broadcast.
+
+    A product of two words may wrap in int64; its 64 bits are right all the same, and masks pick them out.
+    """
+    k0, k1 = key & _WORD, (key >> 32) & _WORD
+    for _ in range(10):
+        p0, p1 = _M0 * c0, _M1 * c2
+        c0 = ((p1 >> 32) & _WORD) ^ c1 ^ k0
+        c2 = ((p0 >> 32) & _WORD) ^ c3 ^ k1
+        c1, c3 = p1 & _WORD, p0 & _WORD
+        k0, k1 = (k0 + _W0) & _WORD, (k1 + _W1) & _WORD
+    return c0, c1, c2, c3  # type: ignore[return-value]  # tensors from the first round on
+
+
+def uniform(key: int | Tensor, *coordinates: Tensor | int) -> Tensor:
+    """Uniform numbers in (0, 1), fp64: one for each broadcast coordinate.
+
+    Args:
+        key: see `key`.
+        coordinates: one to four integers or int64 tensors, each in [0, 2^32); at least one a tensor.
+    """
+    given = [c if isinstance(c, Tensor) else torch.tensor(c) for c in coordinates]
+    zero = torch.zeros((), dtype=torch.int64, device=given[0].device)
+    c0, c1, c2, c3 = (*given, *[zero] * (4 - len(given)))
+    return _open_interval(philox(key, c0, c1, c2, c3)[0])
+
+
+def normal(key: int | Tensor, rows: Tensor, start: int, stop: int) -> Tensor:
+    """Standard normal numbers of columns [start, stop) of the given rows.
+
+    Element (row, column) depends on the key, row and column alone: slices of a matrix have the bits of the whole.
+    One Philox call serves four columns.
+
+    Args:
+        rows: int64 [R], each in [0, 2^64).
+        start, stop: columns, within [0, 2^32).
+
+    Returns:
+        fp32 [R, stop - start].
+    """
+    groups = torch.arange(start // 4, -(-stop // 4), device=rows.device)
+    words = philox(key, groups, (rows & _WORD)[:, None], ((rows >> 32) & _WORD)[:, None], 0)
+    flat = torch.stack(words, -1).flatten(1)
+    offset = start % 4
+    return _normal_quantile(_open_interval(flat[:, offset : offset + stop - start])).float()
+
+
+def keep(key: Tensor, p: float, coordinates: Coordinates, stop: int, start: int = 0) -> Tensor:
+    """Dropout's mask over columns [start, stop) of a last dim, true where an element is kept.
+
+    Sixteen bits decide an element, so one Philox call serves eight; p is rounded to a multiple of 2^-16.
+
+    Args:
+        key: int64, 0-dim.
+        p: chance of being dropped.
+        coordinates: three words that broadcast to the leading shape; the column is the fourth.
+
+    Returns:
+        bool [..., stop - start].
+    """
+    a, b, c = (x.unsqueeze(-1) if isinstance(x, Tensor) else x for x in coordinates)
+    groups = torch.arange(start // 8, -(-stop // 8), device=key.device)
+    words = philox(key, groups, c, b, a)
+    lanes = torch.stack([half for w in words for half in (w & 0xFFFF, w >> 16)], -1)
+    offset = start % 8
+    return (lanes >= _threshold(p)).flatten(-2)[..., offset : offset + stop - start]
+
+
+def dropout(x: Tensor, p: float, key: Tensor, coordinates: Coordinates) -> Tensor:
+    """Zero elements of x with chance p and scale the others, by a mask that depends on coordinates alone.
+
+    Args:
+        x: [..., width].
+        p: chance, rounded to a multiple of 2^-16; the scale uses the rounded value, so the mean is kept.
+        key, coordinates: see `keep`. Hidden states [B, S, E] use (slot [B, 1], position [1, S], 0);
+            attention weights [B, H, Q, K] use (slot [B, 1, 1], head [1, H, 1], query position [1, 1, Q]).
+    """
+    kept = keep(key, p, coordinates, x.shape[-1])
+    return torch.where(kept, x * kept_scale(p), 0)
+
+
+def kept_scale(p: float) -> float:
+    """What kept elements are multiplied by: one over the chance, as rounded, of being kept."""
+    return 1 / (1 - _threshold(p) / 65536)
+
+
+def _threshold(p: float) -> int:
+    return round(p * 65536)
+
+
+def _open_interval(word: Tensor) -> Tensor:
+    return (word.double() + 0.5) * 2.0**-32
+
+
+# Acklam's rational approximation of the normal quantile (2003; relative error below 1.2e-9, and fp32 keeps 6e-8).
+# Only + - * / and sqrt, which IEEE 754 rounds exactly: the same bits on a vector lane, a tail and another device.
+# Libraries' log and cos do not promise that.
+_A = (-39.69683028665376, 220.9460984245205, -275.9285104469687, 138.3577518672690, -30.66479806614716,
+      2.506628277459239)  # fmt: skip
+_B = (-54.47609879822406, 161.5858368580409, -155.6989798598866, 66.80131188771972, -13.28068155288572, 1.0)
+_C = (-0.007784894002430293, -0.3223964580411365, -2.400758277161838, -2.549732539343734, 4.374664141464968,
+      2.938163982698783)  # fmt: skip
+_D = (0.007784695709041462, 0.3224671290700398, 2.445134137142996, 3.754408661907416, 1.0)
+_TAIL = 0.02425
+
+
+def _normal_quantile(u: Tensor) -> Tensor:
+    """Quantile of the standard normal at u in (0, 1), fp64."""
+    q = u - 0.5
+    centre = q * _polynomial(_A, q * q) / _polynomial(_B, q * q)
+    r = torch.sqrt(-2 * _log(torch.minimum(u, 1 - u)))
+    tail = _polynomial(_C, r) / _polynomial(_D, r)
+    return torch.where(q.abs() <= 0.5 - _TAIL, centre, torch.where(q < 0, tail, -tail))
+
+
+def _log(x: Tensor) -> Tensor:
+    """Natural logarithm to about 1e-10 by exactly rounded operations: log m + e log 2, m in [1/2, 1)."""
+    m, e = torch.frexp(x)
+    s = (m - 0.75) / (m + 0.75)  # log(m / 0.75) = 2 atanh s with |s| <= 1/5
+    series = _polynomial((1 / 13, 1 / 11, 1 / 9, 1 / 7, 1 / 5, 1 / 3, 1.0), s * s)
+    return 2 * s * series + e.double() * 0.6931471805599453 - 0.2876820724517809
+
+
+def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
+    value = torch.full_like(x, coefficients[0])
+    for c in coefficients[1:]:
+        value = value * x + c
+    return value

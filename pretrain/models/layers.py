@@ -1,0 +1,135 @@
+"""Layers: plain modules that hold parameters and call kernels. `init.initialise` fills them.
+
+Shapes: B batch, S sequence, E hidden size, F feed-forward size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from headway.kernels import glu, norm, random
+from headway.pretrain import config
+
+
+class Noise(NamedTuple):
+    """What dropout depends on, in one forward of one (micro-)batch.
+
+    Attributes:
+        key: int64, 0-dim: a key of (seed, step), see `headway.kernels.random`.
+        slots_B: int64, each row's place in the global batch.
+        positions_S: int64, each column's place in the sequence; 0, 1, ... if None.
+    """
+
+    key: Tensor
+    slots_B: Tensor
+    positions_S: Tensor | None = None
+
+    @classmethod
+    def at(cls, seed: int, step: int, slots_B: Tensor, positions_S: Tensor | None = None) -> Noise:
+        """Noise of optimizer step `step`, on the slots' device."""
+        key = torch.tensor(random.key(seed, "dropout", step), device=slots_B.device)
+        return cls(key, slots_B, positions_S)
+
+    def places(self, length: int) -> Tensor:
+        """Positions of the columns, int64 [S]."""
+        if self.positions_S is not None:
+            return self.positions_S
+        return torch.arange(length, device=self.key.device)
+
+
+class Linear(nn.Linear):
+    """x W^T + b. Not initialised here: initial weights depend on their canonical names."""
+
+    def reset_parameters(self) -> None: ...
+
+
+class Embedding(nn.Embedding):
+    """Rows of a table. Not initialised here, as Linear."""
+
+    def reset_parameters(self) -> None: ...
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with statistics in fp32 or wider; returns the input's dtype."""
+
+    def __init__(self, size: int, eps: float, bias: bool) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size))
+        self.bias = nn.Parameter(torch.empty(size)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return norm.layer_norm(x, self.weight, self.bias, self.eps).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with statistics in fp32 or wider; returns the input's dtype."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return norm.rms_norm(x, self.weight, self.eps).to(x.dtype)
+
+
+def build_norm(model: config.Model) -> LayerNorm | RMSNorm:
+    """The norm of the residual stream that the config names."""
+    if model.norm == "rmsnorm":
+        return RMSNorm(model.hidden, model.norm_eps)
+    return LayerNorm(model.hidden, model.norm_eps, model.bias)
+
+
+class Dropout(nn.Module):
+    """Dropout by global coordinates; the identity where p is 0 or no noise is given.
+
+    `salt` is the key of the module's canonical name, set by `init.initialise`. It is a tensor, not a number, so
+    that compiled blocks differ in inputs only and share one graph.
+    """
+
+    salt: Tensor
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.register_buffer("salt", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def key(self, noise: Noise) -> Tensor:
+        """Key of this module at this step: both are hashes, so their xor names the pair."""
+        return noise.key ^ self.salt
+
+    def forward(self, x_BSE: Tensor, noise: Noise | None) -> Tensor:
+        if noise is None or self.p == 0:
+            return x_BSE
+        coordinates = (noise.slots_B[:, None], noise.places(x_BSE.shape[1])[None], 0)
+        return random.dropout(x_BSE, self.p, self.key(noise), coordinates)
+
+
+class MLP(nn.Module):
+    """down(activation(up(x))), or down(activation(gate(x)) * up(x)) for gated activations."""
+
+    def __init__(self, model: config.Model) -> None:
+        super().__init__()
+        self.activation = model.activation
+        self.gate = Linear(model.hidden, model.ffn_width, model.bias) if model.gated else None
+        self.up = Linear(model.hidden, model.ffn_width, model.bias)
+        self.down = Linear(model.ffn_width, model.hidden, model.bias)
+
+    def forward(self, x_BSE: Tensor) -> Tensor:
+        x_BSE = narrowed(x_BSE)
+        if self.gate is not None:
+            h_BSF = glu.GATED[self.activation](self.gate(x_BSE), self.up(x_BSE))
+        else:
+            h_BSF = glu.PLAIN[self.activation](self.up(x_BSE))
+        down: Tensor = self.down(h_BSF)
+        return down
+
+
+def narrowed(x: Tensor) -> Tensor:
+    """x in the dtype of matrix products: cast once, where autocast would cast for every product."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
