@@ -6,7 +6,6 @@ Axes, outermost first: pipeline, replicate, shard, context, tensor.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -140,10 +139,9 @@ def start(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size > 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        dist.init_process_group(
-            backend, rank=rank, world_size=size, timeout=timedelta(seconds=job.parallel.timeout)
-        )
+        if not dist.is_initialized():
+            timeout = timedelta(seconds=job.parallel.timeout)
+            dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
         shape = tuple(getattr(layout, axis) for axis in AXES)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
     return World(rank, size, local_rank, device, backend, layout, mesh)

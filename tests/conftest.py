@@ -14,7 +14,7 @@ SMALL_JOB = """\
 model: {layers: 2, hidden: 32, heads: 2, dropout: 0.1, positions: rotary, norm: rmsnorm, activation: swiglu}
 data: {seq_len: 32, heldout: 0.2, tokenizer: {kind: bytes}}
 optimizer: {lr: 3e-3}
-schedule: {warmup: 4}
+schedule: {warmup: 2, steps: 20}
 precision: fp32
 train: {steps: 20, global_batch: 8, compile: false}
 checkpoint: {every: 5}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from headway.kernels.cross_entropy import IGNORE, linear_cross_entropy, row_loss
 from headway.pretrain import config
 from headway.pretrain.engine import Batch
-from headway.pretrain.models.gpt import GPT
+from headway.pretrain.models.gpt import GPT, attention_maps
 from headway.pretrain.models.layers import Linear, Noise, narrowed
 
 
@@ -99,6 +99,10 @@ class CausalLM(nn.Module):
         """Logits in the dtype of matrix products, [B, S, V], or [B, V] after the token at place `at` alone."""
         final = narrowed(self.model(tokens_BS).final)
         return nn.functional.linear(final if at is None else final[:, at], self.head_weight)
+
+    def attention_maps(self, tokens_BS: Tensor) -> Tensor:
+        """Attention weights of every layer and head, [layers, B, H, S, S]."""
+        return attention_maps(self.model, tokens_BS)
 
     def collate(self, rows: Mapping[str, np.ndarray]) -> Batch:
         """A batch from rows of samples.

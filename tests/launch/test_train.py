@@ -144,7 +144,7 @@ def test_a_changed_recipe_is_told_or_refused(train, capsys):
     for change in ("model.layers=3", "data.seq_len=16", "train.seed=1", "optimizer.name=muon"):
         with pytest.raises(JobError, match=r"this run was begun with"):
             train(change)
-    fresh = train("model.layers=1", "train.steps=2", "schedule.warmup=1", fresh=True)
+    fresh = train("model.layers=1", "train.steps=2", fresh=True)
     assert len(losses(fresh)) == 2
     assert len(list(fresh.parent.glob("run.before-*"))) == 1
 
@@ -173,13 +173,13 @@ def test_no_whole_checkpoint_is_an_error_that_says_what_to_do(train):
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_samples(train, corpus):
     with pytest.raises(NonFiniteError, match=rf"step \d+: loss .*samples: .*{corpus.name}.* row \d+"):
-        train("optimizer.lr=1e30", "optimizer.clip=null", "schedule.warmup=0")
+        train("optimizer.lr=1e30", "optimizer.clip=null")
 
 
 def test_start_from_takes_the_weights_and_begins_at_step_one(train):
     first = train("train.steps=10")
-    second = train(f"train.start_from={first}", "train.steps=1", "schedule.warmup=0", name="second")
-    fresh = train("train.steps=1", "schedule.warmup=0", name="fresh")
+    second = train(f"train.start_from={first}", "train.steps=1", name="second")
+    fresh = train("train.steps=1", name="fresh")
     assert losses(second)[0] < losses(fresh)[0]
 
 
@@ -199,7 +199,6 @@ def test_eval_and_look_use_the_newest_checkpoint(train, capsys):
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp64"])
 def test_every_precision_trains_and_resumes(train, precision):
     sets = (f"precision={precision}", "checkpoint.every=2", "model.dropout=0")
-    sets += ("schedule.steps=4", "schedule.warmup=1")
     straight = train(*sets, "train.steps=4", name="straight")
     train(*sets, "train.steps=2", name="broken")
     reference = losses(straight)
