@@ -50,6 +50,7 @@ def train(
 
     sets = [*(sets or []), *([f"data.sources=[{data_path!r}]"] if data_path else [])]
     if nproc > 1:
+        run.check(recipes, sets, nproc)
         local.start(nproc, sys.argv[1:])
     else:
         run.train(recipes, sets, fresh=fresh)
@@ -154,13 +155,28 @@ def config_schema(debug: Debug = False) -> None:
 
 
 def main() -> None:
-    """Run the command line; every error that Headway raises becomes one message and its exit code."""
+    """Run the command line; every error becomes one message and its exit code, with --debug a traceback."""
     try:
         app()
     except Exception as error:
+        if "--debug" in sys.argv:
+            raise
         from headway.pretrain.errors import HeadwayError
 
-        if "--debug" in sys.argv or not isinstance(error, HeadwayError):
-            raise
-        print(f"headway: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        if isinstance(error, HeadwayError):
+            print(f"headway: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)
+        first = (str(error).strip().splitlines() or ["no message"])[0]
+        place = keep_traceback()
+        print(f"headway: unexpected {type(error).__name__}: {first} (traceback: {place})", file=sys.stderr)
+        sys.exit(HeadwayError.exit_code)
+
+
+def keep_traceback() -> str:
+    """Write the traceback of the present exception to a file of its own; the file's path."""
+    import tempfile
+    import traceback
+
+    with tempfile.NamedTemporaryFile("w", prefix="headway-error-", suffix=".txt", delete=False) as file:
+        file.write(traceback.format_exc())
+    return file.name

@@ -23,6 +23,15 @@ from headway.pretrain.records.records import Recorder, open_records
 from headway.pretrain.trainer import Trainer
 
 
+def check(recipes: Sequence[str], sets: Sequence[str], ranks: int) -> None:
+    """Refuse a job that cannot run on so many ranks, before any is started; raises JobError."""
+    resolved = resolve(recipes, sets)
+    refuse_inert(resolved)
+    layout = mesh.lay_out(resolved.job.parallel, ranks)
+    mesh.rows_per_micro_batch(resolved.job, layout.data)
+    compare_with_saved(run_folder(resolved.job), resolved)
+
+
 def train(recipes: Sequence[str], sets: Sequence[str], *, fresh: bool = False) -> None:
     """Train a job, or go on with it where its run folder stands."""
     resolved = resolve(recipes, sets)

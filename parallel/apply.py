@@ -52,6 +52,7 @@ def shard(objective: CausalLM, world: World, *, reshard: bool) -> None:
     for module in objective.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
     for method in ("logits", "attention_maps"):  # they gather parameters as the forward does
         register_fsdp_forward_method(objective, method)
 

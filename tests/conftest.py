@@ -18,7 +18,7 @@ schedule: {warmup: 2, steps: 20}
 precision: fp32
 train: {steps: 20, global_batch: 8, compile: false}
 checkpoint: {every: 5}
-tracking: {wandb: "off", prompt: "the cat"}
+tracking: {wandb: off, prompt: "the cat"}
 """
 
 

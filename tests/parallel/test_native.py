@@ -99,6 +99,12 @@ def test_every_layout_draws_the_curve_of_one_process(pool, alone, ranks, paralle
             np.testing.assert_allclose(found[2][name], value, rtol=1e-8, atol=1e-10, err_msg=name)
 
 
+@pytest.mark.parametrize("parallel", [{"shard": 2}, {"replicate": 2, "shard": 1}])
+def test_fp32_stays_near_the_fp64_curve_at_every_layout(pool, alone, parallel):
+    for found in pool(curve, ranks=2, parallel=parallel, precision="fp32"):
+        assert found[0] == pytest.approx(alone()[0], rel=1e-5)
+
+
 def test_fp32_and_bf16_stay_near_the_fp64_curve():
     exact = curve(0, 1, {})[0]
     # bf16 keeps 8 bits: products err by 2^-9 relative, and a mean over 192 tokens of losses near ln 67 by less.

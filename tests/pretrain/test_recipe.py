@@ -96,7 +96,9 @@ def test_sequences_must_fit_the_position_table():
 
 
 def test_yaml_is_safe_strict_and_of_version_1_2(tmp_path):
-    assert recipe.parse_yaml("lr: 3e-4", "x") == {"lr": 3e-4}
+    assert recipe.parse_yaml("[3e-4, 1.5, .5, -2, 1.0e-05, off, no, true]", "x") == [
+        3e-4, 1.5, 0.5, -2, 1e-5, "off", "no", True
+    ]  # fmt: skip
     with pytest.raises(JobError, match=r"bad.yaml:2.*twice"):
         recipe.resolve([write(tmp_path / "bad.yaml", "train: {}\ntrain: {}\n")])
     with pytest.raises(JobError, match="not valid YAML"):
