@@ -60,6 +60,8 @@ class Folder:
 
     def open_staging(self, step: int, attempt: int) -> None:
         """Make the staging folder of an attempt and remove earlier ones. Raises OSError, CheckpointError."""
+        if not (self.path / OWNER).exists():  # someone removed the folder while the run went on
+            self.take_over()
         self._check_owner()
         self._clean(f"-{self.token:016x}-")
         self.staging(step, attempt).mkdir()

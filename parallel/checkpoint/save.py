@@ -31,6 +31,7 @@ class Checkpointer:
 
     A failed save (disk full, a rank that does not answer) does not raise: it is put on `problems` for the
     caller to show, its files are removed, the last good checkpoint stays, and the next save tries again.
+    A process that ends without `close` still finishes what it is writing.
 
     Args:
         folder: `runs/NAME/checkpoints`, on a file system that all ranks share.
@@ -78,7 +79,9 @@ class Checkpointer:
                     self.folder.take_over()
 
     def save(self, step: int, state: State, job: Mapping[str, Any] | None = None) -> None:
-        """Save `state` as the checkpoint of `step`; collective. Numbers and job are taken from rank 0.
+        """Save `state` as the checkpoint of `step`; collective.
+
+        Numbers and job are taken from rank 0 and are JSON values (`job.model_dump(mode="json")`).
 
         Returns when the values have been copied (background), so that training may change them, or when the
         checkpoint is published. Waits for an earlier save that is still being written.

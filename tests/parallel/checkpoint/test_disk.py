@@ -3,6 +3,7 @@
 The faults are real: small file systems, mounted in a mount namespace of a child process, which is this file.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -157,6 +158,46 @@ def test_any_error_of_the_writer_surfaces(tmp_path, monkeypatch):
     assert "step 2 was not saved: surprise" in str(checkpointer.problems[0])
     assert isinstance(checkpointer.problems[0].__cause__, ZeroDivisionError)
     assert latest(tmp_path).name == "step_00000001"
+
+
+def test_any_sync_that_fails(tmp_path, monkeypatch):
+    """EIO from each fsync in turn: what LATEST names stays whole, and the next save works."""
+    real, left = os.fsync, 0
+
+    def fsync(handle):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise OSError(errno.EIO, "Input/output error")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with Checkpointer(tmp_path, background=False, keep_last=1) as checkpointer:
+        step, nth = 1, 0
+        while True:
+            checkpointer.save(step, state(1, step))
+            assert checkpointer.problems == []
+            assert latest(tmp_path).name == f"step_{step:08d}"
+            nth, step = nth + 1, step + 1
+            left = nth
+            checkpointer.save(step, state(1, step))
+            if not checkpointer.problems:
+                break  # a save has fewer syncs than this
+            assert "Input/output error" in str(checkpointer.problems.pop())
+            assert verify(latest(tmp_path)) == []
+            step, left = step + 1, 0
+    # shard, manifest, staging folder, LATEST, its folder before and after the last rename
+    assert nth - 1 == 6
+
+
+def test_the_folder_is_removed_while_the_run_goes_on(tmp_path):
+    with Checkpointer(tmp_path / "checkpoints") as checkpointer:
+        checkpointer.save(1, state(1, 1))
+        assert checkpointer.wait()
+        shutil.rmtree(tmp_path / "checkpoints")
+        checkpointer.save(2, state(1, 2))
+        assert checkpointer.wait()
+    assert verify(latest(tmp_path / "checkpoints")) == []
 
 
 def test_no_memory_for_the_copy(tmp_path, monkeypatch):

@@ -134,7 +134,7 @@ def any_moment(folder: Path) -> int:
 @pytest.fixture(scope="module")
 def killed():
     """What the script found; it runs alone, because only a process without threads may fork so."""
-    # In memory where there is such a disk: a SIGKILL loses no written page, so that fsync would only cost time.
+    # In memory where there is such a disk: a SIGKILL loses no written page, so fsync would only cost time.
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
         command = [sys.executable, "-P", __file__, folder]

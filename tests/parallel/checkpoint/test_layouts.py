@@ -251,6 +251,28 @@ def test_an_error_of_one_rank_is_raised_on_all(pool, tmp_path):
         assert ("rank 1 failed" in shape) == (rank == 0)
 
 
+def load_damaged(rank, world, path):
+    state = spread({name: torch.zeros_like(t) for name, t in reference().items()}, "shard 2")
+    try:
+        load(Path(path), state)
+    except CheckpointError as error:
+        return str(error), sum(
+            local(t).float().abs().sum().item() for n, t in state.tensors.items() if n in SHAPES
+        )
+
+
+def test_a_flipped_bit_in_one_shard_stops_all_ranks(pool, tmp_path):
+    pool(save_all, ranks=3, folder=str(tmp_path))
+    shard = tmp_path / "shard 3" / "step_00000002" / "shard_00002.safetensors"
+    raw = bytearray(shard.read_bytes())
+    raw[-1] ^= 1
+    shard.write_bytes(raw)
+    for text, written in pool(load_damaged, ranks=2, path=str(shard.parent)):
+        assert f"{shard}: sha256 is" in text
+        assert f"The checkpoint before it is {shard.parent.with_name('step_00000001')}" in text
+        assert written == 0
+
+
 def faults(rank, world, folder):
     """Rank 1 runs out of disk, then says nothing at all, then is well again."""
     state = State({f"w{i}": torch.full((1000,), float(i)) for i in range(4)})
