@@ -96,7 +96,7 @@ def encode_side(texts: list[str], tokenizer: Tokenizer) -> Side:
     """Encode texts, each followed by the separator."""
     separator = np.array([tokenizer.separator], np.int32)
     documents = tokenizer.encode_batch(texts)
-    pieces = [array for ids in documents for array in (ids, separator)]
+    pieces = [part for ids in documents for part in (ids, separator)]
     stream = np.concatenate(pieces).astype(dtype_of(tokenizer.vocab)).tobytes() if pieces else b""
     lengths = np.array([ids.size + 1 for ids in documents], np.int64)
     return Side(stream, lengths, sum(len(text.encode()) for text in texts))
@@ -156,7 +156,8 @@ class Worker:
         self._work: Work | None = work
 
     def encode(self, block: Block) -> Encoded:
-        assert self._process.stdin and self._process.stdout
+        assert self._process.stdin
+        assert self._process.stdout
         try:
             if self._work is not None:
                 pickle.dump(self._work, self._process.stdin)
