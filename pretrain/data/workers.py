@@ -11,7 +11,7 @@ import pickle
 import signal
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -113,17 +113,18 @@ def encode_blocks(blocks: Iterable[Block], work: Work, workers: int) -> Iterator
     if workers == 1:
         yield from (encode_block(block, work) for block in blocks)
         return
-    processes = [Worker(work) for _ in range(workers)]
-    idle: SimpleQueue[Worker] = SimpleQueue()
+    processes = [Worker(work) for _ in range(workers - 1)]
+    idle: SimpleQueue[Callable[[Block], Encoded]] = SimpleQueue()
+    idle.put(lambda block: encode_block(block, work))  # this process works too: the libraries release the GIL
     for process in processes:
-        idle.put(process)
+        idle.put(process.encode)
 
     def encode(block: Block) -> Encoded:
-        process = idle.get()
+        encode_with_one = idle.get()
         try:
-            return process.encode(block)
+            return encode_with_one(block)
         finally:
-            idle.put(process)
+            idle.put(encode_with_one)
 
     waiting: deque[Future[Encoded]] = deque()
     threads = ThreadPoolExecutor(workers)
