@@ -105,8 +105,8 @@ class Tokenizer(Section):
     """Pieces of a tokenizer that is trained here."""
     span: Literal["line", "word"] = "line"
     """How far its pieces reach: over words within a line (fewest tokens), or one word with spaces before it."""
-    train_bytes: Positive = 100_000_000
-    """At most this many bytes of the corpus are shown to the tokenizer's trainer."""
+    train_bytes: Positive = 30_000_000
+    """At most this many bytes of the corpus are shown to the trainer, which takes 65 bytes of memory for each."""
 
 
 class Source(Section):

@@ -11,7 +11,7 @@ import pickle
 import signal
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -96,7 +96,7 @@ def encode_side(texts: list[str], tokenizer: Tokenizer) -> Side:
     """Encode texts, each followed by the separator."""
     separator = np.array([tokenizer.separator], np.int32)
     documents = tokenizer.encode_batch(texts)
-    pieces = [array for ids in documents for array in (ids, separator)]
+    pieces = [part for ids in documents for part in (ids, separator)]
     stream = np.concatenate(pieces).astype(dtype_of(tokenizer.vocab)).tobytes() if pieces else b""
     lengths = np.array([ids.size + 1 for ids in documents], np.int64)
     return Side(stream, lengths, sum(len(text.encode()) for text in texts))
@@ -113,17 +113,18 @@ def encode_blocks(blocks: Iterable[Block], work: Work, workers: int) -> Iterator
     if workers == 1:
         yield from (encode_block(block, work) for block in blocks)
         return
-    processes = [Worker(work) for _ in range(workers)]
-    idle: SimpleQueue[Worker] = SimpleQueue()
+    processes = [Worker(work) for _ in range(workers - 1)]
+    idle: SimpleQueue[Callable[[Block], Encoded]] = SimpleQueue()
+    idle.put(lambda block: encode_block(block, work))  # this process works too: the libraries release the GIL
     for process in processes:
-        idle.put(process)
+        idle.put(process.encode)
 
     def encode(block: Block) -> Encoded:
-        process = idle.get()
+        encode_with_one = idle.get()
         try:
-            return process.encode(block)
+            return encode_with_one(block)
         finally:
-            idle.put(process)
+            idle.put(encode_with_one)
 
     waiting: deque[Future[Encoded]] = deque()
     threads = ThreadPoolExecutor(workers)
@@ -156,7 +157,8 @@ class Worker:
         self._work: Work | None = work
 
     def encode(self, block: Block) -> Encoded:
-        assert self._process.stdin and self._process.stdout
+        assert self._process.stdin
+        assert self._process.stdout
         try:
             if self._work is not None:
                 pickle.dump(self._work, self._process.stdin)
