@@ -38,6 +38,12 @@ class Saver:
             problem = self.checkpointer.problems.pop(0)
             self.recorder.event("warning", message=f"no checkpoint: {problem}")
 
+    def finish(self) -> bool:
+        """Wait until nothing is being written; whether the last save was published. Collective."""
+        published = self.checkpointer.wait()
+        self.poll()
+        return published
+
     def close(self) -> None:
         self.checkpointer.close()
         self.poll()

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from headway.pretrain.config import Job
 from headway.pretrain.engine import Batch, Engine, StepResult
-from headway.pretrain.errors import Interrupted, NonFiniteError
+from headway.pretrain.errors import HeadwayError, Interrupted, NonFiniteError
 from headway.pretrain.records.metrics import step_values
 from headway.pretrain.records.records import Recorder
 
@@ -23,6 +23,9 @@ class Saver(Protocol):
 
     def poll(self) -> None:
         """Tell what was published and what went wrong since."""
+
+    def finish(self) -> bool:
+        """Wait for what is being written; whether the last save was published."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """A whole run, as a user starts it: what it leaves, how it goes on, what it says when something is wrong."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -33,6 +32,12 @@ def train(small_job, tmp_path):
 
 def command(small_job: Path, tmp_path: Path, *more: str) -> list[str]:
     return [*HEADWAY, "train", str(small_job), "--set", f"run.dir={tmp_path}", "--set", "run.name=run", *more]
+
+
+def wait_for_step(child: subprocess.Popen, step: int) -> None:
+    """Return when the child has said that it finished a step."""
+    assert child.stdout is not None
+    assert any(line.startswith(f"step {step}/") for line in child.stdout)
 
 
 def losses(folder: Path) -> list[float]:
@@ -106,9 +111,7 @@ def test_a_killed_process_resumes_to_the_same_bits(train, small_job, tmp_path):
     child = subprocess.Popen(
         command(small_job, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    metrics = tmp_path / "run/metrics.jsonl"
-    while child.poll() is None and not (metrics.exists() and len(metrics.read_bytes().splitlines()) >= 10):
-        os.sched_yield()
+    wait_for_step(child, 10)
     child.kill()
     child.wait()
     assert losses(train()) == losses(straight)
@@ -123,9 +126,7 @@ def test_signals_save_and_exit_with_75(train, small_job, tmp_path, number):
         stderr=subprocess.PIPE,
         text=True,
     )
-    metrics = tmp_path / "run/metrics.jsonl"
-    while child.poll() is None and not (metrics.exists() and metrics.stat().st_size):
-        os.sched_yield()
+    wait_for_step(child, 1)
     child.send_signal(number)
     _, errors = child.communicate(timeout=60)
     assert child.returncode == 75, errors
