@@ -10,7 +10,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from headway.pretrain.data.tokenizer import SEPARATOR, SentencePieceTokenizer, split_lines
 from headway.pretrain.errors import DataError, JobError
@@ -22,7 +22,7 @@ CHARACTERS_OF_A_LINE = 4000
 """Longer lines are cut for training: the trainer's cost grows faster than a line."""
 
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "model_type": "bpe",
     "byte_fallback": True,
     # Text is taken as it is: these four make the model lossless.
