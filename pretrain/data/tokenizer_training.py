@@ -10,7 +10,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from headway.pretrain.data.tokenizer import SEPARATOR, SentencePieceTokenizer, split_lines
 from headway.pretrain.errors import DataError, JobError
@@ -20,6 +20,28 @@ from headway.pretrain.errors import DataError, JobError
 STAND_INS = {"\n": "\ue00a", "\t": "\ue009", "\r": "\ue00d", "\0": "", "\u2581": "", "\u2585": ""}
 CHARACTERS_OF_A_LINE = 4000
 """Longer lines are cut for training: the trainer's cost grows faster than a line."""
+
+
+SETTINGS: dict[str, Any] = {
+    "model_type": "bpe",
+    "byte_fallback": True,
+    # Text is taken as it is: these four make the model lossless.
+    "normalization_rule_name": "identity",
+    "add_dummy_prefix": False,
+    "remove_extra_whitespaces": False,
+    "allow_whitespace_only_pieces": True,
+    # Pieces may mix letters, digits and signs, and hold a deep indentation.
+    "split_by_unicode_script": False,
+    "split_by_number": False,
+    "max_sentencepiece_length": 32,
+    "max_sentence_length": 8 * CHARACTERS_OF_A_LINE,
+    "unk_id": 0,
+    "eos_id": 1,
+    "eos_piece": SEPARATOR,
+    "bos_id": -1,
+    "pad_id": -1,
+    "minloglevel": 2,
+}
 
 
 def train_sentencepiece(
@@ -54,24 +76,9 @@ def train_sentencepiece(
         SentencePieceTrainer.train(
             sentence_iterator=itertools.chain([first], lines),
             model_writer=model,
-            model_type="bpe",
             vocab_size=vocab,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
             split_by_whitespace=span == "word",
-            split_by_unicode_script=False,
-            split_by_number=False,
-            max_sentencepiece_length=32,
-            max_sentence_length=8 * CHARACTERS_OF_A_LINE,
-            unk_id=0,
-            eos_id=1,
-            eos_piece=SEPARATOR,
-            bos_id=-1,
-            pad_id=-1,
-            minloglevel=2,
+            **SETTINGS,
         )
     except RuntimeError as fault:
         raise _vocabulary_fault(vocab, str(fault)) from fault

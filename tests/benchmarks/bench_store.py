@@ -54,13 +54,13 @@ def plain_loop(files: list[File], model: bytes, prefix: Path) -> None:
     builder.finalize(f"{prefix}.idx")
 
 
-def writing(folder: Path, files: list[File], tokenizer: SentencePieceTokenizer, label: str) -> None:
+def writing(folder: Path, files: list[File], model: bytes, label: str) -> None:
     data = config.Data(heldout=0.0, workers=2)
     size = sum(file.size for file in files)
-    model = tokenizer.__reduce__()[1][0]
 
     def ours() -> None:
         shutil.rmtree(folder / "ours", ignore_errors=True)
+        tokenizer = SentencePieceTokenizer(model)  # as new: it remembers lines that it has seen
         build_store(SOURCE, tokenizer, data, files, folder / "ours", progress=False)
 
     times, theirs, own = ratio(lambda: plain_loop(files, model, folder / "theirs"), ours)
@@ -138,16 +138,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         texts = (file.path.read_bytes().decode() for file in files[:200])
-        tokenizer = train_sentencepiece(texts, 4096, folder / "tokenizer.model")
-        writing(folder, files, tokenizer, "a tokenizer trained by Headway")
+        train_sentencepiece(texts, 4096, folder / "tokenizer.model")
+        writing(folder, files, (folder / "tokenizer.model").read_bytes(), "a tokenizer trained by Headway")
         reading(folder / "ours" / "train")
         shutil.rmtree(folder / "ours")
-        writing(
-            folder,
-            files,
-            SentencePieceTokenizer(plain_model(files)),
-            "a model trained by sentencepiece's defaults",
-        )
+        writing(folder, files, plain_model(files), "a model trained by sentencepiece's defaults")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from headway.pretrain.data import build, workers
 from headway.pretrain.data.build import build_store, heldout_bytes, prepare_data, train_tokenizer
 from headway.pretrain.data.cache import build_once
 from headway.pretrain.data.store import TokenStore
-from headway.pretrain.data.text import find_files
+from headway.pretrain.data.text import cut_into_blocks, find_files
 from headway.pretrain.data.tokenizer import BytesTokenizer, SentencePieceTokenizer
 from headway.pretrain.data.workers import is_heldout
 from headway.pretrain.errors import DataError, JobError
@@ -239,16 +239,27 @@ def test_killed_worker_is_an_error(
         self._process.kill()
 
     monkeypatch.setattr(workers.Worker, "__init__", die)
+    monkeypatch.setattr("headway.pretrain.data.text.BLOCK_BYTES", 4096)
     with pytest.raises(DataError, match=r"ended with status -9.*data\.workers"):
         prepare_data(make(workers=2), progress=False)
     assert not [path for path in (tmp_path / "cache" / "stores").iterdir() if not path.name.startswith(".")]
 
 
-def test_malformed_line_in_a_worker(
-    make: Callable[..., Data], corpus: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(build, "ALONE_BYTES", 0)
-    with corpus.open("a") as file:
-        file.write("bad\n")
-    with pytest.raises(DataError, match=r"a\.jsonl:401: not JSON"):
-        prepare_data(make(workers=2), progress=False)
+def test_malformed_line_in_a_worker(corpus: Path) -> None:
+    """A worker hands its error over and works on."""
+    good = corpus.read_text()
+    corpus.write_text("print\n" + good)
+    files = find_files(Source(path=str(corpus)))
+    (block,) = cut_into_blocks(files, "text")
+    work = workers.Work(BytesTokenizer(), "text", 0.0, skip=False)
+    worker = workers.Worker(work)
+    try:
+        with pytest.raises(DataError, match=r"a\.jsonl:1: not JSON"):
+            worker.encode(block)
+        corpus.write_text(good)
+        (block,) = cut_into_blocks(files, "text")
+        encoded, expected = worker.encode(block), workers.encode_block(block, work)
+        assert encoded.train.stream == expected.train.stream
+        assert encoded.train.lengths.tolist() == [len(text) + 1 for text in LINES]
+    finally:
+        worker.stop()
