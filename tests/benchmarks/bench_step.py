@@ -54,7 +54,7 @@ def gpt2_state(ours: CausalLM) -> dict[str, Tensor]:
             state |= {
                 f"{b}ln_1.{kind}": w[f"{a}attention_norm.{kind}"],
                 f"{b}ln_2.{kind}": w[f"{a}mlp_norm.{kind}"],
-                f"{b}attn.c_attn.{kind}": qkv.T,
+                f"{b}attn.c_attn.{kind}": qkv.mT if qkv.dim() > 1 else qkv,
                 f"{b}attn.c_proj.{kind}": w[f"{a}attention.o.{kind}"].T,
                 f"{b}mlp.c_fc.{kind}": w[f"{a}mlp.up.{kind}"].T,
                 f"{b}mlp.c_proj.{kind}": w[f"{a}mlp.down.{kind}"].T,
