@@ -14,6 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from headway.kernels.precision import product_dtype
+
 IGNORE = -100
 """Label of a row that is not scored."""
 
@@ -85,7 +87,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, z_loss, chunk, compute, gradients):  # type: ignore[no-untyped-def]
         device = hidden.device.type
-        narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        narrow = product_dtype(hidden)
         wide = torch.promote_types(narrow, torch.float32)
         x, w = hidden.to(narrow), weight.to(narrow)
         chunk = chunk or chunk_rows(w.shape[0], w.element_size(), device)

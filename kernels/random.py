@@ -33,18 +33,26 @@ def key(seed: int, *names: object) -> int:
 
 
 def philox(key: int | Tensor, c0: Tensor, c1: Tensor | int, c2: Tensor | int, c3: Tensor | int) -> Words:
-    """Four words from a key (64 bits) and a counter of four words, which broadcast.
-
-    A product of two words may wrap in int64; its 64 bits are right all the same, and masks pick them out.
-    """
+    """Four words from a key (64 bits) and a counter of four words, which broadcast."""
+    # Inductor (torch 2.13) folds multiples of an arange into index arithmetic, and vectorises those wrongly on CPU;
+    # a xor with a loaded zero keeps the words out of its sight. A test holds compiled words to eager ones.
+    zero = key & 0
+    c0, c2 = c0 ^ zero, c2 ^ zero
     k0, k1 = key & _WORD, (key >> 32) & _WORD
     for _ in range(10):
-        p0, p1 = _M0 * c0, _M1 * c2
-        c0 = ((p1 >> 32) & _WORD) ^ c1 ^ k0
-        c2 = ((p0 >> 32) & _WORD) ^ c3 ^ k1
-        c1, c3 = p1 & _WORD, p0 & _WORD
+        (high0, low0), (high1, low1) = _product(_M0, c0), _product(_M1, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + _W0) & _WORD, (k1 + _W1) & _WORD
     return c0, c1, c2, c3  # type: ignore[return-value]  # tensors from the first round on
+
+
+def _product(multiplier: int, word: Tensor | int) -> tuple[Tensor | int, Tensor | int]:
+    """High and low word of a product, without signed overflow, which compiled C++ does not define.
+
+    With m' = m - 2^32 (both multipliers exceed 2^31) the product m' w stays within int64, and m w = m' w + 2^32 w.
+    """
+    p = (multiplier - 2**32) * word
+    return ((p >> 32) + word) & _WORD, p & _WORD
 
 
 def uniform(key: int | Tensor, *coordinates: Tensor | int) -> Tensor:

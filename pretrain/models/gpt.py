@@ -14,7 +14,7 @@ from headway.kernels.attention.masks import Mask
 from headway.pretrain import config
 from headway.pretrain.models.layers import Dropout, Embedding, Noise, build_norm
 from headway.pretrain.models.positions import LearnedPositions, RotaryPositions
-from headway.pretrain.models.transformer import Context, Stack
+from headway.pretrain.models.transformer import Block, Context, Stack
 
 
 class Hidden(NamedTuple):
@@ -60,7 +60,7 @@ class GPT(nn.Module):
         self.rotary = (
             RotaryPositions(model.head_width, model.rotary_base) if model.positions == "rotary" else None
         )
-        self.blocks = Stack(model)
+        self.blocks = Stack(Block(model) for _ in range(model.layers))
         self.norm = build_norm(model) if model.norm_position == "pre" else nn.Identity()
 
     def forward(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from headway.kernels import glu, norm, random
+from headway.kernels.precision import product_dtype
 from headway.pretrain import config
 
 
@@ -131,5 +132,4 @@ class MLP(nn.Module):
 
 def narrowed(x: Tensor) -> Tensor:
     """x in the dtype of matrix products: cast once, where autocast would cast for every product."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    return x.to(product_dtype(x))

@@ -61,10 +61,7 @@ class Block(nn.Module):
 
 
 class Stack(nn.ModuleList):
-    """Blocks in order."""
-
-    def __init__(self, model: config.Model) -> None:
-        super().__init__(Block(model) for _ in range(model.layers))
+    """Blocks in order; a slice of a stack is a stack."""
 
     def forward(self, x_BSE: Tensor, context: Context) -> Tensor:
         for block in self:
