@@ -85,7 +85,7 @@ def row_loss(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, z_loss, chunk, compute, gradients):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden, weight, labels, z_loss, chunk, compute, gradients):
         device = hidden.device.type
         narrow = product_dtype(hidden)
         wide = torch.promote_types(narrow, torch.float32)
@@ -112,7 +112,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total + z_total, z_total
 
     @staticmethod
-    def backward(ctx, d_total, _):  # type: ignore[no-untyped-def]
+    def backward(ctx, d_total, _):
         d_hidden, d_weight = ctx.saved_tensors
         for_hidden, for_weight = ctx.dtypes
         return (d_hidden * d_total).to(for_hidden), (d_weight * d_total).to(for_weight), *[None] * 5

@@ -13,7 +13,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     Computed in fp32 (fp64 for fp64) whatever the dtypes are; returns that wide dtype, and the caller narrows.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), None if bias is None else bias.to(wide), eps)
+    return F.layer_norm(
+        x.to(wide), weight.shape, weight.to(wide), None if bias is None else bias.to(wide), eps
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

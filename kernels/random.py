@@ -11,6 +11,7 @@ compiled.
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +33,8 @@ def key(seed: int, *names: object) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def philox(key: int | Tensor, c0: Tensor, c1: Tensor | int, c2: Tensor | int, c3: Tensor | int) -> Words:
-    """Four words from a key (64 bits) and a counter of four words, which broadcast."""
+def philox(key: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> Words:
+    """Four words from a key (64 bits) and a counter of four words: integers or int64 tensors, which broadcast."""
     # Inductor (torch 2.13) folds multiples of an arange into index arithmetic, and vectorises those wrongly on CPU;
     # a xor with a loaded zero keeps the words out of its sight. A test holds compiled words to eager ones.
     zero = key & 0
@@ -43,10 +44,10 @@ def philox(key: int | Tensor, c0: Tensor, c1: Tensor | int, c2: Tensor | int, c3
         (high0, low0), (high1, low1) = _product(_M0, c0), _product(_M1, c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + _W0) & _WORD, (k1 + _W1) & _WORD
-    return c0, c1, c2, c3  # type: ignore[return-value]  # tensors from the first round on
+    return c0, c1, c2, c3
 
 
-def _product(multiplier: int, word: Tensor | int) -> tuple[Tensor | int, Tensor | int]:
+def _product(multiplier: int, word: Any) -> tuple[Any, Any]:
     """High and low word of a product, without signed overflow, which compiled C++ does not define.
 
     With m' = m - 2^32 (both multipliers exceed 2^31) the product m' w stays within int64, and m w = m' w + 2^32 w.

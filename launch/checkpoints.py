@@ -39,7 +39,9 @@ def show(place: str) -> None:
             table.add_row(path.name, "", "", "", "", f"broken: {error}")
             continue
         size = f"{manifest.nbytes / 2**20:.1f} MiB"
-        table.add_row(path.name, size, str(len(manifest.tensors)), str(manifest.world), manifest.created, mark)
+        table.add_row(
+            path.name, size, str(len(manifest.tensors)), str(manifest.world), manifest.created, mark
+        )
     console().print(table)
 
 

@@ -57,7 +57,9 @@ class State:
 class Engine(Protocol):
     """One way to spread a model. Built by `build(job, objective, mesh)`."""
 
-    objective: nn.Module
+    @property
+    def objective(self) -> nn.Module:
+        """Model, head and loss."""
 
     def train_step(self, batch: Batch, step: int, watch: Watch | None = None) -> StepResult:
         """Forward, backward, reduce, clip and update on this rank's rows of global batch number `step`.

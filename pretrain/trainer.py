@@ -10,7 +10,7 @@ from typing import Protocol
 
 from headway.pretrain.config import Job
 from headway.pretrain.engine import Batch, Engine, StepResult
-from headway.pretrain.errors import HeadwayError, Interrupted, NonFiniteError
+from headway.pretrain.errors import Interrupted, NonFiniteError
 from headway.pretrain.records.metrics import step_values
 from headway.pretrain.records.records import Recorder
 

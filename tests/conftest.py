@@ -25,7 +25,25 @@ tracking: {wandb: off, prompt: "the cat"}
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A JSONL file of 200 short documents."""
-    words = "the a cat dog sat ran on under mat house and then it was seen by who".split()
+    words = [
+        "the",
+        "a",
+        "cat",
+        "dog",
+        "sat",
+        "ran",
+        "on",
+        "under",
+        "mat",
+        "house",
+        "and",
+        "then",
+        "it",
+        "was",
+        "seen",
+        "by",
+        "who",
+    ]
     draw = random.Random(0)
     path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
     lines = (" ".join(draw.choices(words, k=draw.randint(5, 40))) for _ in range(200))

@@ -19,7 +19,9 @@ from headway.kernels.attention.dense import WeightDropout
 from headway.kernels.attention.masks import Mask, lower
 
 
-def attention(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask, dropout: WeightDropout | None = None):
+def attention(
+    q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask, dropout: WeightDropout | None = None
+) -> Tensor:
     """softmax(Q K^T / sqrt(D)) V with `mask` and `dropout`; see `dense.reference`, its specification."""
     group = q_BHSD.shape[1] // k_BKSD.shape[1]
     k_BHSD, v_BHSD = (x if group == 1 else x.repeat_interleave(group, 1) for x in (k_BKSD, v_BKSD))
@@ -34,7 +36,7 @@ def block_rows(length: int) -> int:
 
 class _Blocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, causal, documents, p, key, slots, positions, first_head):  # type: ignore[no-untyped-def]
+    def forward(ctx, q, k, v, causal, documents, p, key, slots, positions, first_head):
         mask = Mask(causal, documents)
         drop = None if key is None else WeightDropout(p, key, slots, positions, first_head)
         length, rows = q.shape[2], block_rows(q.shape[2])
@@ -58,14 +60,14 @@ class _Blocks(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, d_out):  # type: ignore[no-untyped-def]
+    def backward(ctx, d_out):
         q, k, v, out, lse, documents, key, slots, positions = ctx.saved_tensors
         drop = None if key is None else WeightDropout(ctx.p, key, slots, positions, ctx.first_head)
         dq, dk, dv = _backward(d_out, q, k, v, out, lse, Mask(ctx.causal, documents), drop)
         return dq, dk, dv, *[None] * 7
 
 
-def _backward(d_out, q, k, v, out, lse, mask, drop):  # type: ignore[no-untyped-def]
+def _backward(d_out, q, k, v, out, lse, mask, drop):
     """Gradients of q, k, v [B, H, S, D]. Names ending in _T are transposed: keys (or features) by queries."""
     length, rows, wide = q.shape[2], block_rows(q.shape[2]), lse.dtype
     scale = 1 / math.sqrt(q.shape[-1])

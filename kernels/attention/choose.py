@@ -46,7 +46,9 @@ def choose(
     if request == "auto":
         return kernels[_fastest(dropout, device, dtype, compiled)]
     if request not in kernels:
-        raise KernelUnavailable(request, f"{mechanism} attention has the kernels {', '.join(kernels)}", "auto")
+        raise KernelUnavailable(
+            request, f"{mechanism} attention has the kernels {', '.join(kernels)}", "auto"
+        )
     if dropout and not kernels[request].dropout:
         nearest = next(k.name for k in reversed(kernels.values()) if k.dropout)
         rule = "its dropout of attention weights would depend on the layout, so it takes none"

@@ -35,7 +35,9 @@ class WeightDropout(NamedTuple):
     first_head: int = 0
 
 
-def reference(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask, dropout: WeightDropout | None = None):
+def reference(
+    q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask, dropout: WeightDropout | None = None
+) -> Tensor:
     """The specification of dense attention, O(S^2) in memory; returns [B, H, S, D]."""
     weights_BHSS = attention_weights(q_BHSD, k_BKSD, mask)
     if dropout is not None:
@@ -53,7 +55,9 @@ def attention_weights(q_BHSD: Tensor, k_BKSD: Tensor, mask: Mask) -> Tensor:
     return torch.softmax(scores if seen is None else scores.masked_fill(~seen, -math.inf), -1)
 
 
-def sdpa(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask, dropout: WeightDropout | None = None):
+def sdpa(
+    q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask, dropout: WeightDropout | None = None
+) -> Tensor:
     """PyTorch's fused kernels; `dropout` must be None, because theirs depends on layout and device."""
     assert dropout is None
     isolated = mask.documents is not None

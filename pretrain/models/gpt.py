@@ -5,13 +5,14 @@ Shapes: B batch, S sequence, E hidden size, H query heads, V vocabulary.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from headway.kernels.attention.masks import Mask
 from headway.pretrain import config
+from headway.pretrain.models.attention import Core
 from headway.pretrain.models.layers import Dropout, Embedding, Noise, build_norm
 from headway.pretrain.models.positions import LearnedPositions, RotaryPositions
 from headway.pretrain.models.transformer import Block, Context, Stack
@@ -90,11 +91,12 @@ def attention_maps(model: GPT, tokens_BS: Tensor) -> Tensor:
     """Attention weights of every layer and head, [layers, B, H, S, S], by the mechanism's reference."""
     maps: list[Tensor] = []
 
-    def record(core, heads):  # type: ignore[no-untyped-def]
+    def record(core: Any, heads: Any) -> None:
         q_BHSD, k_BKSD, _, mask, _ = heads
         maps.append(core.weights(q_BHSD, k_BKSD, mask))
 
-    hooks = [block.attention.core.register_forward_pre_hook(record) for block in model.blocks]
+    cores = [module for module in model.modules() if isinstance(module, Core)]
+    hooks = [core.register_forward_pre_hook(record) for core in cores]
     try:
         with torch.compiler.set_stance("force_eager"):
             model(tokens_BS)

@@ -24,12 +24,12 @@ class LossOutput(NamedTuple):
 
     Attributes:
         total: 0-dim, nats: what is differentiated, summed over valid tokens.
-        count: 0-dim int64: valid tokens.
+        tokens: 0-dim int64: valid tokens.
         metrics: more sums over valid tokens, without gradient.
     """
 
     total: Tensor
-    count: Tensor
+    tokens: Tensor
     metrics: dict[str, Tensor]
 
 

@@ -92,11 +92,13 @@ def pair(mode: str, precision: str) -> tuple[Callable[[], float], Callable[[], f
 
     def our_loss() -> Tensor:
         out = ours(batch)
-        return out.total / out.count
+        return out.total / out.tokens
 
     def their_loss() -> Tensor:
         # transformers shifts labels itself: given the whole row it would drop one target, so shift them here.
-        loss: Tensor = theirs(input_ids=batch["tokens"], shift_labels=batch["labels"], labels=batch["labels"]).loss
+        loss: Tensor = theirs(
+            input_ids=batch["tokens"], shift_labels=batch["labels"], labels=batch["labels"]
+        ).loss
         return loss
 
     return stepper(ours, our_loss, precision), stepper(theirs, their_loss, precision)

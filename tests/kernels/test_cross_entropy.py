@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from headway.kernels.cross_entropy import IGNORE, chunk_rows, linear_cross_entropy, row_loss
 
 
@@ -85,7 +86,9 @@ def test_full_logits_never_exist():
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest
             out = func(*args, **(kwargs or {}))
-            largest = max([largest, *(t.numel() for t in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(t))])
+            largest = max(
+                [largest, *(t.numel() for t in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(t))]
+            )
             return out
 
     with Largest():

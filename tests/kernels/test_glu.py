@@ -2,12 +2,19 @@
 
 import pytest
 import torch
+
 from headway.kernels import glu
 
 
 @pytest.mark.parametrize(
     ("ours", "theirs"),
-    [("gelu", "gelu_python"), ("gelu_tanh", "gelu_new"), ("relu", "relu"), ("relu2", "relu2"), ("silu", "silu")],
+    [
+        ("gelu", "gelu_python"),
+        ("gelu_tanh", "gelu_new"),
+        ("relu", "relu"),
+        ("relu2", "relu2"),
+        ("silu", "silu"),
+    ],
 )
 def test_plain(ours, theirs):
     from transformers.activations import ACT2FN

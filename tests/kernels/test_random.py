@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from headway.kernels import random
 
 # Known answers of Random123 1.14 (kat_vectors, "philox4x32 10"): counter, key, output.
@@ -35,7 +36,8 @@ def test_philox_agrees_with_numpy_on_many_counters():
     counter = rng.integers(0, 2**32, (4, 1000), dtype=np.uint64)
     key = rng.integers(0, 2**32, 2, dtype=np.uint64)
     got = random.philox(
-        torch.tensor(signed(int(key[0]), int(key[1]))), *(torch.from_numpy(c.astype(np.int64)) for c in counter)
+        torch.tensor(signed(int(key[0]), int(key[1]))),
+        *(torch.from_numpy(c.astype(np.int64)) for c in counter),
     )
     x, k, mask = list(counter), list(key), np.uint64(2**32 - 1)
     for _ in range(10):
@@ -50,11 +52,15 @@ def test_a_compiled_mask_is_the_eager_mask():
     def mask(key, slots):
         places, heads = torch.arange(20), torch.arange(3) + 5
         hidden = random.keep(key, 0.3, (slots[:, None], places[None], 0), 43)
-        weights = random.keep(key, 0.3, (slots[:, None, None], heads[None, :, None], places[None, None]), 24, 8)
+        weights = random.keep(
+            key, 0.3, (slots[:, None, None], heads[None, :, None], places[None, None]), 24, 8
+        )
         return hidden, weights
 
     key, slots = torch.tensor(random.key(3, "x")), torch.arange(4) + 1000
-    for eager, compiled in zip(mask(key, slots), torch.compile(mask, fullgraph=True)(key, slots), strict=True):
+    for eager, compiled in zip(
+        mask(key, slots), torch.compile(mask, fullgraph=True)(key, slots), strict=True
+    ):
         assert torch.equal(eager, compiled)
 
 
@@ -76,7 +82,9 @@ def test_normal_is_normal():
 
 
 def test_quantile_matches_torch():
-    u = torch.cat([torch.linspace(1e-9, 1 - 1e-9, 100_001, dtype=torch.float64), torch.tensor([2.0**-33]).double()])
+    u = torch.cat(
+        [torch.linspace(1e-9, 1 - 1e-9, 100_001, dtype=torch.float64), torch.tensor([2.0**-33]).double()]
+    )
     ours, theirs = random._normal_quantile(u), torch.special.ndtri(u)
     torch.testing.assert_close(ours, theirs, rtol=2e-9, atol=2e-9)  # 1.15e-9 is the approximation's own error
 

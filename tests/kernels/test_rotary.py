@@ -1,6 +1,7 @@
 """Rotary positions against transformers' Llama."""
 
 import torch
+
 from headway.kernels.rotary import rotate, rotation
 
 

@@ -59,7 +59,17 @@ def test_a_run_leaves_everything(train, capsys):
     folder = train()
     rows = read_metrics(folder)
     assert len(rows) == 20
-    keys = "step loss lr grad_norm tokens tokens_per_second step_seconds mfu memory_gib".split()
+    keys = [
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "tokens_per_second",
+        "step_seconds",
+        "mfu",
+        "memory_gib",
+    ]
     assert all(key in row for row in rows for key in keys)
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert (folder / "report.html").stat().st_size > 10_000

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from headway.pretrain import config
 from headway.pretrain.errors import JobError
 from headway.pretrain.generate import generate
@@ -26,7 +27,9 @@ def by_hand(objective, tokens, new):
 def test_greedy_slides_beyond_the_context(objective):
     prompt = torch.randint(0, VOCAB, (2, 5))
     new = 2 * CONTEXT
-    assert torch.equal(generate(objective, prompt, new, CONTEXT, temperature=0), by_hand(objective, prompt, new))
+    assert torch.equal(
+        generate(objective, prompt, new, CONTEXT, temperature=0), by_hand(objective, prompt, new)
+    )
     full = torch.randint(0, VOCAB, (1, CONTEXT + 3))  # a prompt that is longer than the context
     assert torch.equal(generate(objective, full, 4, CONTEXT, temperature=0), by_hand(objective, full, 4))
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from headway.kernels import random
 from headway.kernels.attention.choose import KernelUnavailable, choose
 from headway.kernels.attention.dense import WeightDropout, reference
@@ -12,7 +13,12 @@ from headway.kernels.attention.registry import MECHANISMS
 
 KERNELS = [(m, k) for m in MECHANISMS for k in MECHANISMS[m].kernels]
 DOCUMENTS = torch.tensor([[0] * 100 + [1] * 33 + [2] * 170, [4] * 303], dtype=torch.int32)
-MASKS = {"causal": Mask(), "full": Mask(False), "documents": Mask(True, DOCUMENTS), "pairs": Mask(False, DOCUMENTS)}
+MASKS = {
+    "causal": Mask(),
+    "full": Mask(False),
+    "documents": Mask(True, DOCUMENTS),
+    "pairs": Mask(False, DOCUMENTS),
+}
 
 
 def heads(queries=6, keys=2, length=303, dim=20, dtype=torch.float64):
@@ -49,7 +55,9 @@ def test_kernel_matches_reference(mechanism, kernel, mask):
 def test_bf16_is_as_good_as_bf16_can_be(mechanism, kernel):
     inputs = heads(dtype=torch.bfloat16)
     exact = value_and_gradients(reference, [t.detach().double().requires_grad_() for t in inputs], Mask())
-    for got, want in zip(value_and_gradients(choose(mechanism, kernel).compute, inputs, Mask()), exact, strict=True):
+    for got, want in zip(
+        value_and_gradients(choose(mechanism, kernel).compute, inputs, Mask()), exact, strict=True
+    ):
         # Each of three roundings in a chain (scores, weights, output) is off by at most 2^-9 relative.
         assert (got.double() - want).norm() / want.norm() < 3 * 2**-8
 
@@ -96,9 +104,9 @@ def test_choice():
     assert choose("dense", dtype=torch.bfloat16, compiled=True).name == "blocks"
     for name in MECHANISMS["dense"].kernels:
         assert choose("dense", name).name == name
-    with pytest.raises(KernelUnavailable, match="'flash'.*reference, sdpa, blocks"):
+    with pytest.raises(KernelUnavailable, match=r"'flash'.*reference, sdpa, blocks"):
         choose("dense", "flash")
-    with pytest.raises(KernelUnavailable, match="sdpa.*dropout.*blocks"):
+    with pytest.raises(KernelUnavailable, match=r"sdpa.*dropout.*blocks"):
         choose("dense", "sdpa", dropout=True)
 
 

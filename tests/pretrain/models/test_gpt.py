@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from headway.pretrain import config
 from headway.pretrain.errors import JobError
 from headway.pretrain.models.gpt import attention_maps
@@ -35,7 +36,11 @@ def from_gpt2(theirs, layers):
             a, b = f"model.blocks.{i}.", f"transformer.h.{i}."
             for p, part in zip("qkv", theirs[f"{b}attn.c_attn.{kind}"].chunk(3, -1), strict=True):
                 names[f"{a}attention.{p}.{kind}"] = part.mT if part.dim() > 1 else part
-            for our, their in (("attention.o", "attn.c_proj"), ("mlp.up", "mlp.c_fc"), ("mlp.down", "mlp.c_proj")):
+            for our, their in (
+                ("attention.o", "attn.c_proj"),
+                ("mlp.up", "mlp.c_fc"),
+                ("mlp.down", "mlp.c_proj"),
+            ):
                 tensor = theirs[f"{b}{their}.{kind}"]
                 names[f"{a}{our}.{kind}"] = tensor.mT if tensor.dim() > 1 else tensor
             names[f"{a}attention_norm.{kind}"] = theirs[f"{b}ln_1.{kind}"]
@@ -116,13 +121,15 @@ def test_logits_loss_and_gradients_are_transformers(family):
     # fp32 with logits of order 1: 1e-5 is some 100 roundings.
     torch.testing.assert_close(ours.logits(batch["tokens"]), out.logits, rtol=1e-5, atol=1e-5)
     result = ours(batch)
-    loss = result.total / result.count
+    loss = result.total / result.tokens
     torch.testing.assert_close(loss, out.loss, rtol=1e-5, atol=1e-5)
     loss.backward()
     out.loss.backward()
     expected = rename({n: p.grad for n, p in theirs.named_parameters()}, model["layers"])
     for name, p in ours.named_parameters():
-        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            p.grad, expected[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_isolated_documents_are_separate_sequences():
@@ -146,13 +153,13 @@ def test_positions_can_be_given():
 
 def test_a_sequence_beyond_the_position_table_is_refused():
     ours = objective(layers=1, hidden=24, heads=4, max_positions=LENGTH)
-    with pytest.raises(JobError, match="data.seq_len = 24: must not exceed the 23 rows"):
+    with pytest.raises(JobError, match=r"data.seq_len = 24: must not exceed the 23 rows"):
         ours.model(torch.zeros(1, LENGTH + 1, dtype=torch.int64))
 
 
 def test_a_kernel_that_cannot_is_refused():
     attention = config.Attention(kernel="sdpa", dropout=0.1)
-    with pytest.raises(JobError, match="model.attention.kernel = 'sdpa': .*Nearest legal choice: blocks"):
+    with pytest.raises(JobError, match=r"model.attention.kernel = 'sdpa': .*Nearest legal choice: blocks"):
         objective(layers=1, hidden=24, heads=4, attention=attention)
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from headway.pretrain import config
 from headway.pretrain.models.init import Slice, fill, initialise, whole
 from headway.pretrain.objectives import build_objective
@@ -71,7 +72,9 @@ def test_seed_and_name_matter():
 
 def test_fp64_starts_from_the_same_weights():
     double = JOB.model_copy(update={"precision": "fp64"})
-    for a, b in zip(build_objective(JOB, 50).parameters(), build_objective(double, 50).parameters(), strict=True):
+    for a, b in zip(
+        build_objective(JOB, 50).parameters(), build_objective(double, 50).parameters(), strict=True
+    ):
         assert b.dtype == torch.float64
         # The product with the deviation is rounded to fp32 or not: one rounding.
         torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=0)

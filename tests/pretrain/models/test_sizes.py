@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from headway.pretrain import config
 from headway.pretrain.models import sizes
 from headway.pretrain.objectives import build_objective
-from torch.utils.flop_counter import FlopCounterMode
 
 MODELS = {
     "gpt2": config.Model(),

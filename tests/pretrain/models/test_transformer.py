@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from headway.pretrain import config
 from headway.pretrain.models.layers import Noise
 from headway.pretrain.objectives import build_objective
@@ -11,7 +12,12 @@ VOCAB, LENGTH = 61, 16
 
 def objective(layers=3, dropout=0.0, **model):
     shape = config.Model(
-        layers=layers, hidden=32, heads=4, dropout=dropout, attention=config.Attention(dropout=dropout), **model
+        layers=layers,
+        hidden=32,
+        heads=4,
+        dropout=dropout,
+        attention=config.Attention(dropout=dropout),
+        **model,
     )
     return build_objective(config.Job(model=shape, data=config.Data(seq_len=LENGTH)), VOCAB)
 
@@ -47,7 +53,10 @@ def test_dropout_does_not_depend_on_micro_batches():
     for rows in (slice(0, 1), slice(1, 4)):
         part = {k: v[rows] for k, v in batch.items()}
         out = built(part, Noise.at(0, 7, part["slot"]))
-        total, pieces = total + out.total, pieces + torch.autograd.grad(out.total, built.model.embed.tokens.weight)[0]
+        total, pieces = (
+            total + out.total,
+            pieces + torch.autograd.grad(out.total, built.model.embed.tokens.weight)[0],
+        )
     torch.testing.assert_close(total, whole.total, rtol=1e-6, atol=1e-4)
     torch.testing.assert_close(pieces, gradient, rtol=1e-4, atol=1e-5)
 
@@ -55,7 +64,10 @@ def test_dropout_does_not_depend_on_micro_batches():
 def test_dropout_changes_with_step_and_seed_and_rests_without_noise():
     built = objective(dropout=0.3)
     batch = batch_of(built)
-    values = [built(batch, Noise.at(seed, step, batch["slot"])).total for seed, step in ((0, 1), (0, 2), (1, 1), (0, 1))]
+    values = [
+        built(batch, Noise.at(seed, step, batch["slot"])).total
+        for seed, step in ((0, 1), (0, 2), (1, 1), (0, 1))
+    ]
     assert values[0] == values[3]
     assert len({v.item() for v in values}) == 3
     torch.testing.assert_close(built(batch).total, objective(dropout=0.0)(batch).total)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
 from headway.kernels.cross_entropy import IGNORE
 from headway.pretrain import config
 from headway.pretrain.objectives import build_objective
@@ -44,11 +45,13 @@ def test_loss_is_the_sum_over_scored_tokens():
     batch = objective.collate(rows())
     out = objective(batch)
     logits = objective.logits(batch["tokens"])
-    nll = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum", ignore_index=IGNORE)
+    nll = F.cross_entropy(
+        logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum", ignore_index=IGNORE
+    )
     z = 1e-2 * logits.logsumexp(-1)[batch["labels"] != IGNORE].square().sum()
     torch.testing.assert_close(out.total, nll + z, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out.metrics, {"z_loss": z}, rtol=1e-5, atol=1e-5)
-    assert out.count.item() == objective.valid_tokens(batch) == rows()["scored"].sum()
+    assert out.tokens.item() == objective.valid_tokens(batch) == rows()["scored"].sum()
 
 
 def test_sums_add_up_over_micro_batches():
@@ -57,7 +60,7 @@ def test_sums_add_up_over_micro_batches():
     parts = [objective({k: v[r] for k, v in batch.items()}) for r in (slice(0, 1), slice(1, 3))]
     whole = objective(batch)
     torch.testing.assert_close(sum(p.total for p in parts), whole.total)
-    assert sum(p.count for p in parts) == whole.count
+    assert sum(p.tokens for p in parts) == whole.tokens
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -98,7 +101,7 @@ def test_one_batch_is_learned():
     optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-2)
     for _ in range(60):
         out = objective(batch)
-        (out.total / out.count).backward()
+        (out.total / out.tokens).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert objective(batch).total / out.count < 0.1
+    assert objective(batch).total / out.tokens < 0.1
