@@ -1,6 +1,5 @@
 """W&B through its real client, offline, read back with its own reader; and what happens when it fails."""
 
-import ctypes
 import json
 import os
 import signal
@@ -141,18 +140,19 @@ for step in range(1, 501):
     records.step({{"step": step, "loss": 1.0 / step}})
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    # Orphans become children of this process, so that their end can be waited for.
-    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+    # Orphans become children of a process between, which can wait for their end.
+    reaper = f"""
+import ctypes, os, signal, subprocess, sys
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+done = subprocess.run([sys.executable, "-c", {program!r}])
+assert done.returncode == -signal.SIGKILL
+while True:
     try:
-        done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL)
-        assert done.returncode == -signal.SIGKILL
-        while True:
-            try:
-                os.wait()
-            except ChildProcessError:
-                break
-    finally:
-        ctypes.CDLL(None).prctl(36, 0, 0, 0, 0)
+        os.wait()
+    except ChildProcessError:
+        break
+"""
+    subprocess.run([sys.executable, "-c", reaper], stdout=subprocess.DEVNULL, check=True)
     (history,) = histories(run_dir)
     assert list(history) == list(range(1, 501))
     assert [r["step"] for r in read_metrics(run_dir)] == list(range(1, 501))
