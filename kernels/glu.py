@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_SQRT_8_OVER_PI = math.sqrt(8 / math.pi)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
     """GELU by its tanh approximation, as in GPT-2."""
+    if torch.compiler.is_compiling():
+        # (1 + tanh u) / 2 = sigmoid 2u: the same function, and compiled exp is several times faster than tanh.
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * torch.sigmoid(_SQRT_8_OVER_PI * (wide + 0.044715 * wide**3))).to(x.dtype)
     return F.gelu(x, approximate="tanh")
 
 

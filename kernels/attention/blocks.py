@@ -39,22 +39,11 @@ class _Blocks(torch.autograd.Function):
     def forward(ctx, q, k, v, causal, documents, p, key, slots, positions, first_head):
         mask = Mask(causal, documents)
         drop = None if key is None else WeightDropout(p, key, slots, positions, first_head)
-        length, rows = q.shape[2], block_rows(q.shape[2])
-        outs, sums = [], []
-        for start in range(0, length, rows):
-            queries = slice(start, min(length, start + rows))
-            keys = slice(0, queries.stop if causal else length)
-            scores = _scores(q[:, :, queries], k[:, :, keys].mT, q.shape[-1])
-            seen = lower(mask, length, q.device, queries, keys)
-            if seen is not None:
-                scores = torch.where(seen, scores, -math.inf)
-            total = scores.logsumexp(-1)
-            weights = torch.exp(scores - total.unsqueeze(-1))
-            if drop is not None:
-                weights = torch.where(_kept(drop, q, queries, keys), weights * random.kept_scale(p), 0)
-            outs.append(weights.to(v.dtype) @ v[:, :, keys])
-            sums.append(total)
-        out, lse = torch.cat(outs, 2), torch.cat(sums, 2)
+        if q.device.type == "cpu" and drop is None and documents is None:
+            # PyTorch's own forward is good here, and gives the log-sum-exp; its bf16 backward is what is slow.
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+        else:
+            out, lse = _forward(q, k, v, mask, drop)
         ctx.save_for_backward(q, k, v, out, lse, documents, key, slots, positions)
         ctx.causal, ctx.p, ctx.first_head = causal, p, first_head
         return out
@@ -65,6 +54,25 @@ class _Blocks(torch.autograd.Function):
         drop = None if key is None else WeightDropout(ctx.p, key, slots, positions, ctx.first_head)
         dq, dk, dv = _backward(d_out, q, k, v, out, lse, Mask(ctx.causal, documents), drop)
         return dq, dk, dv, *[None] * 7
+
+
+def _forward(q, k, v, mask, drop):
+    """Output [B, H, S, D] and log-sum-exp of the scores [B, H, S]."""
+    length, rows = q.shape[2], block_rows(q.shape[2])
+    outs, sums = [], []
+    for start in range(0, length, rows):
+        queries = slice(start, min(length, start + rows))
+        keys = slice(0, queries.stop if mask.causal else length)
+        scores = _scores(q[:, :, queries], k[:, :, keys].mT, q.shape[-1])
+        seen = lower(mask, length, q.device, queries, keys)
+        if seen is not None:
+            scores = torch.where(seen, scores, -math.inf)
+        weights = torch.softmax(scores, -1)
+        if drop is not None:
+            weights = torch.where(_kept(drop, q, queries, keys), weights * random.kept_scale(drop.p), 0)
+        outs.append(weights.to(v.dtype) @ v[:, :, keys])
+        sums.append(scores.logsumexp(-1))
+    return torch.cat(outs, 2), torch.cat(sums, 2)
 
 
 def _backward(d_out, q, k, v, out, lse, mask, drop):
