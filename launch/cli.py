@@ -5,6 +5,7 @@ Heavy libraries are imported inside the commands, so that `headway --help` answe
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Annotated
 
@@ -29,7 +30,13 @@ app.add_typer(config, name="config")
 Recipes = Annotated[list[str], typer.Argument(help="Recipe names (gpt/tiny) or YAML files; later ones win.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: a.b=c. May be repeated.")]
 RunPath = Annotated[str, typer.Argument(help="A run folder, e.g. runs/gpt-tiny.")]
+OnError = Annotated[str | None, typer.Option(help="What malformed lines do: stop, or skip (and count).")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+def option(field: str, value: str | None) -> list[str]:
+    """A setting that has an option of its own, as an override."""
+    return [] if value is None else [f"{field}={value}"]
 
 
 @app.command()
@@ -40,6 +47,7 @@ def train(
         str | None, typer.Option("--data", help="Corpus: file, glob, folder or store.")
     ] = None,
     nproc: Annotated[int, typer.Option(help="Start this many local ranks.", min=1)] = 1,
+    on_error: OnError = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Set an existing run folder aside and begin anew.")
     ] = False,
@@ -48,7 +56,8 @@ def train(
     """Train, or go on with a run whose folder exists."""
     from headway.launch import local, run
 
-    sets = [*(sets or []), *([f"data.sources=[{data_path!r}]"] if data_path else [])]
+    sets = [*(sets or []), *option("data.on_error", on_error)]
+    sets += [f"data.sources=[{json.dumps(data_path)}]"] if data_path else []
     if nproc > 1:
         run.check(recipes, sets, nproc)
         local.start(nproc, sys.argv[1:])
@@ -73,16 +82,11 @@ def look(run_path: RunPath, debug: Debug = False) -> None:
 
 
 @data.command("build")
-def data_build(
-    recipes: Recipes,
-    sets: Sets = None,
-    on_error: Annotated[str | None, typer.Option(help="stop or skip at malformed lines.")] = None,
-    debug: Debug = False,
-) -> None:
+def data_build(recipes: Recipes, sets: Sets = None, on_error: OnError = None, debug: Debug = False) -> None:
     """Build the tokenizer and token stores of a recipe."""
     from headway.launch import corpus
 
-    corpus.build(recipes, [*(sets or []), *([f"data.on_error={on_error}"] if on_error else [])])
+    corpus.build(recipes, [*(sets or []), *option("data.on_error", on_error)])
 
 
 @data.command("inspect")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import lzma
-import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +19,12 @@ from headway.pretrain.evaluate import bits_per_byte
 from headway.pretrain.generate import generate
 from headway.pretrain.recipe import leaves
 from headway.pretrain.records.attention_maps import AttentionMaps
-from headway.pretrain.records.metrics import read_metrics
+from headway.pretrain.records.records import Recorder
 from headway.pretrain.records.report import write_report
 
 COMPLETION_TOKENS = 96
 MAP_TOKENS = 48
 """Longest text whose attention maps are drawn: beyond it a cell is smaller than a pixel."""
-TRAIN_LOSS_STEPS = 20
-"""The train loss that is reported is the mean over so many last steps: one batch is noisy."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +80,14 @@ def compressors(parts: Parts) -> dict[str, float]:
     }
 
 
-def finish(parts: Parts, folder: Path) -> Finished:
+def finish(parts: Parts, folder: Path, recorder: Recorder) -> Finished:
     """Evaluate on all held-out rows, complete the prompt, write the report; collective."""
     values: dict = heldout_loss(parts, None)
+    if values:
+        recorder.event("eval", **values)
     if parts.world.main and "bits_per_byte" in values:
         values |= compressors(parts)
-    return Finished(folder, report(parts, folder, values))
+    return Finished(folder, report(parts, folder, {**values, "status": "done"}))
 
 
 def report(parts: Parts, folder: Path, values: dict | None = None) -> dict:
@@ -96,11 +95,9 @@ def report(parts: Parts, folder: Path, values: dict | None = None) -> dict:
     completion, maps = complete(parts), draw_maps(parts)
     if not parts.world.main:
         return {}
-    hardware, rows = parts.hardware, read_metrics(folder)
-    losses = [row["loss"] for row in rows[-TRAIN_LOSS_STEPS:]]
+    hardware = parts.hardware
     summary = {
         **(values or {}),
-        "train_loss": math.fsum(losses) / len(losses) if losses else None,
         "parameters": sum(p.numel() for p in parts.engine.objective.parameters()),
         "device": str(parts.world.device),
         "devices": parts.world.size,

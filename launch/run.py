@@ -100,7 +100,7 @@ def run(parts: Parts, folder: Path, stop: StopRequest, stack: ExitStack) -> None
     status = "failed"
     try:
         train_and_save(parts, folder, recorder, stop, done)
-        finished = finish(parts, folder)
+        finished = finish(parts, folder, recorder)
         status = "done"
     except Interrupted:
         status = "stopped"

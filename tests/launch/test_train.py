@@ -1,6 +1,7 @@
 """A whole run, as a user starts it: what it leaves, how it goes on, what it says when something is wrong."""
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -242,3 +243,24 @@ def test_errors_are_one_message_without_traceback(small_job, tmp_path):
     assert "missing.jsonl" in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+MOUNT = ["unshare", "--mount", "--propagation", "private"]
+
+
+def test_a_full_disk_costs_checkpoints_and_not_the_run(small_job, tmp_path):
+    """Checkpoints go to a small tmpfs that holds one but not two: training warns and goes on."""
+    checkpoints = tmp_path / "run/checkpoints"
+    checkpoints.mkdir(parents=True)
+    mount = f"mount -t tmpfs -o size=600k tmpfs {shlex.quote(str(checkpoints))}"
+    if subprocess.run([*MOUNT, "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("NOT TESTED: mounting a tmpfs is not permitted here")
+    train = shlex.join(command(small_job, tmp_path, "--set", "checkpoint.keep_last=2"))
+    verify = shlex.join([*HEADWAY, "checkpoint", "verify", str(tmp_path / "run")])
+    script = f"{mount} && {train} && {verify} && cat {checkpoints}/LATEST"
+    done = subprocess.run([*MOUNT, "sh", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "warning: no checkpoint" in done.stdout
+    assert "BROKEN" not in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("step_")
+    assert len(losses(tmp_path / "run")) == 20

@@ -1,5 +1,9 @@
 """One curve: the native engine at several layouts against one process, in fp64, dropout and clipping on."""
 
+import json
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +18,7 @@ from headway.pretrain.errors import NonFiniteError
 from headway.pretrain.objectives import build_objective
 
 VOCAB, STEPS = 67, 6
+GOLDENS = Path(__file__).parents[1] / "goldens"
 
 
 class Memory:
@@ -72,6 +77,19 @@ def alone():
         return known[optimizer]
 
     return get
+
+
+def test_the_curve_is_the_one_it_always_was(alone):
+    """A change that is not meant to move the numbers must not; WRITE_GOLDENS=1 takes new ones."""
+    for optimizer in ("adamw", "muon"):
+        file = GOLDENS / f"native_{optimizer}.json"
+        losses, norms, _ = alone(optimizer)
+        if os.environ.get("WRITE_GOLDENS"):
+            file.write_text(json.dumps({"loss": losses, "grad_norm": norms}, indent=1) + "\n")
+        golden = json.loads(file.read_text())
+        # fp64; processors differ in the order of sums, which is worth 1e-16 a sum.
+        assert losses == pytest.approx(golden["loss"], rel=1e-12)
+        assert norms == pytest.approx(golden["grad_norm"], rel=1e-11)
 
 
 LAYOUTS = [
