@@ -50,7 +50,7 @@ def test_data_and_tokenizer_commands(corpus, tmp_path):
     recipe.write_text(f"data: {{sources: ['{corpus}'], tokenizer: {{kind: bytes}}, heldout: 0.2}}\n")
     built = call("data", "build", recipe)
     assert built.exit_code == 0, built.output
-    prefix = built.output.splitlines()[0].split()[-1]
+    prefix = built.stdout.splitlines()[0].split()[-1]
     assert "161 documents" in built.output
     assert "separator" in call("data", "inspect", prefix).output
     model = tmp_path / "my.model"
