@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from headway.kernels.attention.choose import choose
 from headway.launch.environment import find_ranks
 from headway.parallel import mesh
 from headway.parallel.engines import capabilities
@@ -97,7 +98,7 @@ def join(job: Job) -> World:
     ranks = find_ranks()
     layout = mesh.lay_out(job.parallel, ranks.world)
     device = devices.choose_device(job.parallel.device, ranks.local_rank)
-    capabilities.check(job, device.type)
+    capabilities.check(job, layout, device.type)
     rows_per_micro_batch(job, layout.data)
     backend = devices.choose_backend(device, job.parallel.backend)
     return mesh.start(job, layout, ranks.rank, ranks.world, ranks.local_rank, device, backend)
@@ -150,10 +151,24 @@ def choose_hardware(job: Job, world: World) -> Hardware:
         f"device {world.device} ({devices.device_name(world.device)}), {world.size} rank(s), {world.layout}"
         + (f", collectives over {world.backend}" if world.size > 1 else ""),
         f"precision {precision}: {reason}",
+        f"attention {job.model.attention.mechanism}, kernel {attention_kernel(job, world.device, precision, compiled)}",
         f"compile {'on' if compiled else 'off'}: {why}",
         f"peak {peak / 1e9:,.0f} GFLOP/s a device: {source}",
     ]
     return Hardware(world, precision, reason, compiled, why, peak, source, notes)
+
+
+def attention_kernel(job: Job, device: torch.device, precision: str, compiled: bool) -> str:
+    """Name of the kernel that will compute attention here."""
+    attention = job.model.attention
+    return choose(
+        attention.mechanism,
+        attention.kernel,
+        dropout=attention.dropout > 0,
+        device=device.type,
+        dtype=devices.PRECISIONS[precision],
+        compiled=compiled,
+    ).name
 
 
 def choose_compile(job: Job, device: torch.device) -> tuple[bool, str]:

@@ -144,8 +144,8 @@ def draw_maps(parts: Parts) -> AttentionMaps:
     tokenizer = parts.corpus.prepared.tokenizer
     tokens = [tokenizer.separator, *tokenizer.encode(parts.job.tracking.prompt)]
     if parts.corpus.heldout:
-        rows = parts.corpus.heldout[0].rows([0])["tokens"][0]
-        tokens = rows[: min(MAP_TOKENS, len(rows) - 1)].tolist()
+        tokens = parts.corpus.heldout[0].rows([0])["tokens"][0].tolist()
+    tokens = tokens[: min(MAP_TOKENS, parts.job.data.seq_len)]
     maps = parts.engine.objective.attention_maps(torch.tensor([tokens], device=parts.world.device))
     names = ["<end>" if t == tokenizer.separator else tokenizer.decode([t]) for t in tokens]
     return AttentionMaps(names, maps[:, 0].float().cpu().numpy().astype(np.float32))

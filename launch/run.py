@@ -15,6 +15,8 @@ from headway.launch.resume import check_resumable, keep_choices, set_aside
 from headway.launch.signals import StopRequest
 from headway.parallel import mesh
 from headway.parallel.checkpoint.save import Checkpointer
+from headway.parallel.engines import capabilities
+from headway.pretrain import device as devices
 from headway.pretrain.errors import HeadwayError, Interrupted, JobError
 from headway.pretrain.inert import inert, refuse_inert
 from headway.pretrain.recipe import Resolved, dump, load_job, resolve
@@ -28,6 +30,7 @@ def check(recipes: Sequence[str], sets: Sequence[str], ranks: int) -> None:
     resolved = resolve(recipes, sets)
     refuse_inert(resolved)
     layout = mesh.lay_out(resolved.job.parallel, ranks)
+    capabilities.check(resolved.job, layout, devices.choose_device(resolved.job.parallel.device).type)
     mesh.rows_per_micro_batch(resolved.job, layout.data)
     compare_with_saved(run_folder(resolved.job), resolved)
 
@@ -120,6 +123,7 @@ def train_and_save(parts: Parts, folder: Path, recorder: Recorder, stop: StopReq
         keep_last=job.checkpoint.keep_last,
         keep_every=job.checkpoint.keep_every,
         incarnation=incarnation(),
+        timeout=job.parallel.timeout / 2,  # the others wait for rank 0 in a collective meanwhile
     )
     saver = saving.Saver(checkpointer, parts, recorder)
     trainer = Trainer(

@@ -22,12 +22,13 @@ class Saver:
     def __init__(self, checkpointer: Checkpointer, parts: Parts, recorder: Recorder) -> None:
         self.checkpointer, self.parts, self.recorder = checkpointer, parts, recorder
         self._told = 0
+        parts.engine.before_update = checkpointer.copied  # the copy is deferred until the next update
 
     def save(self, step: int) -> None:
         """Save the state after `step` steps."""
         state = self.parts.engine.state()
         state.numbers |= {"step": step, "data": self.parts.corpus.loader.state()}
-        self.checkpointer.save(step, state, self.parts.job.model_dump(mode="json"))
+        self.checkpointer.save(step, state, self.parts.job.model_dump(mode="json"), deferred=True)
 
     def poll(self) -> None:
         """Tell what was published and what went wrong since the last call."""

@@ -55,7 +55,14 @@ class State:
 
 
 class Engine(Protocol):
-    """One way to spread a model. Built by `build(job, objective, mesh)`."""
+    """One way to spread a model.
+
+    Attributes:
+        before_update: called in a step after the backward, before weights and moments change: who reads them
+            in the background must have finished then.
+    """
+
+    before_update: Callable[[], None]
 
     @property
     def objective(self) -> nn.Module:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
+from torch import Tensor
 
 from headway.parallel.checkpoint import parts
 from headway.parallel.checkpoint.durable import disk_errors, remove_tree
@@ -24,6 +25,17 @@ from headway.parallel.checkpoint.shards import header, write_shard
 from headway.parallel.checkpoint.team import Team
 from headway.pretrain.engine import State
 from headway.pretrain.errors import CheckpointError
+
+
+class Work(NamedTuple):
+    """One rank's part of one save."""
+
+    step: int
+    staging: Path
+    plan: Plan
+    views: list[Tensor]
+    numbers: dict[str, Any]
+    job: dict[str, Any]
 
 
 class Checkpointer:
@@ -73,18 +85,26 @@ class Checkpointer:
         self._plan: Plan | None = None
         self._buffer = HostBuffer()
         self._writer: threading.Thread | None = None
+        self._copied = threading.Event()
+        self._copied.set()
         with self.team.together():
             if self.team.rank == 0:
                 with disk_errors(self.folder.path, "be made ready for checkpoints"):
                     self.folder.take_over()
 
-    def save(self, step: int, state: State, job: Mapping[str, Any] | None = None) -> None:
+    def save(
+        self, step: int, state: State, job: Mapping[str, Any] | None = None, *, deferred: bool = False
+    ) -> None:
         """Save `state` as the checkpoint of `step`; collective.
 
         Numbers and job are taken from rank 0 and are JSON values (`job.model_dump(mode="json")`).
 
         Returns when the values have been copied (background), so that training may change them, or when the
         checkpoint is published. Waits for an earlier save that is still being written.
+
+        Args:
+            deferred: return at once and copy while the next forward and backward run, which read the values;
+                `copied` must then be called before anything changes them. Tensors of a GPU are copied at once.
 
         Raises:
             CheckpointError: the state cannot be saved at all: a dtype or placement that a checkpoint cannot
@@ -108,19 +128,22 @@ class Checkpointer:
         if self._plan is None or said[:, 2].any():
             self._plan = make_plan(state, have, self.team)
         plan, staging = self._plan, self.folder.staging(step, self._attempt)
-        try:
-            views = [have[index].view for index in plan.chosen]
-            data = self._buffer.fill(views, [slot.start for slot in plan.slots], plan.nbytes)
-        except (RuntimeError, MemoryError) as error:  # no host memory for the copy
-            self._give_up(step, staging, error)
-            return
+        views = [have[index].view for index in plan.chosen]
         # The caller may change its dicts while the thread writes.
-        work = (step, staging, plan, data, copy.deepcopy(numbers), copy.deepcopy(job))
-        if self.background:
-            self._writer = threading.Thread(target=self._write, args=work, name=f"checkpoint-{step}")
-            self._writer.start()
+        work = Work(step, staging, plan, views, copy.deepcopy(numbers), copy.deepcopy(job))
+        if self.background and deferred and not any(view.is_cuda for view in views):
+            self._copied.clear()
+            self._start(self._copy_and_write, work)
+        elif (data := self._copy(work)) is None:
+            return
+        elif self.background:
+            self._start(self._write, work, data)
         else:
-            self._write(*work)
+            self._write(work, data)
+
+    def copied(self) -> None:
+        """Return when the last save no longer needs the state's tensors: before they change."""
+        self._copied.wait()
 
     def wait(self) -> bool:
         """Wait for the last save; collective. True on all ranks if its checkpoint has been published."""
@@ -155,23 +178,38 @@ class Checkpointer:
                 return False
         return True
 
-    def _write(
-        self,
-        step: int,
-        staging: Path,
-        plan: Plan,
-        data: memoryview,
-        numbers: dict[str, Any],
-        job: dict[str, Any],
-    ) -> None:
+    def _start(self, target: Callable[..., None], work: Work, *more: memoryview) -> None:
+        name = f"checkpoint-{work.step}"
+        self._writer = threading.Thread(target=target, args=(work, *more), name=name)
+        self._writer.start()
+
+    def _copy(self, work: Work) -> memoryview | None:
+        """Copy this rank's pieces to host memory; None, and the fault reported, if there is not enough."""
+        plan = work.plan
+        try:
+            return self._buffer.fill(work.views, [slot.start for slot in plan.slots], plan.nbytes)
+        except (RuntimeError, MemoryError) as error:
+            self._give_up(work.step, work.staging, error)
+            return None
+
+    def _copy_and_write(self, work: Work) -> None:
+        try:
+            data = self._copy(work)
+        finally:
+            self._copied.set()
+        if data is not None:
+            self._write(work, data)
+
+    def _write(self, work: Work, data: memoryview) -> None:
         """Write this rank's shard and tell rank 0; rank 0 waits for all and publishes. No collective here."""
+        step, staging, plan = work.step, work.staging, work.plan
         try:
             with disk_errors(staging, "be written", needed=plan.nbytes):
                 parts.tell(staging, self.team.rank, self._write_shard(staging, plan, data))
             if self.team.rank == 0:
                 with disk_errors(staging, f"be published as the checkpoint of step {step}"):
                     said = parts.collect(staging, self.team.world, self.timeout)
-                    manifest = parts.merge(said, step, numbers, job, staging)
+                    manifest = parts.merge(said, step, work.numbers, work.job, staging)
                     self.published.append(self.folder.publish(staging, manifest))
         except Exception as error:
             # Nothing that goes wrong in this thread may end the training, or go unseen.

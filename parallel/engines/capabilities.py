@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from headway.parallel.mesh import AXES, Layout
 from headway.pretrain.config import Job
 from headway.pretrain.errors import JobError
 
@@ -27,12 +28,12 @@ ENGINES = {
 }
 
 
-def check(job: Job, device_type: str) -> None:
+def check(job: Job, layout: Layout, device_type: str) -> None:
     """Raise JobError if the job's engine cannot do what the job asks of it."""
     name = job.parallel.engine
     can = ENGINES[name]
-    for axis in ("pipeline", "context", "tensor", "expert"):
-        size = getattr(job.parallel, axis)
+    sizes = {axis: getattr(layout, axis) for axis in AXES} | {"expert": job.parallel.expert}
+    for axis, size in sizes.items():
         if size not in (1, -1) and axis not in can.axes:
             rule = f"the {name} engine spreads along {', '.join(sorted(can.axes))} only"
             raise JobError(f"parallel.{axis}", size, rule, f"1, with parallel.shard = {size}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 
@@ -39,6 +40,7 @@ class NativeEngine:
     ) -> None:
         self.job, self.world, self.objective = job, world, objective
         self.precision = precision
+        self.before_update: Callable[[], None] = lambda: None
         self.call = apply(objective, job, world, compiled=compiled)
         self.named = dict(objective.named_parameters())
         self.optimizers = build_optimizers(self.named.items(), job.optimizer, MUON.get(precision))
@@ -66,6 +68,7 @@ class NativeEngine:
         if watch:
             watch({name: p.grad for name, p in self.named.items() if p.grad is not None})
         skipped = not math.isfinite(norm)
+        self.before_update()
         if not skipped:
             self._update(step, norm)
         if self.scale:

@@ -146,6 +146,24 @@ def test_a_step_that_is_not_finite_changes_nothing():
         assert torch.equal(tensor.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
 
 
+def test_whoever_reads_the_state_is_waited_for_before_it_changes():
+    job = small({})
+    here = mesh.start(job, mesh.Layout(), 0, 1, 0, torch.device("cpu"), "gloo")
+    objective = build_objective(job, VOCAB, device="meta")
+    engine = NativeEngine(job, objective, here, precision="fp64", compiled=False)
+    stream = SampleStream([("memory", Memory(), 1.0)], job.data.seq_len, 0, separator=0)
+    before = {name: tensor.clone() for name, tensor in engine.state().tensors.items()}
+    calls = []
+
+    def reader() -> None:
+        calls.append(all(torch.equal(t, before[n]) for n, t in engine.state().tensors.items()))
+
+    engine.before_update = reader
+    engine.train_step(objective.collate(stream.batch(0, 12)), 0)
+    assert calls == [True]
+    assert any(not torch.equal(t, before[n]) for n, t in engine.state().tensors.items())
+
+
 def test_fp16_skips_a_step_whose_gradient_overflows():
     job = small({}, "fp16")
     here = mesh.start(job, mesh.Layout(), 0, 1, 0, torch.device("cpu"), "gloo")

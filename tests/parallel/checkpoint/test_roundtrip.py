@@ -191,3 +191,30 @@ def test_nothing_is_pickled(tmp_path):
             with safetensors.safe_open(file, framework="pt") as shard:
                 assert shard.keys()
     assert sorted(p.name for p in path.iterdir()) == ["manifest.json", "shard_00000.safetensors"]
+
+
+def test_a_deferred_save_holds_the_values_of_its_step(tmp_path):
+    """The copy may be late, but not later than `copied`: what changes after it is not saved."""
+    live = State({"w": torch.arange(300_000, dtype=torch.float32)})
+    with Checkpointer(tmp_path) as saver:
+        for step in range(3):
+            live.tensors["w"].fill_(step)
+            saver.save(step, live, deferred=True)
+            saver.copied()
+            live.tensors["w"].fill_(-1)
+            assert saver.wait()
+            read = State({"w": torch.zeros(300_000)})
+            load(saver.published[-1], read)
+            assert (read.tensors["w"] == step).all()
+
+
+def test_a_deferred_save_without_memory_is_told_and_lets_go(tmp_path, monkeypatch):
+    def no_memory(*_):
+        raise MemoryError("none left")
+
+    with Checkpointer(tmp_path) as saver:
+        monkeypatch.setattr(saver._buffer, "fill", no_memory)
+        saver.save(1, State({"w": torch.zeros(3)}), deferred=True)
+        saver.copied()
+        assert not saver.wait()
+        assert "none left" in str(saver.problems[0])
