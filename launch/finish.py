@@ -131,7 +131,13 @@ def complete(parts: Parts) -> str:
     prompt = [tokenizer.separator, *tokenizer.encode(job.tracking.prompt)]
     tokens = torch.tensor([prompt], device=parts.world.device)
     new = generate(
-        parts.engine.objective, tokens, COMPLETION_TOKENS, context=job.data.seq_len, seed=job.train.seed
+        parts.engine.objective,
+        tokens,
+        COMPLETION_TOKENS,
+        context=job.data.seq_len,
+        temperature=0.7,
+        top_k=50,
+        seed=job.train.seed,
     )
     pieces = new[0, len(prompt) :].tolist()
     if tokenizer.separator in pieces:
