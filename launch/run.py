@@ -18,6 +18,7 @@ from headway.parallel.checkpoint.save import Checkpointer
 from headway.parallel.engines import capabilities
 from headway.pretrain import device as devices
 from headway.pretrain.errors import HeadwayError, Interrupted, JobError
+from headway.pretrain.files import publish
 from headway.pretrain.inert import inert, refuse_inert
 from headway.pretrain.recipe import Resolved, dump, load_job, resolve
 from headway.pretrain.records.metrics import peak_memory_gib
@@ -75,7 +76,7 @@ def tell(parts: Parts, notes: Sequence[str]) -> None:
     """Say what was chosen, and save the resolved job with the run."""
     folder = run_folder(parts.job)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "job.yaml").write_text(dump(parts.resolved), encoding="utf-8")
+    publish(folder / "job.yaml", dump(parts.resolved))
     useless = [f"{field} has no effect: {why}" for field, why in inert(parts.resolved).items()]
     for line in [f"run {folder}", *parts.hardware.notes, *parts.corpus.notes, *notes, *useless]:
         print(f"  {line}")

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from headway.pretrain.errors import JobError
+from headway.pretrain.files import cache_folder, publish
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 """Dtype of the matrix products of each precision."""
@@ -234,13 +235,6 @@ def compiler_available() -> bool:
     return done.returncode == 0
 
 
-def cache_dir() -> Path:
-    """$HEADWAY_CACHE, else ~/.cache/headway (or $XDG_CACHE_HOME/headway); not created."""
-    if own := os.environ.get("HEADWAY_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headway"
-
-
 def _kind(device: torch.device, dtype: torch.dtype) -> str:
     if dtype == torch.float32 and device.type == "cuda" and _tf32_allowed():
         return "tf32"
@@ -287,7 +281,7 @@ def _cache_key(what: str, device: torch.device) -> str:
 
 def _cache_get(key: str) -> object:
     try:
-        return json.loads((cache_dir() / "rates.json").read_text()).get(key)
+        return json.loads((cache_folder() / "rates.json").read_text()).get(key)
     except (OSError, ValueError, AttributeError):
         return None
 
@@ -300,13 +294,11 @@ def _cache_put(key: str, value: object) -> None:
     with contextlib.suppress(OSError, AttributeError):  # not on Windows
         if os.getloadavg()[0] > (os.cpu_count() or 1):
             return
-    path = cache_dir() / "rates.json"
+    path = cache_folder() / "rates.json"
     try:
         rates = json.loads(path.read_text())
     except (OSError, ValueError):
         rates = {}
     with contextlib.suppress(OSError, TypeError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"rates.{os.getpid()}.part")
-        part.write_text(json.dumps({**rates, key: value}, indent=1, sort_keys=True))
-        os.replace(part, path)
+        publish(path, json.dumps({**rates, key: value}, indent=1, sort_keys=True))

@@ -25,13 +25,14 @@ from rich.progress import (
 )
 
 from headway.pretrain import config
-from headway.pretrain.data.cache import build_once, cache_folder, fingerprint
+from headway.pretrain.data.cache import build_once, fingerprint
 from headway.pretrain.data.store import TokenStore, TokenStoreWriter, check_tokenizer, is_store
 from headway.pretrain.data.text import Document, File, Malformed, cut_into_blocks, find_files, read_documents
 from headway.pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from headway.pretrain.data.tokenizer_training import train_sentencepiece
 from headway.pretrain.data.workers import Work, encode_blocks, is_heldout
 from headway.pretrain.errors import DataError, JobError
+from headway.pretrain.files import cache_folder
 
 FORMAT = 1
 """Part of every fingerprint: raise it when the same input gives another store or tokenizer."""

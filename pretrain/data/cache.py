@@ -16,11 +16,6 @@ from typing import Any
 from headway.pretrain.errors import DataError
 
 
-def cache_folder(setting: str | None) -> Path:
-    """`data.cache`, or $HEADWAY_CACHE, or ~/.cache/headway."""
-    return Path(setting or os.environ.get("HEADWAY_CACHE") or "~/.cache/headway").expanduser()
-
-
 def fingerprint(**parts: Any) -> str:
     """Name of what is built from `parts` (JSON values): 24 hexadecimal digits of their SHA-256."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]

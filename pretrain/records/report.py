@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from headway.pretrain.files import publish
 from headway.pretrain.records.attention_maps import AttentionMaps, draw_heads
 from headway.pretrain.records.figures import SECOND, Curve, draw
 from headway.pretrain.records.metrics import plain, read_metrics
@@ -50,7 +51,7 @@ def write_report(
     saved = {k: v for k, v in saved.items() if k not in _DERIVED}
     known = {"environment": environment(), **derived, **saved}
     known |= {k: v for k, v in (summary or {}).items() if v is not None}
-    _publish(run_dir / "summary.json", json.dumps(plain(known), indent=1, ensure_ascii=False) + "\n")
+    publish(run_dir / "summary.json", json.dumps(plain(known), indent=1, ensure_ascii=False) + "\n")
     settings = list(flatten(job))
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -70,7 +71,7 @@ def write_report(
         broken=[row["step"] for row in rows if not math.isfinite(row.get("loss", 0.0))],
         written=time.time(),
     )
-    _publish(run_dir / "report.html", html)
+    publish(run_dir / "report.html", html)
     return run_dir / "report.html"
 
 
@@ -214,12 +215,6 @@ def _saved(run_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return saved
-
-
-def _publish(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def _si(number: float) -> str:
