@@ -19,7 +19,7 @@ from headway.kernels.precision import product_dtype
 IGNORE = -100
 """Label of a row that is not scored."""
 
-RowLoss = Callable[[Tensor, Tensor, float, bool], tuple[Tensor, Tensor, Tensor | None]]
+RowLoss = Callable[[Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
 
 
 def linear_cross_entropy(
@@ -51,17 +51,16 @@ def linear_cross_entropy(
 
 
 def chunk_rows(vocab: int, itemsize: int, device: str) -> int:
-    """Rows whose logits take 16 MiB on CPU, where larger products leave the caches, and 256 MiB elsewhere."""
-    budget = 2**24 if device == "cpu" else 2**28
+    """Rows whose logits take 32 MiB on CPU, where more would leave the caches, and 256 MiB elsewhere."""
+    budget = 2**25 if device == "cpu" else 2**28
     return max(128, budget // (vocab * itemsize) // 64 * 64)
 
 
-def row_loss(
-    logits_NV: Tensor, labels_N: Tensor, z_loss: float, gradients: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Sums of cross-entropy and of weighted squared log-partition, and the gradient of their sum by the logits.
+def row_loss(logits_NV: Tensor, labels_N: Tensor, z_loss: float, gradients: bool) -> tuple[Tensor, Tensor]:
+    """Sums of cross-entropy and of weighted squared log-partition.
 
-    Written to be fused by the compiler, and in place, with few passes over memory, where it is not compiled.
+    With `gradients`, the gradient of their sum by the logits takes the logits' place in memory. Written to be fused
+    by the compiler, and with few passes over memory where it is not compiled.
     """
     wide = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     valid = (labels_N != IGNORE).unsqueeze(1)
@@ -71,48 +70,63 @@ def row_loss(
     lse = wide.gather(1, target) - picked
     nll = -torch.where(valid, picked, 0).sum()
     z = torch.where(valid, lse.square(), 0).sum() * z_loss
-    if not gradients:
-        return nll, z, None
-    slope = torch.where(valid, 1 + 2 * z_loss * lse, 0)
-    gradient = log_p.exp_().mul_(slope)
-    if torch.compiler.is_compiling():  # a scatter would end the fusion
-        column = torch.arange(wide.shape[1], device=wide.device)
-        gradient = gradient - ((column == target) & valid).to(wide.dtype)
-    else:
-        gradient.scatter_add_(1, target, -valid.to(wide.dtype))
-    return nll, z, gradient.to(logits_NV.dtype)
+    if gradients:
+        slope = torch.where(valid, 1 + 2 * z_loss * lse, 0)
+        gradient = log_p.exp_().mul_(slope)
+        if torch.compiler.is_compiling():  # a scatter would end the fusion
+            column = torch.arange(wide.shape[1], device=wide.device)
+            gradient = gradient - ((column == target) & valid).to(wide.dtype)
+        else:
+            gradient.scatter_add_(1, target, -valid.to(wide.dtype))
+        logits_NV.copy_(gradient)
+    return nll, z
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, z_loss, chunk, compute, gradients):
-        device = hidden.device.type
         narrow = product_dtype(hidden)
-        wide = torch.promote_types(narrow, torch.float32)
         x, w = hidden.to(narrow), weight.to(narrow)
-        chunk = chunk or chunk_rows(w.shape[0], w.element_size(), device)
-        rows = -(-x.shape[0] // -(-x.shape[0] // chunk))  # chunks of one size, as far as rows divide
-        total, z_total = (torch.zeros((), dtype=wide, device=x.device) for _ in range(2))
-        d_hidden, d_weight = torch.empty_like(x), torch.zeros_like(w, dtype=wide)
-        with torch.autocast(device, enabled=False):
-            for start in range(0, x.shape[0], rows):
-                part = x[start : start + rows]
-                nll, z, slope = compute(part @ w.T, labels[start : start + rows], z_loss, gradients)
-                total, z_total = total + nll, z_total + z
-                if gradients:
-                    d_hidden[start : start + rows] = slope @ w
-                    if narrow == wide:
-                        d_weight.addmm_(slope.T, part)
-                    else:  # a narrow sum over chunks would lose bits
-                        d_weight += slope.T @ part
+        with torch.autocast(x.device.type, enabled=False):
+            total, z, d_hidden, d_weight = _over_chunks(x, w, labels, z_loss, chunk, compute, gradients)
         if gradients:
             ctx.save_for_backward(d_hidden, d_weight)
             ctx.dtypes = hidden.dtype, weight.dtype
-        ctx.mark_non_differentiable(z_total)
-        return total + z_total, z_total
+        ctx.mark_non_differentiable(z)
+        return total, z
 
     @staticmethod
     def backward(ctx, d_total, _):
         d_hidden, d_weight = ctx.saved_tensors
         for_hidden, for_weight = ctx.dtypes
         return (d_hidden * d_total).to(for_hidden), (d_weight * d_total).to(for_weight), *[None] * 5
+
+
+def _over_chunks(x, w, labels, z_loss, chunk, compute, gradients):
+    """Loss, its z part, and the gradients of hidden states and weight (None without `gradients`).
+
+    Buffers serve all chunks: memory that is fresh for every chunk would cost as many page faults as there are logits.
+    """
+    count, device = x.shape[0], x.device
+    wide = torch.promote_types(x.dtype, torch.float32)
+    chunk = chunk or chunk_rows(w.shape[0], w.element_size(), device.type)
+    rows = -(-count // max(1, -(-count // chunk)))  # chunks of one size, as far as rows divide
+    total, z_total = (torch.zeros((), dtype=wide, device=device) for _ in range(2))
+    logits = x.new_empty(rows, w.shape[0])
+    d_hidden = torch.empty_like(x) if gradients else None
+    d_weight = torch.zeros_like(w, dtype=wide) if gradients else None
+    product = torch.empty_like(w) if gradients and x.dtype != wide else None
+    for start in range(0, count, rows):
+        part = x[start : start + rows]
+        slope = logits[: part.shape[0]]
+        torch.mm(part, w.T, out=slope)
+        nll, z = compute(slope, labels[start : start + rows], z_loss, gradients)
+        total, z_total = total + nll + z, z_total + z
+        if d_hidden is None or d_weight is None:
+            continue
+        torch.mm(slope, w, out=d_hidden[start : start + rows])
+        if product is None:
+            d_weight.addmm_(slope.T, part)
+        else:  # a narrow sum over chunks would lose bits
+            d_weight += torch.mm(slope.T, part, out=product)
+    return total, z_total, d_hidden, d_weight
