@@ -165,15 +165,24 @@ def main() -> None:
     except Exception as error:
         if "--debug" in sys.argv:
             raise
-        from headway.pretrain.errors import HeadwayError
+        sys.exit(explain(error))
 
-        if isinstance(error, HeadwayError):
-            print(f"headway: {error}", file=sys.stderr)
-            sys.exit(error.exit_code)
+
+def explain(error: Exception) -> int:
+    """Print an error as one message that names the rank, if there are several; returns the exit code."""
+    from headway.launch.environment import find_ranks
+    from headway.pretrain.errors import HeadwayError, Interrupted
+
+    ranks = find_ranks()
+    who = f"headway (rank {ranks.rank})" if ranks.spread else "headway"
+    if not isinstance(error, HeadwayError):
         first = (str(error).strip().splitlines() or ["no message"])[0]
         place = keep_traceback()
-        print(f"headway: unexpected {type(error).__name__}: {first} (traceback: {place})", file=sys.stderr)
-        sys.exit(HeadwayError.exit_code)
+        print(f"{who}: unexpected {type(error).__name__}: {first} (traceback: {place})", file=sys.stderr)
+        return HeadwayError.exit_code
+    if ranks.rank == 0 or not isinstance(error, Interrupted):  # all ranks stop together: one says so
+        print(f"{who}: {error}", file=sys.stderr)
+    return error.exit_code
 
 
 def keep_traceback() -> str:

@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from headway.launch import run
-from headway.launch.cli import app
+from headway.launch.cli import app, explain
+from headway.pretrain.errors import CheckpointError, Interrupted, JobError
 
 COMMANDS = [
     ["train"],
@@ -43,6 +45,21 @@ def test_the_command_line_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_errors_name_the_rank_and_all_stop_with_one_word(monkeypatch, capsys):
+    assert explain(JobError("a.b", 1, "must be 2")) == 2
+    assert capsys.readouterr().err == "headway: a.b = 1: must be 2.\n"
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert explain(CheckpointError("a shard is missing")) == 70
+    assert capsys.readouterr().err == "headway (rank 1): a shard is missing\n"
+    assert explain(Interrupted("saved")) == 75
+    assert capsys.readouterr().err == ""
+    assert explain(ValueError("what\nelse")) == 70
+    said = capsys.readouterr().err
+    assert "unexpected ValueError: what (traceback: " in said
+    Path(said.split("traceback: ")[1].rstrip(")\n")).unlink()
 
 
 def test_data_and_tokenizer_commands(corpus, tmp_path):
