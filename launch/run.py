@@ -44,7 +44,6 @@ def train(recipes: Sequence[str], sets: Sequence[str], *, fresh: bool = False) -
     with ExitStack() as stack:
         world = join(resolved.job)
         stack.callback(mesh.stop)
-        stop = stack.enter_context(StopRequest())
         if fresh and world.main and (aside := set_aside(folder)):
             print(f"{folder} was set aside as {aside}")
         world.barrier()
@@ -54,7 +53,9 @@ def train(recipes: Sequence[str], sets: Sequence[str], *, fresh: bool = False) -
         stack.callback(parts.corpus.loader.close)
         if world.main:
             tell(parts, notes)
-        run(parts, folder, stop, stack)
+        # From here on there is state to save; before, an interrupt simply ends the process.
+        stop = stack.enter_context(StopRequest())
+        run(parts, folder, stop)
 
 
 def compare_with_saved(folder: Path, resolved: Resolved) -> tuple[Resolved, list[str]]:
@@ -82,7 +83,7 @@ def tell(parts: Parts, notes: Sequence[str]) -> None:
         print(f"  {line}")
 
 
-def run(parts: Parts, folder: Path, stop: StopRequest, stack: ExitStack) -> None:
+def run(parts: Parts, folder: Path, stop: StopRequest) -> None:
     """Restore, train, evaluate, report."""
     job, world = parts.job, parts.world
     path, warnings = saving.choose(folder / "checkpoints", world)

@@ -130,15 +130,20 @@ def test_fp32_and_bf16_stay_near_the_fp64_curve():
         assert curve(0, 1, {}, precision)[0] == pytest.approx(exact, rel=bound)
 
 
-def test_a_step_that_is_not_finite_changes_nothing():
-    job = small({})
+def engine_alone(precision="fp64"):
+    """An engine of one process and the first global batch."""
+    job = small({}, precision)
     here = mesh.start(job, mesh.Layout(), 0, 1, 0, torch.device("cpu"), "gloo")
     objective = build_objective(job, VOCAB, device="meta")
-    engine = NativeEngine(job, objective, here, precision="fp64", compiled=False)
     stream = SampleStream([("memory", Memory(), 1.0)], job.data.seq_len, 0, separator=0)
-    batch = objective.collate(stream.batch(0, 12))
+    engine = NativeEngine(job, objective, here, precision=precision, compiled=False)
+    return engine, objective.collate(stream.batch(0, 12))
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    engine, batch = engine_alone()
     with torch.no_grad():
-        objective.model.embed.tokens.weight[0] = float("inf")
+        engine.objective.model.embed.tokens.weight[0] = float("inf")
     before = {name: tensor.clone() for name, tensor in engine.state().tensors.items()}
     with pytest.raises(NonFiniteError, match="step 0: loss nan"):
         engine.train_step(batch, 0)
@@ -147,11 +152,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
 
 
 def test_whoever_reads_the_state_is_waited_for_before_it_changes():
-    job = small({})
-    here = mesh.start(job, mesh.Layout(), 0, 1, 0, torch.device("cpu"), "gloo")
-    objective = build_objective(job, VOCAB, device="meta")
-    engine = NativeEngine(job, objective, here, precision="fp64", compiled=False)
-    stream = SampleStream([("memory", Memory(), 1.0)], job.data.seq_len, 0, separator=0)
+    engine, batch = engine_alone()
     before = {name: tensor.clone() for name, tensor in engine.state().tensors.items()}
     calls = []
 
@@ -159,20 +160,16 @@ def test_whoever_reads_the_state_is_waited_for_before_it_changes():
         calls.append(all(torch.equal(t, before[n]) for n, t in engine.state().tensors.items()))
 
     engine.before_update = reader
-    engine.train_step(objective.collate(stream.batch(0, 12)), 0)
+    engine.train_step(batch, 0)
     assert calls == [True]
     assert any(not torch.equal(t, before[n]) for n, t in engine.state().tensors.items())
 
 
 def test_fp16_skips_a_step_whose_gradient_overflows():
-    job = small({}, "fp16")
-    here = mesh.start(job, mesh.Layout(), 0, 1, 0, torch.device("cpu"), "gloo")
-    objective = build_objective(job, VOCAB, device="meta")
-    engine = NativeEngine(job, objective, here, precision="fp16", compiled=False)
+    engine, batch = engine_alone("fp16")
     engine.scale.scale = 2.0**40
-    stream = SampleStream([("memory", Memory(), 1.0)], job.data.seq_len, 0, separator=0)
     before = {name: tensor.clone() for name, tensor in engine.state().tensors.items()}
-    result = engine.train_step(objective.collate(stream.batch(0, 12)), 0)
+    result = engine.train_step(batch, 0)
     assert result.skipped
     assert engine.scale.scale == 2.0**39
     assert all(torch.equal(tensor, before[name]) for name, tensor in engine.state().tensors.items())
