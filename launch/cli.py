@@ -162,9 +162,6 @@ def main() -> None:
     """Run the command line; every error becomes one message and its exit code, with --debug a traceback."""
     try:
         app()
-    except KeyboardInterrupt:
-        print("headway: interrupted; what was not saved is lost", file=sys.stderr)
-        sys.exit(130)  # as shells report SIGINT
     except Exception as error:
         if "--debug" in sys.argv:
             raise
