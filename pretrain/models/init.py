@@ -74,8 +74,8 @@ def scale(name: str, model: config.Model) -> float | str:
     if owner.endswith("norm"):
         return "ones"
     if owner.endswith(("attention.o", "mlp.down")):
-        return model.init_std / math.sqrt(2 * model.layers)
-    return model.init_std
+        return model.init.std / math.sqrt(2 * model.layers)
+    return model.init.std
 
 
 def fill(part: Slice, name: str, std: float | str, seed: int) -> None:

@@ -13,7 +13,7 @@ VOCAB, CONTEXT = 50, 24
 
 @pytest.fixture(scope="module")
 def objective():
-    model = config.Model(layers=2, hidden=32, heads=4, init_std=0.2)
+    model = config.Model(layers=2, hidden=32, heads=4, init=config.Init(std=0.2))
     return build_objective(config.Job(model=model, data=config.Data(seq_len=CONTEXT)), VOCAB)
 
 

@@ -1,0 +1,97 @@
+"""Where and how long a run goes, how it is spread, what is kept and who is told."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from headway.pretrain.config.base import AxisSize, Count, Fraction, Positive, Section
+
+
+class Run(Section):
+    """Where the run lives."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    """Name of the run's folder and of its W&B run."""
+    dir: str = "runs"
+    """Folder that holds the run folders."""
+
+
+class Parallel(Section):
+    """How the run is spread. One axis of size -1 takes what the others leave."""
+
+    engine: Literal["native"] = "native"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    pipeline: AxisSize = 1
+    replicate: AxisSize = 1
+    """Replicas whose gradients are all-reduced: with `shard` 1 plain DDP, else the outer axis of HSDP."""
+    shard: AxisSize = -1
+    """Ranks over which parameters, gradients and optimizer state are sharded (FSDP2)."""
+    context: AxisSize = 1
+    tensor: AxisSize = 1
+    expert: AxisSize = 1
+    micro_batch: Positive | None = None
+    """Rows of a micro-batch on one rank; all of the rank's rows at once if not given."""
+    reshard: bool = True
+    """Free gathered parameters after the forward (ZeRO-3); false keeps them for the backward (ZeRO-2)."""
+    timeout: Positive = 600
+    """Seconds that a collective may take."""
+
+
+class Ramp(Section):
+    """A global batch that grows (Smith et al. 2018; GPT-3, table 2.1)."""
+
+    start: Positive | None = None
+    """Rows of the first step; no ramp if not given."""
+    increment: Positive = 32
+    """Rows that are added at a time."""
+    samples: Positive | None = None
+    """Samples over which the batch grows to `train.global_batch`, in even parts; must be given with `start`."""
+
+
+class Train(Section):
+    """How long, how much at once, from where."""
+
+    steps: Positive = 1000
+    global_batch: Positive = 32
+    """Rows in an optimizer step, over all ranks and micro-batches."""
+    ramp: Ramp = Ramp()
+    seed: Count = 0
+    start_from: str | None = None
+    """A checkpoint or run folder, Headway's or Hugging Face's, whose weights a new run starts from."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile; `auto` compiles where a compiler is found and the run is long enough to win."""
+    eval_every: Count = 0
+    """Steps between evaluations on held-out rows; 0 evaluates at the end only."""
+    eval_rows: Positive = 64
+    """Held-out rows of such an evaluation; the last one takes them all."""
+    eval_overlap: Fraction = 0.5
+    """Share of a held-out row that is context only: every token is then scored with at least that much."""
+
+
+class Checkpoint(Section):
+    """When state is saved and what is kept."""
+
+    every: Count = 100
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep_last: Positive = 2
+    keep_every: Count = 0
+    """Checkpoints at multiples of this many steps are kept for good; 0 keeps none for good."""
+    background: bool = True
+    """Write while training goes on; the step waits only for the copy to host memory."""
+
+
+class Tracking(Section):
+    """Who is told."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """`auto` is online with an API key and offline without one."""
+    project: str = "headway"
+    group: str | None = None
+    tags: list[str] = []
+    histograms_every: Count = 0
+    """Steps between histograms of gradients; 0 sends none."""
+    prompt: str = "def main():\n"
+    """Text that is continued at the end of the run and drawn as attention maps in the report."""
