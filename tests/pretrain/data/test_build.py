@@ -259,7 +259,7 @@ def test_malformed_line_in_a_worker(corpus: Path) -> None:
         corpus.write_text(good)
         (block,) = cut_into_blocks(files, "text")
         encoded, expected = worker.encode(block), workers.encode_block(block, work)
-        assert encoded.train.stream == expected.train.stream
-        assert encoded.train.lengths.tolist() == [len(text) + 1 for text in LINES]
+        assert encoded.sides["train"].stream == expected.sides["train"].stream
+        assert encoded.sides["train"].lengths.tolist() == [len(text) + 1 for text in LINES]
     finally:
         worker.stop()
