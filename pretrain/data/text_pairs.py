@@ -66,7 +66,9 @@ class TextPairs:
         if not self._pairs.size:
             rule = f"no pair that fits data.seq_len = {seq_len} and data.target_len = {target_len}"
             shortest = (
-                f", the shortest texts have {lengths[0].min()} and {lengths[1].min()}" if fits.size else ""
+                f", the shortest sides have {lengths[0].min()} and {lengths[1].min()} tokens"
+                if fits.size
+                else ""
             )
             raise DataError(
                 f"{name}: {rule}: of {fits.size} pairs{shortest}; set longer rows or give more text"

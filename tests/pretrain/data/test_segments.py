@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headway.kernels.random import philox
 from headway.pretrain.config import Data, Source
 from headway.pretrain.config import Tokenizer as TokenizerSettings
 from headway.pretrain.data.build import train_tokenizer
@@ -141,6 +143,16 @@ def test_next_takes_the_second_segment_from_another_document(lengths, seq_len, s
         assert 1 <= len(b) <= len(second)
 
 
+def test_numbers_are_philoxs():
+    """The same words for arrays of NumPy as for tensors, whose words are held to published ones elsewhere."""
+    keys = make_keys("x", 0, range(100), [0] * 100)
+    rows = pairs(MemoryStore(numbered([9])), "order").rows(np.zeros(100, np.int64), keys)
+    words = philox(torch.from_numpy(keys), 0, 0, 0, 0x70616972)
+    assert np.array_equal(rows["label"], words[0] >> 31)
+    a = [parts(rows, i)[int(label)] for i, label in enumerate(rows["label"])]
+    assert [len(each) for each in a] == (1 + (words[1] * 8 >> 32)).tolist()
+
+
 def test_of_two_documents_each_is_the_others_partner():
     rows = epoch(pairs(MemoryStore(numbered([0, 400, 1, 400])), "next"))
     owners = (rows["tokens"] - FIRST) // 401  # 400 tokens, then the one of the third document
@@ -267,8 +279,6 @@ def test_separators_are_no_text(tmp_path, facts):
 
 def test_sequences_of_megatrons_documents_are_one_text(tmp_path):
     builder = pytest.importorskip("megatron.core.datasets.indexed_dataset").IndexedDatasetBuilder
-    import torch
-
     megatron = builder(str(tmp_path / "s.bin"), dtype=np.uint16)
     for tokens, sizes in (([11, 12, 13, END], [1, 3]), ([], []), ([14, 15, 16], [3]), ([], [])):
         if tokens:
