@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from headway.kernels.random import philox
 from headway.pretrain.data.samples import Ints, Rows
-from headway.pretrain.data.stream import outside_error
+from headway.pretrain.data.token_rows import outside_error
 from headway.pretrain.data.tokenizer import Tokenizer
 from headway.pretrain.errors import DataError, JobError
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from headway.pretrain.data.samples import Ints, Rows
 from headway.pretrain.data.segments import Documents
-from headway.pretrain.data.stream import outside_error
+from headway.pretrain.data.token_rows import outside_error
 from headway.pretrain.errors import DataError
 
 NAMED = 20

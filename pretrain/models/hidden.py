@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from headway.pretrain.models.moe import Side
+from headway.pretrain.models.routing import Side
 
 
 class Hidden(NamedTuple):

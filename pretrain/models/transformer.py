@@ -16,8 +16,9 @@ from headway.kernels.rotary import Rotation
 from headway.pretrain import config
 from headway.pretrain.models.attention import Attention
 from headway.pretrain.models.layers import MLP, Dropout, Noise, StochasticDepth, build_norm
-from headway.pretrain.models.moe import MoE, Side
+from headway.pretrain.models.moe import MoE
 from headway.pretrain.models.positions import RelativeBias, RotaryPositions
+from headway.pretrain.models.routing import Side
 
 
 class Context(NamedTuple):

@@ -16,7 +16,9 @@ from headway.pretrain import config
 from headway.pretrain.data.samples import Rows
 from headway.pretrain.engine import Batch
 from headway.pretrain.models.layers import Noise
-from headway.pretrain.models.moe import MoE, Side
+from headway.pretrain.models.moe import MoE
+from headway.pretrain.models.routing import Side
+from headway.pretrain.models.spectral import SpectralLinear
 
 
 class Mean(NamedTuple):
