@@ -23,11 +23,15 @@ from headway.pretrain.optim.average import Average
 from headway.pretrain.optim.build import build_optimizers, set_rate
 from headway.pretrain.optim.clipping import global_norm, scale_gradients_
 from headway.pretrain.optim.scaler import LossScale
-from headway.pretrain.optim.schedules import factor
+from headway.pretrain.optim.schedules import factor, in_steps
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MUON = {"fp32": torch.float32, "fp64": torch.float64}
 """Dtype of Muon's iteration; where products are narrow, so may it be (None)."""
+
+
+FIRST_ITERATIONS = 15
+"""Power iterations from a random direction, as torch's spectral_norm has them."""
 
 
 class NativeEngine:
@@ -47,7 +51,9 @@ class NativeEngine:
         self.optimizers = build_optimizers(self.named.items(), job.optimizer, MUON.get(precision))
         self.scale = LossScale() if precision == "fp16" else None
         self.average = Average(self.named, job.optimizer.ema) if job.optimizer.ema else None
+        self.schedule = in_steps(job.schedule, job.train, job.data.seq_len)
         self.rows = rows_per_micro_batch(job, world.layout.data)
+        objective.iterate(FIRST_ITERATIONS)
         for optimizer in self.optimizers:
             _allocate_state(optimizer)
 
@@ -121,8 +127,7 @@ class NativeEngine:
 
     def _factor(self, step: int) -> float:
         """The schedule's factor of the learning rate."""
-        tokens_per_step = self.job.train.global_batch * self.job.data.seq_len
-        return factor(step, self.job.schedule, self.job.train.steps, tokens_per_step)
+        return factor(step, self.schedule, self.job.train.steps)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of AdamW's parameters at a step."""

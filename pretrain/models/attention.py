@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from headway.kernels.attention.choose import KernelUnavailable, choose
-from headway.kernels.attention.dense import WeightDropout, row_entropy
+from headway.kernels.attention.dense import WeightDropout
+from headway.kernels.attention.entropy import row_entropy
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.registry import MECHANISMS
 from headway.kernels.rotary import Rotation, rotate

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from headway.kernels import glu, norm, random
 from headway.kernels.precision import product_dtype
 from headway.pretrain import config
+from headway.pretrain.models.spectral import SpectralLinear
 
 
 class Noise(NamedTuple):
@@ -51,9 +52,9 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None: ...
 
 
-def build_linear(model: config.Model, inputs: int, outputs: int) -> Linear:
+def build_linear(model: config.Model, inputs: int, outputs: int) -> nn.Linear:
     """A linear layer of a block, as the config wants it."""
-    return Linear(inputs, outputs, model.bias)
+    return (SpectralLinear if model.spectral else Linear)(inputs, outputs, model.bias)
 
 
 class Embedding(nn.Embedding):
