@@ -113,12 +113,13 @@ class Dropout(nn.Module):
 class MLP(nn.Module):
     """down(activation(up(x))), or down(activation(gate(x)) * up(x)) for gated activations."""
 
-    def __init__(self, model: config.Model) -> None:
+    def __init__(self, model: config.Model, width: int | None = None) -> None:
         super().__init__()
+        width = width or model.ffn_width
         self.activation = model.activation
-        self.gate = Linear(model.hidden, model.ffn_width, model.bias) if model.gated else None
-        self.up = Linear(model.hidden, model.ffn_width, model.bias)
-        self.down = Linear(model.ffn_width, model.hidden, model.bias)
+        self.gate = Linear(model.hidden, width, model.bias) if model.gated else None
+        self.up = Linear(model.hidden, width, model.bias)
+        self.down = Linear(width, model.hidden, model.bias)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
         x_BSE = narrowed(x_BSE)
