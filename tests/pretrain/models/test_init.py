@@ -7,19 +7,24 @@ import torch
 
 from headway.pretrain import config
 from headway.pretrain.models.init import Slice, fill, initialise, whole
+from headway.pretrain.models.schemes import Fill
 from headway.pretrain.objectives import build_objective
 
 MODEL = config.Model(layers=2, hidden=40, heads=4, dropout=0.1)
 JOB = config.Job(model=MODEL, data=config.Data(seq_len=16))
 
 
-@pytest.mark.parametrize("offset", [(0, 0, 0), (1, 3, 5), (2, 0, 9), (2, 6, 12)])
-def test_any_slice_has_the_bits_of_the_whole(offset):
+KINDS = [Fill("normal", 0.02), Fill("truncated", 0.02), Fill("uniform", 0.3), Fill("orthogonal", 1.4)]
+
+
+@pytest.mark.parametrize("how", KINDS, ids=lambda how: how.kind)
+@pytest.mark.parametrize("offset", [(0, 0, 0), (1, 3, 5), (2, 0, 9), (2, 6, 12), (3, 0, 0), (0, 0, 13)])
+def test_any_slice_has_the_bits_of_the_whole(offset, how):
     shape = (3, 7, 13)
     full = torch.empty(shape)
-    fill(whole(full), "name", 0.02, 5)
+    fill(whole(full), "name", how, 5)
     local = torch.empty([s - o for s, o in zip(shape, offset, strict=True)])
-    fill(Slice(local, shape, offset), "name", 0.02, 5)
+    fill(Slice(local, shape, offset), "name", how, 5)
     assert torch.equal(local, full[tuple(slice(o, None) for o in offset)])
 
 
