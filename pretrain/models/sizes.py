@@ -65,7 +65,7 @@ def forward_flops(job: Job, inputs: Inputs) -> float:
     """FLOPs of a forward of one row of the batch: a sequence, a pair of sequences, an image.
 
     Heads count the tokens that they are applied to: masked ones only (BERT), one a row (classifiers). A masked
-    autoencoder's encoder counts visible patches only. A token counts `top_k` experts, whatever capacity drops.
+    autoencoder's blocks count visible patches only. A token counts `top_k` experts, whatever capacity drops.
     """
     return sum(_sum(costs).flops for costs in _table(job, inputs))
 
@@ -155,9 +155,7 @@ def _vit(job: Job, inputs: Inputs) -> Table:
     if job.objective.name == "classify":
         head = _linear(m.hidden, inputs.classes, True, 1)
         return embedding, _stack(m, m.layers, patches + first), [_final_norm(m), head]
-    seen = patches - round(mae.rate * patches)
-    small = mae_decoder(job)
-    embedding[0] = _linear(pixels, m.hidden, True, seen)
+    seen, small = max(1, int(patches * (1 - mae.rate))), mae_decoder(job)
     return (
         embedding,
         _stack(m, m.layers, seen + first),
