@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from headway.kernels.attention.registry import MECHANISMS
-from headway.pretrain.config import Experts, Job, Model
+from headway.pretrain.config import Job, Model
 from headway.pretrain.models.inputs import Inputs
+from headway.pretrain.models.mae import decoder_shape
 
 
 class Cost(NamedTuple):
@@ -155,7 +156,7 @@ def _vit(job: Job, inputs: Inputs) -> Table:
     if job.objective.name == "classify":
         head = _linear(m.hidden, inputs.classes, True, 1)
         return embedding, _stack(m, m.layers, patches + first), [_final_norm(m), head]
-    seen, small = max(1, int(patches * (1 - mae.rate))), mae_decoder(job)
+    seen, small = max(1, int(patches * (1 - mae.rate))), decoder_shape(m, mae)
     return (
         embedding,
         _stack(m, m.layers, seen + first),
@@ -168,14 +169,6 @@ def _vit(job: Job, inputs: Inputs) -> Table:
             _linear(mae.hidden, pixels, True, patches),
         ],
     )
-
-
-def mae_decoder(job: Job) -> Model:
-    """Shape of a masked autoencoder's decoder: dense blocks as the encoder's, of their own depth and width."""
-    mae = job.objective.mae
-    own = {"layers": mae.layers, "hidden": mae.hidden, "heads": mae.heads}
-    free = dict.fromkeys(("kv_heads", "head_dim", "ffn", "unique_layers"))
-    return job.model.model_copy(update={**own, **free, "experts": Experts()})
 
 
 # Parts

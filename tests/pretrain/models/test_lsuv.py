@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from headway.pretrain import config
+from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.lsuv import lsuv
 from headway.pretrain.objectives import build_objective
 
@@ -11,11 +12,12 @@ MODEL = config.Model(
     layers=3, hidden=32, heads=4, norm="layernorm", init=config.Init(scheme="orthogonal", lsuv=True)
 )
 JOB = config.Job(model=MODEL, data=config.Data(seq_len=16), precision="fp64")
+INPUTS = Inputs(vocab=50, length=16)
 TOKENS = torch.randint(50, (12, 16), generator=torch.Generator().manual_seed(0))
 
 
 def built():
-    return build_objective(JOB, 50)
+    return build_objective(JOB, INPUTS)
 
 
 def outputs(objective, name):
