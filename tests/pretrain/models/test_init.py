@@ -31,7 +31,10 @@ def test_any_slice_has_the_bits_of_the_whole(offset, how):
 
 
 def test_ranks_fill_their_own_rows():
-    one, many = build_objective(JOB, INPUTS), build_objective(JOB, INPUTS, device="meta").to_empty(device="cpu")
+    one, many = (
+        build_objective(JOB, INPUTS),
+        build_objective(JOB, INPUTS, device="meta").to_empty(device="cpu"),
+    )
     for rank in range(3):
 
         def rows(name, parameter, rank=rank):

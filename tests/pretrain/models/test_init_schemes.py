@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from headway.pretrain import config
-from headway.pretrain.models.init import fill, initialise, whole
+from headway.pretrain.models.init import Slice, fill, initialise, whole
+from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.schemes import SCHEMES, Fill, rule
+from headway.pretrain.objectives import build_objective
 from headway.tests import oracles
 
 SHAPE = (200, 300)
@@ -246,3 +248,44 @@ def test_persistent_buffers_are_filled_and_others_left_alone():
     assert abs(parts.direction.norm().item() - 1) < 1e-6
     assert (parts.angles == 9).all()
     assert parts.salt.item() != 0
+
+
+FAMILIES = {
+    "gpt": (
+        {"experts": config.Experts(count=3, bias_rate=0.1), "layer_scale": 1e-3, "spectral": True},
+        "causal",
+    ),
+    "bert": ({"segments": 2, "pooler": True, "embedding_size": 12, "embedding_norm": True}, "masked"),
+    "t5": ({"positions": "relative", "tied": False, "norm": "rmsnorm"}, "spans"),
+    "vit": ({"norm": "none", "vision": config.Vision(patch=4)}, "mae"),
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_scheme_fills_every_tensor_of_every_family_by_slices(family, scheme):
+    settings, name = FAMILIES[family]
+    job = config.Job(
+        model=config.Model(
+            family=family, layers=2, hidden=24, heads=2, **settings, init=config.Init(scheme=scheme)
+        ),
+        objective=config.Objective(name=name, mae=config.Reconstruct(layers=1, hidden=20, heads=2)),
+        data=config.Data(images=config.Images(size=16)),
+    )
+    inputs = Inputs(vocab=50, length=17, target_length=9, image=16, channels=3)
+    meta = build_objective(job, inputs, device="meta")
+    built = meta.to_empty(device="cpu")
+    for tensor in (*built.parameters(), *built.buffers()):
+        tensor.detach().fill_(-77)
+    for rank in range(2):
+
+        def rows(_, tensor, rank=rank):
+            n = tensor.shape[0]
+            a, b = rank * n // 2, (rank + 1) * n // 2
+            return Slice(tensor[a:b], tuple(tensor.shape), (a, *[0] * (tensor.dim() - 1)))
+
+        initialise(built, job.model, job.train.seed, rows)
+    expected = build_objective(job, inputs).state_dict()
+    for tensor_name, tensor in built.state_dict().items():
+        assert torch.equal(tensor, expected[tensor_name]), tensor_name
+        assert not (tensor == -77).any(), tensor_name

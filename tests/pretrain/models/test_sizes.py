@@ -19,7 +19,7 @@ def gpt(**settings):
     return config.Job(model=model, data=config.Data(seq_len=24)), Inputs(vocab=211, length=24)
 
 
-def bert(pairs="none", **settings):
+def bert_job(pairs="none", **settings):
     shape = {
         "family": "bert", "layers": 2, "hidden": 32, "heads": 4, "norm_position": "post", "embedding_norm": True,
         "segments": 2, "activation": "gelu", "attention": REFERENCE,
@@ -67,9 +67,9 @@ CASES = {
     "no norms": gpt(norm="none", layer_scale=1e-4),
     "experts": gpt(layers=3, experts=EXPERTS.model_copy(update={"pattern": "DE"})),
     "gated experts": gpt(activation="swiglu", bias=False, experts=EXPERTS),
-    "bert": bert("next", pooler=True),
-    "albert": bert("order", pooler=True, layers=4, unique_layers=2, embedding_size=12),
-    "roberta": bert(norm_position="pre", tied=False, bias=False, segments=0, embedding_norm=False),
+    "bert": bert_job("next", pooler=True),
+    "albert": bert_job("order", pooler=True, layers=4, unique_layers=2, embedding_size=12),
+    "roberta": bert_job(norm_position="pre", tied=False, bias=False, segments=0, embedding_norm=False),
     "t5": t5(),
     "t5 1.1": t5(activation="geglu_tanh", tied=False),
     "transformer": t5(positions="learned", norm="layernorm", norm_position="post", bias=True),
@@ -86,6 +86,45 @@ def test_parameters_are_the_built_models(case):
     job, inputs = case
     built = build_objective(job, inputs, device="meta")
     assert sizes.parameters(job, inputs).total == sum(p.numel() for p in built.parameters())
+
+
+def theirs():
+    """Small models of transformers, and the case that has their shape."""
+    import transformers as hf
+
+    text = {"vocab_size": 211, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    bert = {**text, "intermediate_size": 128, "max_position_embeddings": 24}
+    t5 = {"vocab_size": 211, "d_model": 36, "d_kv": 10, "d_ff": 50, "num_heads": 3}
+    llama = {**text, "num_key_value_heads": 2, "intermediate_size": 70, "tie_word_embeddings": False}
+    ours = {"kv_heads": 2, "ffn": 70, "activation": "swiglu", "norm": "rmsnorm", "positions": "rotary"}
+    ours |= {"tied": False, "bias": False}
+    albert = {**bert, "num_hidden_layers": 4, "num_hidden_groups": 1, "embedding_size": 12}
+    patches = {**text, "intermediate_size": 128, "image_size": 16, "patch_size": 4, "num_labels": 10}
+    return [
+        (hf.BertForPreTraining(hf.BertConfig(**bert)), CASES["bert"]),
+        (
+            hf.AlbertForPreTraining(hf.AlbertConfig(**albert)),
+            bert_job("order", pooler=True, layers=4, unique_layers=1, embedding_size=12),
+        ),
+        (hf.LlamaForCausalLM(hf.LlamaConfig(**llama)), gpt(**ours)),
+        (
+            hf.MixtralForCausalLM(hf.MixtralConfig(**llama, num_local_experts=5)),
+            gpt(**ours, experts=config.Experts(count=5)),
+        ),
+        (
+            hf.T5ForConditionalGeneration(hf.T5Config(**t5, num_layers=2, num_decoder_layers=3)),
+            CASES["t5"],
+        ),
+        (hf.ViTForImageClassification(hf.ViTConfig(**patches)), CASES["vit"]),
+    ]
+
+
+def test_parameters_are_those_of_transformers():
+    with torch.device("meta"):
+        pairs = theirs()
+    for model, case in pairs:
+        count = sum(p.numel() for p in model.parameters())
+        assert sizes.parameters(*case).total == count, type(model).__name__
 
 
 def test_spectral_layers_have_gains():
