@@ -31,7 +31,7 @@ class Saver:
     def save(self, step: int) -> None:
         """Save the state after `step` steps."""
         state = self.parts.engine.state()
-        state.numbers |= {"step": step, "data": self.parts.corpus.loader.state()}
+        state.numbers |= {"step": step, "data": self.parts.loader.state()}
         self.checkpointer.save(step, state, self.parts.job.model_dump(mode="json"), deferred=True)
 
     def poll(self) -> None:
@@ -83,7 +83,7 @@ def restore(parts: Parts, path: Path) -> tuple[int, list[str]]:
         return 0, [f"the weights were imported from {imported}, training begins here", *notes]
     numbers: dict[str, Any] = load(path, state, verify=False)  # `choose` has verified it
     parts.engine.load(State({}, numbers))
-    return int(numbers["step"]), parts.corpus.loader.load(numbers["data"])
+    return int(numbers["step"]), parts.loader.load(numbers["data"])
 
 
 def weights_only(parts: Parts, start: str) -> None:

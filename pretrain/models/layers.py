@@ -40,11 +40,20 @@ class Noise(NamedTuple):
             return self.positions_S
         return torch.arange(length, device=self.key.device)
 
+    def again(self, times: int) -> Noise:
+        """Noise of a module's next use in the same forward: blocks that share weights do not share dropout."""
+        return self if times == 0 else self._replace(key=self.key ^ random.key(0, "again", times))
+
 
 class Linear(nn.Linear):
     """x W^T + b. Not initialised here: initial weights depend on their canonical names."""
 
     def reset_parameters(self) -> None: ...
+
+
+def build_linear(model: config.Model, inputs: int, outputs: int) -> Linear:
+    """A linear layer of a block, as the config wants it."""
+    return Linear(inputs, outputs, model.bias)
 
 
 class Embedding(nn.Embedding):
@@ -78,11 +87,12 @@ class RMSNorm(nn.Module):
         return norm.rms_norm(x, self.weight, self.eps).to(x.dtype)
 
 
-def build_norm(model: config.Model) -> LayerNorm | RMSNorm:
-    """The norm of the residual stream that the config names."""
-    if model.norm == "rmsnorm":
-        return RMSNorm(model.hidden, model.norm_eps)
-    return LayerNorm(model.hidden, model.norm_eps, model.bias)
+def build_norm(model: config.Model, size: int | None = None) -> nn.Module:
+    """The norm that the config names, of `size` features (the residual stream's if not given)."""
+    size = size or model.hidden
+    if model.norm == "none":
+        return nn.Identity()
+    return RMSNorm(size, model.norm_eps) if model.norm == "rmsnorm" else LayerNorm(size, model.norm_eps, model.bias)
 
 
 class Dropout(nn.Module):
@@ -110,15 +120,37 @@ class Dropout(nn.Module):
         return random.dropout(x_BSE, self.p, self.key(noise), coordinates)
 
 
+class StochasticDepth(nn.Module):
+    """Leaves out what a sub-layer adds, for whole samples, and scales what stays (Huang et al. 2016).
+
+    The choice is a function of the step, the module's name and the sample's slot; without noise nothing is left out.
+    """
+
+    salt: Tensor
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.register_buffer("salt", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def forward(self, x_BSE: Tensor, noise: Noise | None) -> Tensor:
+        if noise is None or self.p == 0:
+            return x_BSE
+        kept_B = random.uniform(noise.key ^ self.salt, noise.slots_B) >= self.p
+        return torch.where(kept_B[:, None, None], x_BSE / (1 - self.p), 0)
+
+
 class MLP(nn.Module):
     """down(activation(up(x))), or down(activation(gate(x)) * up(x)) for gated activations."""
 
-    def __init__(self, model: config.Model) -> None:
+    def __init__(self, model: config.Model, width: int | None = None) -> None:
+        """`width`: of the hidden layer; the model's feed-forward width if not given."""
         super().__init__()
+        width = width or model.ffn_width
         self.activation = model.activation
-        self.gate = Linear(model.hidden, model.ffn_width, model.bias) if model.gated else None
-        self.up = Linear(model.hidden, model.ffn_width, model.bias)
-        self.down = Linear(model.ffn_width, model.hidden, model.bias)
+        self.gate = build_linear(model, model.hidden, width) if model.gated else None
+        self.up = build_linear(model, model.hidden, width)
+        self.down = build_linear(model, width, model.hidden)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
         x_BSE = narrowed(x_BSE)

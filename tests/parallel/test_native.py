@@ -14,6 +14,7 @@ from headway.parallel.engines.native import NativeEngine
 from headway.pretrain.config import Data, Job, Model, Optimizer, Parallel, Schedule, Train
 from headway.pretrain.config import Tokenizer as TokenizerSettings
 from headway.pretrain.data.stream import SampleStream
+from headway.pretrain.data.token_rows import TokenRows
 from headway.pretrain.errors import NonFiniteError
 from headway.pretrain.objectives import build_objective
 
@@ -56,7 +57,7 @@ def curve(rank, world, parallel, precision="fp64", optimizer="adamw"):
     here = mesh.start(job, layout, rank, world, rank, torch.device("cpu"), "gloo")
     objective = build_objective(job, VOCAB, device="meta")
     engine = NativeEngine(job, objective, here, precision=precision, compiled=False)
-    stream = SampleStream([("memory", Memory(), 1.0)], job.data.seq_len, 0, separator=0)
+    stream = SampleStream([("memory", TokenRows(Memory(), job.data.seq_len, 0), 1.0)], seed=0)
     results = []
     for step in range(STEPS):
         rows = stream.batch(step * 12, 12, here.data_rank, layout.data)
@@ -135,7 +136,7 @@ def engine_alone(precision="fp64"):
     job = small({}, precision)
     here = mesh.start(job, mesh.Layout(), 0, 1, 0, torch.device("cpu"), "gloo")
     objective = build_objective(job, VOCAB, device="meta")
-    stream = SampleStream([("memory", Memory(), 1.0)], job.data.seq_len, 0, separator=0)
+    stream = SampleStream([("memory", TokenRows(Memory(), job.data.seq_len, 0), 1.0)], seed=0)
     engine = NativeEngine(job, objective, here, precision=precision, compiled=False)
     return engine, objective.collate(stream.batch(0, 12))
 
