@@ -9,7 +9,7 @@ from __future__ import annotations
 from headway.pretrain.config import Job
 from headway.pretrain.errors import JobError
 from headway.pretrain.hf.family import Family, Settings, is_tied
-from headway.pretrain.hf.links import Link, layers, link
+from headway.pretrain.hf.links import TWICE, Link, layers, link
 from headway.pretrain.models.inputs import Inputs
 
 EMBEDDINGS = {
@@ -117,8 +117,10 @@ def links_albert(job: Job) -> list[Link]:
 
 def head_links(job: Job, theirs: str) -> list[Link]:
     """Weight and bias of the head. transformers adds the bias of `decoder`, which is `bias` where it is tied."""
-    bias = f"{theirs}bias" if job.model.tied else f"{theirs}decoder.bias"
-    return [link("head.weight", f"{theirs}decoder.weight"), link("head.bias", bias)]
+    if job.model.tied:
+        return [link("head.bias", f"{theirs}bias")]
+    bias = Link(("head.bias",), (f"{theirs}decoder.bias", f"{theirs}bias"), TWICE)
+    return [link("head.weight", f"{theirs}decoder.weight"), bias]
 
 
 BERT = Family(

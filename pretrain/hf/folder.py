@@ -120,13 +120,11 @@ def tree_of(settings: Settings) -> dict[str, Any]:
 
 def _without_copies(source: Lazy, family: Family, tied: bool) -> Lazy:
     """Without tensors that are stored twice. A head that the configuration calls untied is no copy."""
-    copies = {
-        copy
-        for copy, first in family.copies.items()
-        if {copy, first} <= source.names
-        and (tied or "embed_tokens" in copy)
-        and torch.equal(source.read(copy), source.read(first))
-    }
+    stored = {copy: first for copy, first in family.copies.items() if {copy, first} <= source.names}
+    equal = {c for c, first in stored.items() if torch.equal(source.read(c), source.read(first))}
+    embeddings = {copy for copy in stored if "embed_tokens" in copy}
+    heads = stored.keys() - embeddings
+    copies = (equal & embeddings) | (heads if tied and heads <= equal else set())
     return Lazy(source.names - copies, source.read)
 
 

@@ -45,6 +45,9 @@ FUSED = Change(
 STACKED = Change(lambda x: list(x[0].unbind(0)), lambda x: [torch.stack(list(x))])
 """One tensor of all experts here, a tensor for each there."""
 
+TWICE = Change(lambda x: [x[0], x[0].clone()], lambda x: [x[0]])
+"""One tensor here, two names of it there, of which the first counts."""
+
 
 def reshaped(ours: Sequence[int], theirs: Sequence[int]) -> Change:
     """The same numbers in the same order under another shape."""

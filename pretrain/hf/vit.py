@@ -80,9 +80,10 @@ def links(job: Job) -> list[Link]:
         link(f"{patches}.weight", f"{place}.weight", reshaped((kernel[0], -1), kernel)),
         link(f"{patches}.bias", f"{place}.bias"),
         link("model.embed.class_token", "vit.embeddings.cls_token", row(model.hidden)),
-        link("model.embed.positions.weight", "vit.embeddings.position_embeddings", reshaped(*table)),
         *layers({"model.norm": "vit.layernorm", "head": "classifier"}),
     ]
+    if model.positions == "learned":
+        found.append(link("model.embed.positions.weight", "vit.embeddings.position_embeddings", reshaped(*table)))
     for i in range(model.layers):
         found += layers(BLOCK, f"model.blocks.{i}.", f"vit.encoder.layer.{i}.")
     return found

@@ -62,7 +62,7 @@ def qwen3():
 def mixtral():
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    experts = {"num_local_experts": 5, "num_experts_per_tok": 2}
+    experts = {"num_local_experts": 5, "num_experts_per_tok": 2, "experts_implementation": "eager"}
     return MixtralForCausalLM(MixtralConfig(**ROTARY, **EAGER, **experts))
 
 
@@ -110,12 +110,18 @@ def vit():
 
 def mae():
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
+    from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
     decoder = {
         "decoder_hidden_size": 20, "decoder_num_attention_heads": 5, "decoder_num_hidden_layers": 2,
         "decoder_intermediate_size": 80, "mask_ratio": 0.5, "norm_pix_loss": True, "num_channels": 1,
     }  # fmt: skip
-    return ViTMAEForPreTraining(ViTMAEConfig(**IMAGES, **EAGER, **decoder))
+    model = ViTMAEForPreTraining(ViTMAEConfig(**IMAGES, **EAGER, **decoder))
+    for place in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
+        # transformers 5.23 leaves them zero; its own code says which half is which
+        table = build_2d_sinusoidal_position_embedding(3, 3, place.shape[-1], cls_token=True)
+        place.data.copy_(table.roll(place.shape[-1] // 2, -1)[None])
+    return model
 
 
 CAUSAL = {f.__name__: f for f in (gpt2, llama, llama_tied, qwen3, mixtral)}
@@ -130,9 +136,11 @@ def make(name: str) -> nn.Module:
     torch.manual_seed(0)
     model, generator = ALL[name](), torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
+        for key, p in model.named_parameters():
+            if name != "mae" or "pos" not in key:  # MAE's positions are fixed
                 p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+        if name == "bert_untied":  # of an untied head's two biases, transformers adds that of `decoder`
+            model.cls.predictions.bias.copy_(model.cls.predictions.decoder.bias)
     return model.eval()
 
 
