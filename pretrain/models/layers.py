@@ -93,7 +93,11 @@ def build_norm(model: config.Model, size: int | None = None) -> nn.Module:
     size = size or model.hidden
     if model.norm == "none":
         return nn.Identity()
-    return RMSNorm(size, model.norm_eps) if model.norm == "rmsnorm" else LayerNorm(size, model.norm_eps, model.bias)
+    return (
+        RMSNorm(size, model.norm_eps)
+        if model.norm == "rmsnorm"
+        else LayerNorm(size, model.norm_eps, model.bias)
+    )
 
 
 class Dropout(nn.Module):

@@ -52,7 +52,9 @@ class SinusoidalGrid:
     def __init__(self, hidden: int, base: float = 10000.0) -> None:
         if hidden % 4:
             nearest = 4 * max(1, round(hidden / 4))
-            raise JobError("model.hidden", hidden, "two-dimensional sine positions need a multiple of 4", nearest)
+            raise JobError(
+                "model.hidden", hidden, "two-dimensional sine positions need a multiple of 4", nearest
+            )
         self.hidden, self.base = hidden, base
 
     def __call__(
@@ -88,7 +90,9 @@ class RelativeBias(nn.Module):
         """Raises JobError for too few buckets, or a distance that buckets of one distance each already cover."""
         super().__init__()
         if buckets < 4:
-            raise JobError("model.relative_buckets", buckets, "two directions need at least 2 buckets each", 4)
+            raise JobError(
+                "model.relative_buckets", buckets, "two directions need at least 2 buckets each", 4
+            )
         if distance <= buckets // 2:
             rule = "must exceed half of model.relative_buckets, which hold one distance each"
             raise JobError("model.relative_distance", distance, rule, buckets // 2 + 1)

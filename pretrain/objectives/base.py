@@ -23,10 +23,10 @@ from headway.pretrain.optim.sharded import local, whole
 
 
 class Mean(NamedTuple):
-    """Sum and count of a metric, without gradient; engines add them up, then divide. Vectors are allowed."""
+    """Sum of a metric and what it is divided by, without gradient; engines add up both. Sums may be vectors."""
 
     sum: Tensor
-    count: Tensor
+    over: Tensor
 
 
 class LossOutput(NamedTuple):
@@ -99,8 +99,11 @@ class Objective(nn.Module):
         return LossOutput(terms, metrics)
 
     def after_update(self, metrics: Mapping[str, Tensor]) -> None:
-        """What follows an optimizer step: experts are balanced by their global load (`load/LAYER`, a mean over rows), and
-        spectral norms followed."""
+        """What follows an optimizer step: experts are balanced, spectral norms are followed.
+
+        Args:
+            metrics: means over the global batch; `load/LAYER` is the load of the experts [X].
+        """
         blocks = [m for m in self.modules() if isinstance(m, MoE)]
         loads = [value for name, value in metrics.items() if name.startswith("load/")]
         for moe, load_X in zip(blocks, loads, strict=False):
