@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from headway.launch.assemble import Parts
-from headway.launch.start_from import from_checkpoint, start_from
+from headway.launch.start_from import WEIGHTS, from_checkpoint, start_from
 from headway.parallel.checkpoint.load import load
 from headway.parallel.checkpoint.manifest import read_manifest
 from headway.parallel.checkpoint.retention import folder_name, list_checkpoints, step_of
@@ -95,4 +95,4 @@ def weights_only(parts: Parts, start: str) -> None:
 
 def weights_of(state: State) -> dict[str, Tensor]:
     """The state's weights, without the optimizer's tensors."""
-    return {name: tensor for name, tensor in state.tensors.items() if not name.startswith("optimizer.")}
+    return {name: tensor for name, tensor in state.tensors.items() if name.startswith(WEIGHTS)}

@@ -83,7 +83,9 @@ def links(job: Job) -> list[Link]:
         *layers({"model.norm": "vit.layernorm", "head": "classifier"}),
     ]
     if model.positions == "learned":
-        found.append(link("model.embed.positions.weight", "vit.embeddings.position_embeddings", reshaped(*table)))
+        found.append(
+            link("model.embed.positions.weight", "vit.embeddings.position_embeddings", reshaped(*table))
+        )
     for i in range(model.layers):
         found += layers(BLOCK, f"model.blocks.{i}.", f"vit.encoder.layer.{i}.")
     return found

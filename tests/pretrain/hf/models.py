@@ -34,7 +34,14 @@ IMAGES = {
 def gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    shape = {"n_layer": 3, "n_embd": 42, "n_head": 6, "n_inner": 50, "n_positions": LENGTH, "vocab_size": VOCAB}
+    shape = {
+        "n_layer": 3,
+        "n_embd": 42,
+        "n_head": 6,
+        "n_inner": 50,
+        "n_positions": LENGTH,
+        "vocab_size": VOCAB,
+    }
     off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
     return GPT2LMHeadModel(GPT2Config(**shape, **off, **EAGER))
 
@@ -191,7 +198,9 @@ def run_vision(ours: nn.Module, theirs: nn.Module) -> Outputs:
     visible = noise.argsort(1)[:, :4].sort(1).values  # transformers keeps the patches of least noise
     out = theirs(x, noise=noise)
     painted = ours.decoder(ours.model(x, visible).final, visible)
-    pixels = out.logits.unflatten(-1, (-1, channels)).transpose(-1, -2).flatten(-2)  # to (channel, row, column)
+    pixels = (
+        out.logits.unflatten(-1, (-1, channels)).transpose(-1, -2).flatten(-2)
+    )  # to (channel, row, column)
     batch = {"pixels": x, "visible": visible, "scored": out.mask.bool()}
     loss = ours(batch).terms["patches"] / out.mask.sum()
     return Outputs({"pixels": painted, "loss": loss}, {"pixels": pixels, "loss": out.loss})

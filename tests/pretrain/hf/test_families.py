@@ -132,7 +132,13 @@ def auto_class(name):
     if name in models.CAUSAL:
         return transformers.AutoModelForCausalLM
     if name in models.MASKED:
-        return transformers.AutoModelForPreTraining if name != "bert_untied" else transformers.AutoModelForMaskedLM
+        return (
+            transformers.AutoModelForPreTraining
+            if name != "bert_untied"
+            else transformers.AutoModelForMaskedLM
+        )
     if name in models.SEQ2SEQ:
         return transformers.AutoModelForSeq2SeqLM
-    return {"vit": transformers.AutoModelForImageClassification, "mae": transformers.AutoModelForPreTraining}[name]
+    return {"vit": transformers.AutoModelForImageClassification, "mae": transformers.AutoModelForPreTraining}[
+        name
+    ]
