@@ -99,8 +99,9 @@ KERNELS: dict[str, Callable[[Tensor, Pairs, Weights, str], Tensor]] = {
 
 def _unbound(weights: Weights, dtype: torch.dtype) -> list[Weights]:
     """Weights of every expert: 2-dim matrices, 1-dim biases."""
-    parts = [None if w is None else w.to(dtype).unbind() for w in weights]
-    return [Weights(*(None if w is None else w[i] for w in parts)) for i in range(len(weights.up_XFE))]
+    count = len(weights.up_XFE)
+    parts = [[None] * count if w is None else w.to(dtype).unbind() for w in weights]
+    return [Weights(*one) for one in zip(*parts, strict=True)]
 
 
 def _mlp(x: Tensor, weights: Weights, activation: str, product: Callable[..., Tensor]) -> Tensor:

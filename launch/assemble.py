@@ -61,6 +61,13 @@ class Parts:
         for batch in self.loader:
             yield {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
+    def first_batch(self) -> Batch:
+        """This rank's rows of the first global batch, without taking it from the order."""
+        sizes, layout = self.loader.sizes, self.world.layout
+        rows = self.loader.stream.batch(0, sizes.rows(0), self.world.data_rank, layout.data)
+        batch = self.engine.objective.collate(rows)
+        return {key: value.to(self.world.device) for key, value in batch.items()}
+
     def name_samples(self) -> str:
         """Names of all samples of the last global batch, for error messages."""
         return "; ".join(self.loader.stream.describe(draw) for draw in self.loader.draws)

@@ -95,6 +95,8 @@ def run(parts: Parts, folder: Path, stop: StopRequest) -> None:
             print(f"  goes on from {path}")
     elif job.train.start_from:
         saving.weights_only(parts, job.train.start_from)
+    elif job.model.init.lsuv:
+        parts.engine.scale_weights(parts.first_batch())
     if path and done >= job.train.steps and (folder / "report.html").exists():
         if world.main:
             Finished.read(folder).show(f"{folder} is complete at step {done}")

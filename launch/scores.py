@@ -104,7 +104,8 @@ def patch_error(parts: Parts, values: dict[str, float]) -> Score:
     """Squared error of hidden patches, beside predicting the mean patch."""
     job = parts.job
     train, test = (
-        np.concatenate([part["pixels"] for part in rows]) for rows in (_train_rows(parts), _heldout_rows(parts))
+        np.concatenate([part["pixels"] for part in rows])
+        for rows in (_train_rows(parts), _heldout_rows(parts))
     )
     means = mean_patch_error(train, test, job.model.vision.patch, job.objective.mae.normalise)
     entries = [

@@ -18,16 +18,21 @@ from headway.pretrain.config import Job
 from headway.pretrain.engine import Batch, State, StepResult, Sums, Watch
 from headway.pretrain.errors import NonFiniteError
 from headway.pretrain.models.layers import Noise
+from headway.pretrain.models.lsuv import lsuv
 from headway.pretrain.objectives import LossOutput, Mean, Objective
 from headway.pretrain.optim.average import Average
 from headway.pretrain.optim.build import build_optimizers, set_rate
 from headway.pretrain.optim.clipping import global_norm, scale_gradients_
 from headway.pretrain.optim.scaler import LossScale
-from headway.pretrain.optim.schedules import factor
+from headway.pretrain.optim.schedules import factor, in_steps
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MUON = {"fp32": torch.float32, "fp64": torch.float64}
 """Dtype of Muon's iteration; where products are narrow, so may it be (None)."""
+
+
+FIRST_ITERATIONS = 15
+"""Power iterations from a random direction, as torch's spectral_norm has them."""
 
 
 class NativeEngine:
@@ -46,8 +51,10 @@ class NativeEngine:
         self.named = dict(objective.named_parameters())
         self.optimizers = build_optimizers(self.named.items(), job.optimizer, MUON.get(precision))
         self.scale = LossScale() if precision == "fp16" else None
-        self.average = Average(self.named, job.optimizer.ema) if job.optimizer.ema else None
+        self.schedule = in_steps(job.schedule, job.train, job.data.seq_len)
         self.rows = rows_per_micro_batch(job, world.layout.data)
+        self.average: Average | None = None
+        self.weights_changed()
         for optimizer in self.optimizers:
             _allocate_state(optimizer)
 
@@ -121,8 +128,7 @@ class NativeEngine:
 
     def _factor(self, step: int) -> float:
         """The schedule's factor of the learning rate."""
-        tokens_per_step = self.job.train.global_batch * self.job.data.seq_len
-        return factor(step, self.job.schedule, self.job.train.steps, tokens_per_step)
+        return factor(step, self.schedule, self.job.train.steps)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of AdamW's parameters at a step."""
@@ -152,7 +158,7 @@ class NativeEngine:
         tensors = {name: p.detach() for name, p in self.named.items()}
         tensors |= persistent_buffers(self.objective)
         if self.average:
-            tensors |= self.average.state()
+            tensors |= {f"ema.{name}": tensor for name, tensor in self.average.state().items()}
         for optimizer in self.optimizers:
             for parameter, entries in optimizer.state.items():
                 for key, value in entries.items():
@@ -162,6 +168,22 @@ class NativeEngine:
     def load(self, state: State) -> None:
         if self.scale and "loss_scale" in state.numbers:
             self.scale.load(state.numbers["loss_scale"])
+
+    def weights_changed(self) -> None:
+        """Weights came from elsewhere: what follows them begins anew."""
+        self.objective.iterate(FIRST_ITERATIONS)
+        if self.job.optimizer.ema:
+            self.average = Average(self.named.items(), self.job.optimizer.ema, self._forget_gathered)
+
+    def scale_weights(self, batch: Batch) -> None:
+        """LSUV on this rank's rows of a global batch; all ranks call it together."""
+
+        def forward() -> None:
+            self.objective(batch)
+            self._forget_gathered()
+
+        lsuv(self.objective, forward, lambda values: self.world.sum(*values))
+        self.weights_changed()
 
     # -- pieces --------------------------------------------------------------------------------------------
 
@@ -176,6 +198,12 @@ class NativeEngine:
         if isinstance(self.objective, FSDPModule):
             self.objective.set_requires_gradient_sync(last)
         return nullcontext()
+
+    def _forget_gathered(self) -> None:
+        """Drop parameters that FSDP still holds gathered: the shards have changed."""
+        for module in self.objective.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _forget_gradients(self) -> None:
         for parameter in self.named.values():
@@ -196,7 +224,7 @@ class Totals:
             self.terms[name] = self.terms[name] + total if name in self.terms else total
         for name, (total, count) in out.metrics.items():
             known = self.metrics.get(name)
-            self.metrics[name] = Mean(known.sum + total, known.count + count) if known else Mean(total, count)
+            self.metrics[name] = Mean(known.sum + total, known.over + count) if known else Mean(total, count)
 
     def over_ranks(self) -> tuple[dict[str, float], dict[str, tuple[Tensor, float]]]:
         """Sums of the terms; sum (a tensor on CPU) and count of each metric."""

@@ -79,9 +79,7 @@ def _text(job: Job, progress: bool) -> Dataset:
     for source, (prefix, weight), beside in zip(job.data.sources, prepared.train, targets, strict=True):
         store = TokenStore(prefix)
         found.train.append((source.path, make(store, beside, source.path), weight))
-        found.notes.append(
-            f"data {source.path}: {store.documents:,} documents, {store.tokens:,} tokens"
-        )
+        found.notes.append(f"data {source.path}: {store.documents:,} documents, {store.tokens:,} tokens")
     for prefix, beside in zip(prepared.heldout, prepared.heldout_targets, strict=True):
         try:
             found.heldout.append(_heldout(job, tokenizer, make, prefix, beside))
@@ -165,7 +163,9 @@ def _images(job: Job) -> Dataset:
     names = found.images[0].classes
     for opened in found.images:
         if labelled and opened.classes != names:
-            raise DataError(f"{opened.name}: has other classes than {found.images[0].name}; blend alike sources")
+            raise DataError(
+                f"{opened.name}: has other classes than {found.images[0].name}; blend alike sources"
+            )
     length = (images.size // patch) ** 2 + int(job.model.vision.class_token)
     found.inputs = Inputs(length=length, image=images.size, channels=images.channels, classes=len(names))
     return found

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from headway.kernels.attention.choose import KernelUnavailable, choose
-from headway.kernels.attention.dense import WeightDropout, row_entropy
+from headway.kernels.attention.dense import WeightDropout
+from headway.kernels.attention.entropy import row_entropy
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.registry import MECHANISMS
 from headway.kernels.rotary import Rotation, rotate
@@ -90,7 +91,11 @@ class Attention(nn.Module):
         """Returns [B, S, E], and the mean entropy of attention rows [B] in nats if the loss wants it."""
         x_BSE = narrowed(x_BSE)
         source = x_BSE if memory_BME is None else narrowed(memory_BME)
-        q_BHSD, k_BKMD, v_BKMD = self._heads(self.q(x_BSE)), self._heads(self.k(source)), self._heads(self.v(source))
+        q_BHSD, k_BKMD, v_BKMD = (
+            self._heads(self.q(x_BSE)),
+            self._heads(self.k(source)),
+            self._heads(self.v(source)),
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q_BHSD, k_BKMD = self.q_norm(q_BHSD), self.k_norm(k_BKMD)
         if turn is not None:

@@ -28,11 +28,8 @@ class TokenEmbedding(nn.Module):
         rows = model.max_positions or max(inputs.length, inputs.target_length)
         self.tokens = Embedding(inputs.vocab, width)
         self.scale = math.sqrt(model.hidden) if model.embedding_scale else None
-        self.positions: nn.Module | None = None
-        if model.positions == "learned":
-            self.positions = LearnedPositions(rows, width)
-        elif model.positions == "sinusoidal":
-            self.positions = SinusoidalPositions(width)
+        self.positions = LearnedPositions(rows, width) if model.positions == "learned" else None
+        self.sines = SinusoidalPositions(width) if model.positions == "sinusoidal" else None
         self.segments = Embedding(model.segments, width) if model.segments else None
         self.norm = build_norm(model, width) if model.embedding_norm else None
         self.dropout = Dropout(model.dropout)
@@ -51,6 +48,8 @@ class TokenEmbedding(nn.Module):
             x_BSE = x_BSE * self.scale
         if self.positions is not None:
             x_BSE = x_BSE + self.positions(positions_S)
+        if self.sines is not None:
+            x_BSE = x_BSE + self.sines(positions_S, x_BSE.dtype)
         if self.segments is not None:
             x_BSE = x_BSE + self.segments(torch.zeros_like(tokens_BS) if segments_BS is None else segments_BS)
         if self.norm is not None:
@@ -68,33 +67,40 @@ class PatchEmbedding(nn.Module):
     def __init__(self, model: config.Model, inputs: Inputs) -> None:
         super().__init__()
         self.side = model.vision.patch
-        grid = inputs.image // self.side
+        self.grid = inputs.image // self.side
         self.patches = Linear(inputs.channels * self.side**2, model.hidden)
         self.first = int(model.vision.class_token)
         self.class_token = nn.Parameter(torch.empty(1, model.hidden)) if self.first else None
-        self.positions: nn.Module | None = None
-        if model.positions == "learned":
-            self.positions = LearnedPositions(self.first + grid**2, model.hidden)
-        elif model.positions == "sinusoidal":
-            self.positions = SinusoidalGrid(model.hidden, grid, bool(self.first))
+        rows = self.first + self.grid**2
+        self.positions = LearnedPositions(rows, model.hidden) if model.positions == "learned" else None
+        self.sines = SinusoidalGrid(model.hidden) if model.positions == "sinusoidal" else None
         self.norm = build_norm(model) if model.embedding_norm else None
         self.dropout = Dropout(model.dropout)
 
     def forward(self, pixels_BCHW: Tensor, noise: Noise | None, visible_BK: Tensor | None = None) -> Tensor:
         """[B, 1 + N, E], or [B, 1 + K, E] of the patches whose numbers are given; the 1 is the class token."""
         x_BNE = self.patches(patchify(pixels_BCHW, self.side))
-        places = torch.arange(self.first + x_BNE.shape[1], device=x_BNE.device)
-        positions_NE = 0 if self.positions is None else self.positions(places).to(x_BNE.dtype)
-        if self.positions is not None:
+        positions_NE = self._positions(x_BNE)
+        if positions_NE is not None:
             x_BNE = x_BNE + positions_NE[self.first :]
         if visible_BK is not None:
             x_BNE = x_BNE.gather(1, visible_BK.unsqueeze(-1).expand(-1, -1, x_BNE.shape[-1]))
         if self.class_token is not None:
-            first = self.class_token if self.positions is None else self.class_token + positions_NE[:1]
+            first = self.class_token if positions_NE is None else self.class_token + positions_NE[:1]
             x_BNE = torch.cat((first.to(x_BNE.dtype).expand(x_BNE.shape[0], 1, -1), x_BNE), 1)
         if self.norm is not None:
             x_BNE = self.norm(x_BNE)
-        return self.dropout(x_BNE, noise)
+        dropped: Tensor = self.dropout(x_BNE, noise)
+        return dropped
+
+    def _positions(self, x_BNE: Tensor) -> Tensor | None:
+        """Of the class token, if there is one, and of all patches."""
+        if self.sines is not None:
+            return self.sines(self.grid, self.grid, x_BNE.dtype, x_BNE.device, bool(self.first))
+        if self.positions is None:
+            return None
+        places = torch.arange(self.positions.num_embeddings, device=x_BNE.device)
+        return self.positions(places).to(x_BNE.dtype)
 
 
 def patchify(pixels_BCHW: Tensor, side: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from headway.kernels import glu, norm, random
 from headway.kernels.precision import product_dtype
 from headway.pretrain import config
+from headway.pretrain.models.spectral import SpectralLinear
 
 
 class Noise(NamedTuple):
@@ -51,9 +52,9 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None: ...
 
 
-def build_linear(model: config.Model, inputs: int, outputs: int) -> Linear:
+def build_linear(model: config.Model, inputs: int, outputs: int) -> nn.Linear:
     """A linear layer of a block, as the config wants it."""
-    return Linear(inputs, outputs, model.bias)
+    return (SpectralLinear if model.spectral else Linear)(inputs, outputs, model.bias)
 
 
 class Embedding(nn.Embedding):
@@ -92,7 +93,11 @@ def build_norm(model: config.Model, size: int | None = None) -> nn.Module:
     size = size or model.hidden
     if model.norm == "none":
         return nn.Identity()
-    return RMSNorm(size, model.norm_eps) if model.norm == "rmsnorm" else LayerNorm(size, model.norm_eps, model.bias)
+    return (
+        RMSNorm(size, model.norm_eps)
+        if model.norm == "rmsnorm"
+        else LayerNorm(size, model.norm_eps, model.bias)
+    )
 
 
 class Dropout(nn.Module):
@@ -144,13 +149,12 @@ class MLP(nn.Module):
     """down(activation(up(x))), or down(activation(gate(x)) * up(x)) for gated activations."""
 
     def __init__(self, model: config.Model, width: int | None = None) -> None:
-        """`width`: of the hidden layer; the model's feed-forward width if not given."""
         super().__init__()
         width = width or model.ffn_width
         self.activation = model.activation
-        self.gate = build_linear(model, model.hidden, width) if model.gated else None
-        self.up = build_linear(model, model.hidden, width)
-        self.down = build_linear(model, width, model.hidden)
+        self.gate = Linear(model.hidden, width, model.bias) if model.gated else None
+        self.up = Linear(model.hidden, width, model.bias)
+        self.down = Linear(width, model.hidden, model.bias)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
         x_BSE = narrowed(x_BSE)

@@ -32,19 +32,19 @@ class PixelDecoder(Tower):
         grid, self.first = inputs.image // model.vision.patch, int(model.vision.class_token)
         self.embed = Linear(model.hidden, mae.hidden)
         self.mask_token = nn.Parameter(torch.empty(1, mae.hidden))
-        self.positions = SinusoidalGrid(mae.hidden, grid, bool(self.first))
+        self.positions = SinusoidalGrid(mae.hidden)
         self.head = Linear(mae.hidden, inputs.channels * model.vision.patch**2)
-        self.patches = grid**2
+        self.grid = grid
 
     def forward(self, encoded_BKE: Tensor, visible_BK: Tensor, noise: Noise | None = None) -> Tensor:
         """Pixels of all patches [B, N, P], from the encoder's output (class token first, if there is one)."""
         x_BKD = self.embed(encoded_BKE)
         head, body = x_BKD[:, : self.first], x_BKD[:, self.first :]
         index = visible_BK.unsqueeze(-1).expand(-1, -1, body.shape[-1])
-        blank = self.mask_token.to(body.dtype).expand(body.shape[0], self.patches, -1)
+        blank = self.mask_token.to(body.dtype).expand(body.shape[0], self.grid**2, -1)
         x_BND = torch.cat((head, blank.scatter(1, index, body)), 1)
         places = torch.arange(x_BND.shape[1], device=x_BND.device)
-        x_BND = x_BND + self.positions(places).to(x_BND.dtype)
+        x_BND = x_BND + self.positions(self.grid, self.grid, x_BND.dtype, x_BND.device, bool(self.first))
         final, _ = self.run(x_BND, places, Mask(False), noise)
         pixels: Tensor = self.head(final[:, self.first :])
         return pixels

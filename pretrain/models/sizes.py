@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from headway.kernels.attention.registry import MECHANISMS
-from headway.pretrain.config import Experts, Job, Model
+from headway.pretrain.config import Job, Model
 from headway.pretrain.models.inputs import Inputs
+from headway.pretrain.models.mae import decoder_shape
 
 
 class Cost(NamedTuple):
@@ -65,7 +66,7 @@ def forward_flops(job: Job, inputs: Inputs) -> float:
     """FLOPs of a forward of one row of the batch: a sequence, a pair of sequences, an image.
 
     Heads count the tokens that they are applied to: masked ones only (BERT), one a row (classifiers). A masked
-    autoencoder's encoder counts visible patches only. A token counts `top_k` experts, whatever capacity drops.
+    autoencoder's blocks count visible patches only. A token counts `top_k` experts, whatever capacity drops.
     """
     return sum(_sum(costs).flops for costs in _table(job, inputs))
 
@@ -155,9 +156,7 @@ def _vit(job: Job, inputs: Inputs) -> Table:
     if job.objective.name == "classify":
         head = _linear(m.hidden, inputs.classes, True, 1)
         return embedding, _stack(m, m.layers, patches + first), [_final_norm(m), head]
-    seen = patches - round(mae.rate * patches)
-    small = mae_decoder(job)
-    embedding[0] = _linear(pixels, m.hidden, True, seen)
+    seen, small = max(1, int(patches * (1 - mae.rate))), decoder_shape(m, mae)
     return (
         embedding,
         _stack(m, m.layers, seen + first),
@@ -170,14 +169,6 @@ def _vit(job: Job, inputs: Inputs) -> Table:
             _linear(mae.hidden, pixels, True, patches),
         ],
     )
-
-
-def mae_decoder(job: Job) -> Model:
-    """Shape of a masked autoencoder's decoder: dense blocks as the encoder's, of their own depth and width."""
-    mae = job.objective.mae
-    own = {"layers": mae.layers, "hidden": mae.hidden, "heads": mae.heads}
-    free = dict.fromkeys(("kv_heads", "head_dim", "ffn", "unique_layers"))
-    return job.model.model_copy(update={**own, **free, "experts": Experts()})
 
 
 # Parts

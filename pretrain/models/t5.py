@@ -45,8 +45,12 @@ class T5(nn.Module):
         memory_BSE, sides = self.encode(tokens_BS, documents_BS, noise)
         positions_T = torch.arange(targets_BT.shape[1], device=targets_BT.device)
         x_BTE = self.embed(targets_BT, positions_T, noise)
-        across = Mask(False, _zeros(target_documents_BT, targets_BT, documents_BS), key_documents=documents_BS)
-        final, more = self.decoder.run(x_BTE, positions_T, Mask(True, target_documents_BT), noise, memory_BSE, across)
+        across = Mask(
+            False, _zeros(target_documents_BT, targets_BT, documents_BS), key_documents=documents_BS
+        )
+        final, more = self.decoder.run(
+            x_BTE, positions_T, Mask(True, target_documents_BT), noise, memory_BSE, across
+        )
         return Hidden(final, sides + more)
 
     def encode(

@@ -6,7 +6,7 @@ Shapes: B batch, S sequence, M encoder's sequence, E hidden size, H query heads.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,9 @@ class Block(nn.Module):
     through layer scale, dropout and stochastic depth, where the config has them.
     """
 
-    def __init__(self, model: config.Model, layer: int = 0, layers: int | None = None, cross: bool = False) -> None:
+    def __init__(
+        self, model: config.Model, layer: int = 0, layers: int | None = None, cross: bool = False
+    ) -> None:
         """
         Args:
             model: the shape.
@@ -69,10 +71,12 @@ class Block(nn.Module):
         self.mlp_norm = build_norm(model)
         self.mlp = MoE(model) if model.has_experts(layer) else MLP(model)
         self.mlp_dropout = Dropout(model.dropout)
-        self.depth = nn.ModuleDict({name: StochasticDepth(depth) for name in ("attention", "mlp")}) if depth else None
-        for name in ("attention_scale", "mlp_scale"):
-            scale = nn.Parameter(torch.empty(model.hidden)) if model.layer_scale else None
-            self.register_parameter(name, scale)
+        self.depth = (
+            nn.ModuleDict({name: StochasticDepth(depth) for name in ("attention", "mlp")}) if depth else None
+        )
+        scaled = model.layer_scale is not None
+        self.attention_scale = nn.Parameter(torch.empty(model.hidden)) if scaled else None
+        self.mlp_scale = nn.Parameter(torch.empty(model.hidden)) if scaled else None
 
     def forward(self, x_BSE: Tensor, context: Context) -> tuple[Tensor, Side]:
         """Returns [B, S, E] in the residual stream's dtype, and what the loss or the records want of this block."""
@@ -126,7 +130,7 @@ class Stack(nn.ModuleList):
         super().__init__(blocks)
         self.repeats = repeats
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def, override]
+    def __getitem__(self, index: Any) -> Any:
         part = super().__getitem__(index)
         return Stack(part, self.repeats) if isinstance(index, slice) else part
 
@@ -145,7 +149,9 @@ class Stack(nn.ModuleList):
 class Tower(nn.Module):
     """A stack of blocks, the positions that its attention needs, and a final norm (pre-norm models only)."""
 
-    def __init__(self, model: config.Model, *, layers: int | None = None, causal: bool, cross: bool = False) -> None:
+    def __init__(
+        self, model: config.Model, *, layers: int | None = None, causal: bool, cross: bool = False
+    ) -> None:
         """
         Args:
             model: the shape.
@@ -160,7 +166,10 @@ class Tower(nn.Module):
         self.rotary = (
             RotaryPositions(model.head_width, model.rotary_base) if model.positions == "rotary" else None
         )
-        self.relative = RelativeBias(model, bidirectional=not causal) if model.positions == "relative" else None
+        buckets, distance = model.relative_buckets, model.relative_distance
+        self.relative = (
+            RelativeBias(model.heads, buckets, distance) if model.positions == "relative" else None
+        )
         blocks = (Block(model, i, unique, cross) for i in range(unique))
         self.blocks = Stack(blocks, layers // unique)
         self.norm = build_norm(model) if model.norm_position == "pre" else nn.Identity()
@@ -176,7 +185,7 @@ class Tower(nn.Module):
     ) -> tuple[Tensor, list[Side]]:
         """Blocks and final norm: [B, S, E], and what the blocks give beside."""
         turn = None if self.rotary is None else self.rotary(positions_S, x_BSE.dtype)
-        bias = None if self.relative is None else self.relative(positions_S, positions_S)
+        bias = None if self.relative is None else self.relative(positions_S, positions_S, not self.causal)
         context = Context(mask, turn, noise, bias, memory_BME, memory_mask or Mask(causal=False))
         x_BSE, sides = self.blocks(x_BSE, context)
         return self.norm(x_BSE), sides

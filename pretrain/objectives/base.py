@@ -19,13 +19,14 @@ from headway.pretrain.models.layers import Noise
 from headway.pretrain.models.moe import MoE
 from headway.pretrain.models.routing import Side
 from headway.pretrain.models.spectral import SpectralLinear
+from headway.pretrain.optim.sharded import local, whole
 
 
 class Mean(NamedTuple):
-    """Sum and count of a metric, without gradient; engines add them up, then divide. Vectors are allowed."""
+    """Sum of a metric and what it is divided by, without gradient; engines add up both. Sums may be vectors."""
 
     sum: Tensor
-    count: Tensor
+    over: Tensor
 
 
 class LossOutput(NamedTuple):
@@ -98,11 +99,22 @@ class Objective(nn.Module):
         return LossOutput(terms, metrics)
 
     def after_update(self, metrics: Mapping[str, Tensor]) -> None:
-        """What follows an optimizer step: balance experts by their global load (`load/LAYER`, a mean over rows)."""
+        """What follows an optimizer step: experts are balanced, spectral norms are followed.
+
+        Args:
+            metrics: means over the global batch; `load/LAYER` is the load of the experts [X].
+        """
         blocks = [m for m in self.modules() if isinstance(m, MoE)]
         loads = [value for name, value in metrics.items() if name.startswith("load/")]
         for moe, load_X in zip(blocks, loads, strict=False):
-            moe.rebalance(load_X)
+            moe.rebalance(load_X.to(moe.router.weight.device))
+        self.iterate(1)
+
+    def iterate(self, times: int) -> None:
+        """Power iterations of spectral norms: one a step, some more before the first."""
+        for module in self.modules():
+            if isinstance(module, SpectralLinear):
+                module.iterate(whole(local(module.weight.detach()), module.weight), times)
 
 
 class ChunkedLoss(nn.Module):

@@ -36,6 +36,8 @@ class CausalLM(Objective):
     A tied head owns no weight: it reads `model.embed.tokens.weight`. An untied one owns `head.weight`.
     """
 
+    model: GPT
+
     def __init__(self, job: Job, inputs: Inputs, specials: Specials | None = None) -> None:
         """
         Args:

@@ -20,6 +20,7 @@ from headway.pretrain.data.specials import Specials
 from headway.pretrain.engine import Batch
 from headway.pretrain.models.attention import attention_maps
 from headway.pretrain.models.bert import BERT
+from headway.pretrain.models.hidden import Hidden
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Linear, Noise, build_norm, narrowed
 from headway.pretrain.objectives.base import (
@@ -54,6 +55,8 @@ class MaskedHead(nn.Module):
 
 class MaskedLM(Objective):
     """A BERT, its head, and a classifier of pairs if rows are pairs of segments."""
+
+    model: BERT
 
     def __init__(
         self, job: Job, inputs: Inputs, specials: Specials | None = None, starts: np.ndarray | None = None
@@ -93,9 +96,10 @@ class MaskedLM(Objective):
             terms["pairs"], metrics["pair_accuracy"] = self._pairs(hidden, batch["pair"])
         return self.with_sides(terms, metrics, hidden.sides)
 
-    def _pairs(self, hidden: Tensor, labels_B: Tensor) -> tuple[Tensor, Mean]:
-        first = hidden.final[:, 0] if hidden.pooled is None else hidden.pooled
-        logits = self.pair(first).float() if first.dtype != torch.float64 else self.pair(first)
+    def _pairs(self, hidden: Hidden, labels_B: Tensor) -> tuple[Tensor, Mean]:
+        assert self.pair is not None
+        logits = self.pair(hidden.final[:, 0] if hidden.pooled is None else hidden.pooled)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         total = F.cross_entropy(logits, labels_B, ignore_index=IGNORE, reduction="sum")
         return total, Mean((logits.argmax(1) == labels_B).sum(), valid(labels_B))
 
@@ -117,7 +121,9 @@ class MaskedLM(Objective):
             rows = framed(rows, self.specials)
         starts = None if self.starts is None else self.starts[rows["tokens"]]
         maskable = rows["maskable"]
-        inputs, labels = mask_tokens(rows["tokens"], rows["key"], self.settings, self.specials, maskable, starts)
+        inputs, labels = mask_tokens(
+            rows["tokens"], rows["key"], self.settings, self.specials, maskable, starts
+        )
         real = real_rows(rows)
         batch = passed(rows) | {"tokens": torch.from_numpy(inputs)}
         batch["labels"] = torch.from_numpy(labels).masked_fill_(~real[:, None], IGNORE)

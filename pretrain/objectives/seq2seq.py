@@ -36,6 +36,8 @@ from headway.pretrain.objectives.base import (
 class Seq2SeqLM(Objective):
     """A T5 with a head, tied or not, and the loss of the decoder's next tokens."""
 
+    model: T5
+
     def __init__(self, job: Job, inputs: Inputs, specials: Specials | None = None) -> None:
         """
         Args:

@@ -39,9 +39,10 @@ def write_report(
         job: the resolved job. A leaf is a value, or `{"value": ..., "origin": ...}` as `job.yaml` keeps it.
         maps: attention of the trained model on a sample text.
         summary: what only the end of a run knows; each may be missing, and what an earlier report of this run
-            knew stays: `status`, `train_loss`, `heldout_loss`, `bits_per_byte`, `tokens`, `seconds`, `parameters`, `device`, `devices`,
-            `precision`, `precision_reason`, `peak_flops`, `peak_source`, `prompt`, `completion`, and `score`:
-            `title`, `note`, `lower` (is better) and `entries`, (name, value) each, this model first.
+            knew stays: `status`, `train_loss`, `heldout_loss`, `bits_per_byte`, `tokens`, `seconds`, `parameters`,
+            `device`, `devices`, `precision`, `precision_reason`, `peak_flops`, `peak_source`, `prompt`,
+            `completion`, and `score`: `title`, `note`, `lower` (is better) and `entries`, (name, value) each, this
+            model first.
         painted: a picture of masked, reconstructed and true images, as a data URI.
     """
     rows, events = read_metrics(run_dir), read_events(run_dir)

@@ -70,7 +70,10 @@ def test_compiled_rows_and_compiled_whole():
     gradients = torch.autograd.grad(expected, (x, w))
     rows = torch.compile(row_loss, fullgraph=True)
     everything = torch.compile(lambda *a: linear_cross_entropy(*a, Options(0.01), 32), fullgraph=True)
-    for total in (linear_cross_entropy(x, w, labels, Options(0.01), 32, rows)[0], everything(x, w, labels)[0]):
+    for total in (
+        linear_cross_entropy(x, w, labels, Options(0.01), 32, rows)[0],
+        everything(x, w, labels)[0],
+    ):
         # fp32 sums of 64 x 101 terms in another order.
         torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(torch.autograd.grad(total, (x, w)), gradients, rtol=1e-4, atol=1e-5)
