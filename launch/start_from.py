@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -120,7 +121,10 @@ def check_same_model(folder: Folder, job: Job) -> None:
         if not setting.startswith("model.") or setting.startswith(TRAINING):
             continue
         theirs, ours = value_of(folder.job, setting), value_of(job, setting)
-        if theirs != ours:
+        close = (
+            isinstance(ours, float) and isinstance(theirs, float) and math.isclose(ours, theirs, rel_tol=1e-6)
+        )
+        if theirs != ours and not close:
             rule = f"the weights of train.start_from = {folder.path} have another value"
             raise JobError(setting, ours, rule, theirs)
 

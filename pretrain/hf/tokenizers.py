@@ -96,6 +96,8 @@ def write_tokenizer(
     }
     settings |= {"eos_token": ends, "bos_token": ends}
     settings |= {f"{role}_token": names[role] for role in ("cls", "sep", "mask", "pad") if role in names}
+    if frame == "pair":
+        settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     if not came:
         (to / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return None

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from headway.launch import exchange, run
 from headway.launch.cli import app
-from headway.launch.start_from import find_checkpoint
+from headway.launch.start_from import fill, find_checkpoint
 from headway.parallel.checkpoint.load import load
 from headway.parallel.checkpoint.manifest import read_manifest
 from headway.pretrain.engine import State
@@ -100,7 +100,11 @@ def test_training_starts_from_a_folder_a_run_and_an_imported_run_alike(trained, 
     )
     starts = {"hf": exported, "run": trained, "imported": tmp_path / "imported", "fresh": None}
     for name, start in starts.items():
-        sets = [f"run.dir={tmp_path}", f"run.name={name}-2", *([f"train.start_from={start}"] if start else [])]
+        sets = [
+            f"run.dir={tmp_path}",
+            f"run.name={name}-2",
+            *([f"train.start_from={start}"] if start else []),
+        ]
         run.train([str(tmp_path / "imported/job.yaml"), str(recipe)], sets)
     found = {name: losses(tmp_path / f"{name}-2") for name in starts}
     assert found["hf"] == found["run"] == found["imported"]
@@ -185,7 +189,10 @@ def test_what_cannot_be_exchanged_says_why(trained, exported, tmp_path):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"positions": "rotary", "activation": "relu2", "norm": "rmsnorm"}, "model.activation = 'relu2'.*swiglu"),
+        (
+            {"positions": "rotary", "activation": "relu2", "norm": "rmsnorm"},
+            "model.activation = 'relu2'.*swiglu",
+        ),
         ({"positions": "learned", "bias": False}, "model.bias = False.*Nearest legal choice: True"),
         ({"positions": "learned", "kv_heads": 4}, "model.kv_heads = 4.*Nearest legal choice: 12"),
         ({"positions": "learned", "spectral": True}, "model.spectral = True"),
@@ -204,3 +211,32 @@ def test_images_are_normalised_as_the_job_says():
     found = exchange.preprocessor(job.data.images)
     assert found["image_mean"] == [0.4] * 3
     assert found["size"] == {"height": 32, "width": 32}
+
+
+def vision(classes: int, name: str = "classify"):
+    shape = {
+        "family": "vit",
+        "layers": 1,
+        "hidden": 12,
+        "heads": 3,
+        "positions": "sinusoidal",
+        "vision": {"patch": 4},
+    }
+    objective = {"name": name, "mae": {"layers": 1, "hidden": 8, "heads": 2}}
+    job = validate({"model": shape, "data": {"images": {"size": 8}}, "objective": objective})
+    return job, dict(build_objective(job, Inputs(image=8, channels=3, classes=classes)).named_parameters())
+
+
+@torch.no_grad()
+def test_a_classifier_begins_with_the_encoder_of_mae_and_a_head_of_its_own():
+    _, source = vision(0, "mae")
+    job, target = vision(5)
+    head = target["head.weight"].clone()
+    notes = fill(target, source.items(), "there", job)
+    assert torch.equal(target["model.embed.patches.weight"], source["model.embed.patches.weight"])
+    assert torch.equal(target["head.weight"], head)
+    assert any("head.weight is not there" in note for note in notes)
+    assert any("decoder.embed.weight is not in the model" in note for note in notes)
+    _, other = vision(7)
+    notes = fill(target, other.items(), "there", job)
+    assert any("head.weight has 7 rows for 5 classes" in note for note in notes)

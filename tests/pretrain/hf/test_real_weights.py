@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from headway.pretrain.hf.folder import open_folder
-from headway.pretrain.models.bert import BERT
 from headway.pretrain.hf.writing import inputs_of
+from headway.pretrain.models.bert import BERT
 from headway.pretrain.objectives import build_objective
 
 from ... import oracles
