@@ -111,7 +111,7 @@ def row_loss(
         slope = torch.where(valid, 1 + 2 * z_loss * lse, 0)
         gradient = log_p.exp_().mul_(slope)
         if smoothing:
-            gradient = gradient - torch.where(valid, smoothing / wide.shape[1], 0)
+            gradient = gradient - valid.to(wide.dtype) * (smoothing / wide.shape[1])
         if torch.compiler.is_compiling():  # a scatter would end the fusion
             column = torch.arange(wide.shape[1], device=wide.device)
             gradient = gradient - (1 - smoothing) * ((column == target) & valid).to(wide.dtype)

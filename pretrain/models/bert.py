@@ -21,9 +21,10 @@ from headway.pretrain.models.transformer import Tower
 class BERT(Tower):
     """Embeddings, a stack of blocks, a pooler if the model has one."""
 
+    embed: TokenEmbedding
+
     def __init__(self, model: config.Model, inputs: Inputs) -> None:
-        super().__init__(model, causal=False)
-        self.embed = TokenEmbedding(model, inputs)
+        super().__init__(model, causal=False, embed=TokenEmbedding(model, inputs))
         self.pooler = Linear(model.hidden, model.hidden) if model.pooler else None
 
     def forward(

@@ -20,9 +20,10 @@ from headway.pretrain.models.transformer import Tower
 class GPT(Tower):
     """Embeddings, a stack of blocks, a final norm (pre-norm models only)."""
 
+    embed: TokenEmbedding
+
     def __init__(self, model: config.Model, inputs: Inputs) -> None:
-        super().__init__(model, causal=True)
-        self.embed = TokenEmbedding(model, inputs)
+        super().__init__(model, causal=True, embed=TokenEmbedding(model, inputs))
 
     def forward(
         self,

@@ -150,16 +150,25 @@ class Tower(nn.Module):
     """A stack of blocks, the positions that its attention needs, and a final norm (pre-norm models only)."""
 
     def __init__(
-        self, model: config.Model, *, layers: int | None = None, causal: bool, cross: bool = False
+        self,
+        model: config.Model,
+        *,
+        causal: bool,
+        layers: int | None = None,
+        cross: bool = False,
+        embed: nn.Module | None = None,
     ) -> None:
         """
         Args:
             model: the shape.
-            layers: uses of blocks; `model.layers` if not given.
             causal: whether a token sees earlier ones only.
+            layers: uses of blocks; `model.layers` if not given.
             cross: whether blocks attend to an encoder.
+            embed: what comes before the blocks, where the tower is a whole model.
         """
         super().__init__()
+        if embed is not None:
+            self.embed = embed
         self.causal = causal
         layers = layers or model.layers
         unique = min(layers, model.unique_layers or layers)

@@ -21,8 +21,7 @@ class ViT(Tower):
     """Patches, a stack of blocks, a final norm (pre-norm models only)."""
 
     def __init__(self, model: config.Model, inputs: Inputs) -> None:
-        super().__init__(model, causal=False)
-        self.embed = PatchEmbedding(model, inputs)
+        super().__init__(model, causal=False, embed=PatchEmbedding(model, inputs))
 
     def forward(
         self, pixels_BCHW: Tensor, visible_BK: Tensor | None = None, noise: Noise | None = None

@@ -81,10 +81,11 @@ class CausalLM(Objective):
 
     def collate(self, rows: Rows) -> Batch:
         """A batch from rows of `TokenRows` or `HeldoutRows`."""
-        array, documents = rows["tokens"], rows["documents"]
+        array, documents = rows["tokens"], rows.get("documents")
         training = "scored" not in rows
         if self.settings.infill.rate and training:
             assert self.specials is not None
+            assert documents is not None
             array, documents = fim(array, documents, rows["key"], self.settings.infill, self.specials)
         tokens = torch.from_numpy(array)
         labels = tokens[:, 1:].clone()
@@ -95,7 +96,7 @@ class CausalLM(Objective):
             batch["prefix"] = torch.from_numpy(prefix_lengths(rows["key"], labels.shape[1]))
             places = torch.arange(labels.shape[1])
             labels.masked_fill_(places < batch["prefix"][:, None] - 1, IGNORE)
-        if self.isolate:
+        if self.isolate and documents is not None:
             batch["documents"] = torch.from_numpy(documents)[:, :-1].contiguous()
         return batch
 

@@ -33,6 +33,9 @@ class Adafactor(torch.optim.Optimizer):
     all-reduces a step for each distinct mesh and way of spreading. State is free of the layout: a factor is
     spread as its parameter is along the dim that it keeps.
 
+    With so small an epsilon, a gradient that is nothing but rounding (of the keys' bias, which softmax cancels)
+    moves its parameter like any other, differently at every layout; the loss does not see it.
+
     (`torch.optim.Adafactor` caps the rate at 1 / sqrt(t) and sends some five messages for each parameter.)
 
     Args:

@@ -40,6 +40,8 @@ class ImageSource:
         load: number -> encoded bytes, or pixels uint8 [H, W] or [H, W, C].
         where: number -> the place to show to people.
         channels, heldout, on_error: as in config.Images and config.Data.
+        in_order: the last images are held out, where the order is part of the data's definition, instead of those
+            that a hash of their names chooses.
     """
 
     name: str
@@ -52,6 +54,7 @@ class ImageSource:
     heldout: float
     on_error: str
     encoded: bool = True
+    in_order: bool = False
     _broken: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -106,7 +109,12 @@ class ImageSource:
         Raises:
             DataError: an image has no class.
         """
-        mine = [i for i, name in enumerate(self.names) if is_heldout(name, self.heldout) == heldout]
+        first = round(len(self) * (1 - self.heldout))
+        mine = [
+            i
+            for i, name in enumerate(self.names)
+            if (i >= first if self.in_order else is_heldout(name, self.heldout)) == heldout
+        ]
         numbers = np.array(mine, dtype=np.int64)
         missing = numbers[self.labels[numbers] == UNLABELLED] if labelled else numbers[:0]
         if missing.size and (self.on_error == "stop" or missing.size == numbers.size):
