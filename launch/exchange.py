@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headway.launch.start_from import fill, find_checkpoint
+from headway.launch.start_from import WEIGHTS, fill, find_checkpoint
 from headway.parallel.checkpoint.load import load
 from headway.parallel.checkpoint.manifest import read_manifest
 from headway.parallel.checkpoint.save import Checkpointer
 from headway.pretrain import config
 from headway.pretrain.config import Job
 from headway.pretrain.data.build import train_tokenizer
+from headway.pretrain.data.specials import Specials, assign
 from headway.pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from headway.pretrain.engine import State
 from headway.pretrain.errors import HeadwayError, JobError
@@ -80,10 +81,10 @@ def imported_weights(folder: Folder, job: Job) -> tuple[dict[str, Tensor], list[
     """All weights of a job's objective, and what a person should know of them."""
     found = dict(folder.tensors())
     inputs = inputs_of(job, {name: tuple(t.shape) for name, t in found.items()})
-    objective = build_objective(job, inputs.vocab, device="meta")
+    objective = build_objective(job, inputs, device="meta")
     names = {name for name, _ in objective.named_parameters()}
     if names - found.keys():  # a head is missing: it gets its initial weights
-        objective = build_objective(job, inputs.vocab)
+        objective = build_objective(job, inputs)
     else:
         objective = objective.to_empty(device="cpu")
     weights = {name: p.detach() for name, p in objective.named_parameters()}
@@ -118,7 +119,7 @@ def export_model(place: str, kind: str, to: str) -> None:
     path = find_checkpoint(place)
     manifest = read_manifest(path)
     job = validate(manifest.job)
-    entries = {n: e for n, e in manifest.tensors.items() if not n.startswith("optimizer.")}
+    entries = {name: entry for name, entry in manifest.tensors.items() if name.startswith(WEIGHTS)}
     tensors = {n: torch.empty(e.shape, dtype=getattr(torch, e.dtype)) for n, e in entries.items()}
     load(path, State(tensors), strict=False)
     family_of_job(job).to_hf(job, Inputs())  # says what does not fit before anything is written
@@ -153,11 +154,23 @@ def write_companions(target: Path, job: Job) -> tuple[dict[str, Any], list[str]]
         path, tokenizer = find_job_tokenizer(job)
     except HeadwayError as fault:
         return {}, [f"no tokenizer is written: {fault}"]
-    note = write_tokenizer(target, job.data.tokenizer.kind, path)
-    ids = {"bos_token_id": tokenizer.separator, "eos_token_id": tokenizer.separator}
-    if job.model.family == "gpt":
+    specials = assign(tokenizer, job.objective)
+    frame = {"bert": "pair", "t5": "end"}.get(job.model.family, "")
+    note = write_tokenizer(target, job.data.tokenizer.kind, path, specials, frame)
+    ids = special_ids(job, specials)
+    if job.model.family in ("gpt", "t5"):
         write_json(target / "generation_config.json", ids)
     return ids, [note] if note else []
+
+
+def special_ids(job: Job, specials: Specials) -> dict[str, Any]:
+    """Keys of config.json that name special tokens."""
+    if job.model.family == "gpt":
+        return {"bos_token_id": specials.separator, "eos_token_id": specials.separator}
+    ids = {"pad_token_id": specials.ids["pad"]}
+    if job.model.family == "t5":
+        ids |= {"eos_token_id": specials.separator, "decoder_start_token_id": specials.ids["bos"]}
+    return ids
 
 
 def preprocessor(images: config.Images) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from headway.launch.assemble import Parts
-from headway.launch.start_from import from_checkpoint, start_from
+from headway.launch.start_from import WEIGHTS, from_checkpoint, start_from
 from headway.parallel.checkpoint.load import load
 from headway.parallel.checkpoint.manifest import read_manifest
 from headway.parallel.checkpoint.retention import folder_name, list_checkpoints, step_of
@@ -80,6 +80,7 @@ def restore(parts: Parts, path: Path) -> tuple[int, list[str]]:
     state, imported = parts.engine.state(), read_manifest(path).numbers.get("imported")
     if imported:
         notes = from_checkpoint(weights_of(state), path, parts.job)
+        parts.engine.weights_changed()
         return 0, [f"the weights were imported from {imported}, training begins here", *notes]
     numbers: dict[str, Any] = load(path, state, verify=False)  # `choose` has verified it
     parts.engine.load(State({}, numbers))
@@ -89,10 +90,11 @@ def restore(parts: Parts, path: Path) -> tuple[int, list[str]]:
 def weights_only(parts: Parts, start: str) -> None:
     """Begin a new run with the weights of a checkpoint, a run's newest one, or a folder of Hugging Face."""
     notes = start_from(weights_of(parts.engine.state()), parts.job, start)
+    parts.engine.weights_changed()
     if parts.world.main:
         print("".join(f"  {note}\n" for note in notes), end="")
 
 
 def weights_of(state: State) -> dict[str, Tensor]:
-    """The state's weights, without the optimizer's tensors."""
-    return {name: tensor for name, tensor in state.tensors.items() if not name.startswith("optimizer.")}
+    """The state's weights, without moments and averages."""
+    return {name: tensor for name, tensor in state.tensors.items() if name.startswith(WEIGHTS)}

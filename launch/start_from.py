@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -24,6 +25,8 @@ VOCABULARY = ("model.embed.tokens.weight", "head.weight", "head.bias")
 """Tensors with a row for every piece. Published ones may have more rows than the tokenizer has pieces."""
 HEADS = ("head.", "pair.", "decoder.", "model.pooler.")
 """What an objective adds to a model: another objective may lack it, or begin with its initial weights."""
+WEIGHTS = ("model.", *HEADS)
+"""How names of weights begin; moments of optimizers and averages have other names."""
 TRAINING = (
     "model.dropout",
     "model.attention.dropout",
@@ -53,14 +56,15 @@ def start_from(weights: Mapping[str, Tensor], job: Job, place: str) -> list[str]
         lost = folder.left_over()
         if unknown := [name for name in lost if not _is_head_there(name)]:
             raise CheckpointError(f"{place}: Headway has no place for {', '.join(unknown)}")
-        return fill(weights, folder.tensors(), place, job) + [f"{place}: {name} is not used" for name in lost]
+        unused = [f"{place}: {name} is not used" for name in lost]
+        return fill(weights, folder.tensors(), place, job) + unused
     return from_checkpoint(weights, find_checkpoint(place), job)
 
 
 def from_checkpoint(weights: Mapping[str, Tensor], path: Path, job: Job) -> list[str]:
     """Fill weights from a checkpoint of Headway: what has the same shape is read shard by shard."""
     entries = read_manifest(path).tensors
-    there = {name: entry for name, entry in entries.items() if not name.startswith("optimizer.")}
+    there = {name: entry for name, entry in entries.items() if name.startswith(WEIGHTS)}
     other = {n for n in there.keys() & weights.keys() if there[n].shape != tuple(weights[n].shape)}
     same = State({name: t for name, t in weights.items() if name in there and name not in other})
     load(path, same, strict=False)
@@ -117,7 +121,10 @@ def check_same_model(folder: Folder, job: Job) -> None:
         if not setting.startswith("model.") or setting.startswith(TRAINING):
             continue
         theirs, ours = value_of(folder.job, setting), value_of(job, setting)
-        if theirs != ours:
+        close = (
+            isinstance(ours, float) and isinstance(theirs, float) and math.isclose(ours, theirs, rel_tol=1e-6)
+        )
+        if theirs != ours and not close:
             rule = f"the weights of train.start_from = {folder.path} have another value"
             raise JobError(setting, ours, rule, theirs)
 

@@ -71,7 +71,7 @@ def write(job: Job, inputs: Inputs) -> dict:
     """Keys beyond the tables, of both."""
     return {
         "vocab_size": inputs.vocab,
-        "max_position_embeddings": job.model.max_positions or job.data.seq_len,
+        "max_position_embeddings": inputs.length,
         "position_embedding_type": "absolute",
     }
 
@@ -84,6 +84,9 @@ def write_bert(job: Job, inputs: Inputs) -> dict:
 
 def write_albert(job: Job, inputs: Inputs) -> dict:
     """ALBERT's keys beyond the tables."""
+    if job.model.embedding_size is None:
+        rule = "ALBERT always projects its embeddings, so the table's width must be given"
+        raise JobError("model.embedding_size", None, rule, 128)
     kind = "MaskedLM" if job.objective.masking.pairs == "none" else "PreTraining"
     groups = job.model.unique_layers or job.model.layers
     return write(job, inputs) | {

@@ -26,7 +26,7 @@ def write(job: Job, inputs: Inputs) -> dict:
     return {
         "architectures": ["GPT2LMHeadModel"],
         "vocab_size": inputs.vocab,
-        "n_positions": job.model.max_positions or job.data.seq_len,
+        "n_positions": inputs.length,
         "embd_pdrop": job.model.dropout,
     }
 

@@ -46,6 +46,7 @@ def read(hf: dict, names: frozenset[str]) -> Settings:
         "objective.name": "causal",
         "data.seq_len": min(hf["max_position_embeddings"], LONGEST),
         "model.activation": "swiglu",
+        "model.dropout": 0.0,  # Llama has none; that of a model trained here is not written
         "model.kv_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"],
         "model.head_dim": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
         "model.bias": bool(hf.get("attention_bias", False)),
@@ -126,7 +127,6 @@ LLAMA = Family(
         "model.positions": "rotary",
         "model.activation": "swiglu",
         "model.embedding_norm": False,
-        "model.dropout": 0.0,
         "model.attention.qk_norm": False,
         "model.attention.scale": None,
         "model.unique_layers": None,

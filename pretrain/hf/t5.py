@@ -6,6 +6,8 @@ its own. transformers 5 says in `scale_decoder_outputs` what transformers 4 conc
 
 from __future__ import annotations
 
+import math
+
 from headway.pretrain.config import Job
 from headway.pretrain.errors import JobError
 from headway.pretrain.hf.family import Family, Settings, is_tied
@@ -51,7 +53,8 @@ def read(hf: dict, names: frozenset[str]) -> Settings:
 def write(job: Job, inputs: Inputs) -> dict:
     """Keys beyond the table."""
     model, scale = job.model, job.model.hidden**-0.5
-    if model.head_scale not in (1.0, scale):
+    scaled = math.isclose(model.head_scale, scale, rel_tol=1e-6)
+    if not scaled and model.head_scale != 1.0:
         rule = "T5 of Hugging Face scales by 1 or by 1 / sqrt(hidden)"
         raise JobError("model.head_scale", model.head_scale, rule, scale if model.tied else 1.0)
     if model.activation not in FEED_FORWARD:
@@ -62,7 +65,7 @@ def write(job: Job, inputs: Inputs) -> dict:
         "vocab_size": inputs.vocab,
         "feed_forward_proj": FEED_FORWARD[model.activation],
         "tie_word_embeddings": model.tied,
-        "scale_decoder_outputs": model.head_scale != 1.0,
+        "scale_decoder_outputs": scaled,
         "initializer_factor": 1.0,
     }
 

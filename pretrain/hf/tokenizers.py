@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from headway.pretrain.data.specials import NAMES, Specials
 from headway.pretrain.data.tokenizer import SEPARATOR, BytesTokenizer
 
 MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -52,41 +53,80 @@ def copy_tokenizer(folder: Path, to: Path) -> None:
             shutil.copyfile(folder / name, to / name)
 
 
-def write_tokenizer(to: Path, kind: str, path: Path | None) -> str | None:
-    """Write a job's tokenizer such that `AutoTokenizer` loads it.
+def write_tokenizer(
+    to: Path, kind: str, path: Path | None, specials: Specials, frame: str = ""
+) -> str | None:
+    """Write a job's tokenizer such that `AutoTokenizer` loads it, with the special tokens of the job's objective.
 
     Args:
         to: the folder of the model.
         kind: `data.tokenizer.kind`.
         path: its file; None for bytes.
+        specials: ids of the special tokens.
+        frame: what a text stands between: "pair" ([CLS] A [SEP] B [SEP]), "end" (A and the separator), or nothing.
 
     Returns:
         What could not be done, if anything.
     """
-    if path is not None and path.with_name("tokenizer_config.json").is_file():
-        copy_tokenizer(path.parent, to)  # as it came
-        return None
-    separator = SEPARATOR
-    if path is None:
-        content = bytes_json()
-    elif kind == "huggingface":
-        content = path.read_text(encoding="utf-8")
-        separator = _separator_of(json.loads(content))
-    else:
+    from tokenizers import Tokenizer
+
+    came = path is not None and path.with_name("tokenizer_config.json").is_file()
+    if path is not None and came:
+        copy_tokenizer(path.parent, to)
+    elif path is not None and kind == "sentencepiece":
         shutil.copyfile(path, to / "tokenizer.model")
-        made = sentencepiece_json(path.read_bytes())
-        if made is None:
-            return "tokenizer.json was not made of a SentencePiece model that normalises text, or is no BPE"
-        content, separator = made
-    (to / "tokenizer.json").write_text(content, encoding="utf-8")
-    settings = {
+    content = _json_of(kind, path)
+    if content is None:
+        return "tokenizer.json was not made of a SentencePiece model that normalises text, or is no BPE"
+    library = Tokenizer.from_str(content)
+    new = added(specials)
+    library.add_special_tokens([new[i] for i in sorted(new)])
+    if wrong := [name for i, name in new.items() if library.token_to_id(name) != i]:
+        return f"tokenizer.json has other ids than the model for {', '.join(wrong)}"
+    if came and not new:
+        return None  # as it came
+    names = {role: library.id_to_token(i) for role, i in specials.ids.items()}
+    ends = library.id_to_token(specials.separator)
+    if frame and not came:
+        library.post_processor = _framed(frame, library, names, ends)
+    (to / "tokenizer.json").write_text(library.to_str(), encoding="utf-8")
+    settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": separator,
-        "bos_token": separator,
         "clean_up_tokenization_spaces": False,
     }
-    (to / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    settings |= {"eos_token": ends, "bos_token": ends}
+    settings |= {f"{role}_token": names[role] for role in ("cls", "sep", "mask", "pad") if role in names}
+    if frame == "pair":
+        settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    if not came:
+        (to / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return None
+
+
+def added(specials: Specials) -> dict[int, str]:
+    """Id -> name of the special tokens that the tokenizer itself does not have."""
+    names = {i: NAMES[role][0] for role, i in specials.ids.items() if role in NAMES}
+    names |= {i: f"<extra_id_{k}>" for k, i in enumerate(specials.sentinels)}
+    return {i: name for i, name in names.items() if i >= specials.text}
+
+
+def _framed(frame: str, library: Any, names: dict[str, str], ends: str) -> Any:
+    from tokenizers.processors import TemplateProcessing
+
+    if frame == "end":
+        return TemplateProcessing(f"$A {ends}", None, [(ends, library.token_to_id(ends))])
+    cls, sep = names["cls"], names["sep"]
+    tokens = [(name, library.token_to_id(name)) for name in (cls, sep)]
+    return TemplateProcessing(f"{cls} $A {sep}", f"{cls} $A {sep} $B:1 {sep}:1", tokens)
+
+
+def _json_of(kind: str, path: Path | None) -> str | None:
+    """The tokenizer as a tokenizer.json; None if it cannot be one."""
+    if path is None:
+        return bytes_json()
+    return (
+        path.read_text(encoding="utf-8") if kind == "huggingface" else sentencepiece_json(path.read_bytes())
+    )
 
 
 def bytes_json() -> str:
@@ -98,8 +138,8 @@ def bytes_json() -> str:
     )
 
 
-def sentencepiece_json(model: bytes) -> tuple[str, str] | None:
-    """A BPE model of SentencePiece as a tokenizer.json, and the name of its separator.
+def sentencepiece_json(model: bytes) -> str | None:
+    """A BPE model of SentencePiece as a tokenizer.json.
 
     Returns:
         None if the model is no BPE, or changes text before it cuts it (beyond a space for U+2581).
@@ -123,11 +163,8 @@ def sentencepiece_json(model: bytes) -> tuple[str, str] | None:
     literal = [p.piece for p in proto.pieces if p.type == USER_DEFINED]
     unknown = next((p.piece for p in proto.pieces if p.type == UNKNOWN), None)
     spaced = bool(rules.escape_whitespaces)
-    content = _bpe_json(
-        vocab, merges, special, literal, unknown, spaced=spaced, prefix=spaced and rules.add_dummy_prefix
-    )
-    ends = proto.trainer_spec.eos_piece
-    return content, ends if ends in vocab else next((s for s in special if s == SEPARATOR), ends)
+    prefix = spaced and rules.add_dummy_prefix
+    return _bpe_json(vocab, merges, special, literal, unknown, spaced=spaced, prefix=prefix)
 
 
 def _bpe_json(
@@ -154,12 +191,3 @@ def _bpe_json(
     tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in special])
     tokenizer.add_tokens([AddedToken(name, normalized=False) for name in literal])
     return tokenizer.to_str(pretty=False)
-
-
-def _separator_of(content: dict) -> str:
-    """Name of the end-of-document token of a tokenizer.json."""
-    from headway.pretrain.data.tokenizer import HuggingFaceTokenizer
-
-    separator = HuggingFaceTokenizer(json.dumps(content)).separator
-    added = {token["id"]: token["content"] for token in content.get("added_tokens", [])}
-    return added.get(separator, SEPARATOR)

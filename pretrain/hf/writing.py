@@ -25,7 +25,8 @@ def inputs_of(job: Job, shapes: Mapping[str, tuple[int, ...]]) -> Inputs:
     classes = shapes["head.weight"][0] if vision and "head.weight" in shapes else 0
     vocab = 0 if vision else shapes["model.embed.tokens.weight"][0]
     image = (images.size, images.channels) if vision else (0, 0)
-    return Inputs(vocab, job.data.seq_len, job.data.target_len or 0, *image, classes)
+    length = shapes.get("model.embed.positions.weight", (job.data.seq_len,))[0]
+    return Inputs(vocab, length, job.data.target_len or 0, *image, classes)
 
 
 def write_folder(
