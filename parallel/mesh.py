@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from headway.pretrain.config import Job, Parallel
+from headway.pretrain.data.ramp import BatchSizes
 from headway.pretrain.errors import JobError
 
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
@@ -79,6 +80,7 @@ def rows_per_micro_batch(job: Job, data_ranks: int) -> int:
     if rows % data_ranks:
         rule = f"must be a multiple of the {data_ranks} ranks that read different rows"
         raise JobError("train.global_batch", rows, rule, -(-rows // data_ranks) * data_ranks)
+    _check_ramp(job, data_ranks)
     mine = rows // data_ranks
     if micro is None:
         return mine
@@ -87,6 +89,16 @@ def rows_per_micro_batch(job: Job, data_ranks: int) -> int:
         rule = f"must divide the {mine} rows of a rank (train.global_batch {rows} over {data_ranks} ranks)"
         raise JobError("parallel.micro_batch", micro, rule, min(legal, key=lambda d: abs(d - micro)))
     return micro
+
+
+def _check_ramp(job: Job, data_ranks: int) -> None:
+    """Ranks do as many micro-batches as each other, or they wait for one another for ever: also while a batch grows."""
+    ramp = job.train.ramp
+    if all(stage.rows % data_ranks == 0 for stage in BatchSizes(job.train).stages):
+        return
+    field, value = ("start", ramp.start or 0) if (ramp.start or 0) % data_ranks else ("increment", ramp.increment)
+    rule = f"must be a multiple of the {data_ranks} ranks that read different rows"
+    raise JobError(f"train.ramp.{field}", value, rule, -(-value // data_ranks) * data_ranks)
 
 
 @dataclass
