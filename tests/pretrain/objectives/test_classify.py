@@ -112,6 +112,6 @@ def test_real_images_train_in_every_precision():
         objective = build_objective(same, Inputs(length=5, image=8, channels=1, classes=len(source.classes)))
         out = objective(objective.collate(rows))
         out.terms["rows"].backward()
-        losses.append(float(out.terms["rows"]) / COUNT)
+        losses.append(out.terms["rows"].item() / COUNT)
         assert out.terms["rows"].dtype == (torch.float64 if precision == "fp64" else torch.float32)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
