@@ -96,7 +96,9 @@ def _check_ramp(job: Job, data_ranks: int) -> None:
     ramp = job.train.ramp
     if all(stage.rows % data_ranks == 0 for stage in BatchSizes(job.train).stages):
         return
-    field, value = ("start", ramp.start or 0) if (ramp.start or 0) % data_ranks else ("increment", ramp.increment)
+    field, value = (
+        ("start", ramp.start or 0) if (ramp.start or 0) % data_ranks else ("increment", ramp.increment)
+    )
     rule = f"must be a multiple of the {data_ranks} ranks that read different rows"
     raise JobError(f"train.ramp.{field}", value, rule, -(-value // data_ranks) * data_ranks)
 

@@ -73,7 +73,9 @@ class MaskedLM(Objective):
         self.head = MaskedHead(shape, inputs.vocab)
         self.pair = Linear(shape.hidden, 2) if job.objective.masking.pairs != "none" else None
         if self.pair is None and self.model.pooler is not None:
-            self.model.pooler.requires_grad_(False)  # nothing reads it here, and DDP would wait for its gradient
+            self.model.pooler.requires_grad_(
+                False
+            )  # nothing reads it here, and DDP would wait for its gradient
         self.loss = ChunkedLoss(job.objective, accuracy=True)
         self.settings, self.specials, self.starts = job.objective.masking, specials, starts
         self.isolate = job.data.documents == "isolate"
@@ -96,7 +98,7 @@ class MaskedLM(Objective):
         metrics = token_metrics(losses, self.loss.options, chosen.sum())
         if self.pair is not None:
             terms["pairs"], metrics["pair_accuracy"] = self._pairs(hidden, batch["pair"])
-        return self.with_sides(terms, metrics, hidden.sides)
+        return self.with_sides(terms, metrics, hidden.sides, batch.get("real"))
 
     def _pairs(self, hidden: Hidden, labels_B: Tensor) -> tuple[Tensor, Mean]:
         assert self.pair is not None

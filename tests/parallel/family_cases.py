@@ -70,7 +70,10 @@ class Pictures:
         if not self.mixed:
             return rows
         other, share = keys % 90, (keys % 1000 / 1000).astype(np.float32)
-        mixed = share[:, None, None, None] * rows["pixels"] + (1 - share[:, None, None, None]) * self.pixels[other]
+        mixed = (
+            share[:, None, None, None] * rows["pixels"]
+            + (1 - share[:, None, None, None]) * self.pixels[other]
+        )
         return {"pixels": mixed, "label": rows["label"], "partner": self.labels[other], "share": share}
 
 
@@ -81,8 +84,8 @@ BERT = {
 }  # fmt: skip
 T5 = {
     "model": {"family": "t5", "decoder_layers": 3, "norm": "rmsnorm", "positions": "relative", "bias": False,
-              "relative_buckets": 8, "relative_distance": 12, "head_dim": 10, "attention": {"dropout": 0.2, "scale": 1.0},
-              "head_scale": 0.2, "init": {"scheme": "t5"}},
+              "relative_buckets": 8, "relative_distance": 12, "head_dim": 10,
+              "attention": {"dropout": 0.2, "scale": 1.0}, "head_scale": 0.2, "init": {"scheme": "t5"}},
     "objective": {"name": "spans"},
 }  # fmt: skip
 VIT = {

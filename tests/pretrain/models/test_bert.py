@@ -61,11 +61,13 @@ def test_shared_blocks_are_a_deep_model_of_equal_blocks():
 
 
 def test_shared_blocks_drop_anew_at_every_use():
-    ours, x = made(layers=4, unique_layers=2, dropout=0.3, attention=dict(dropout=0.3)), tokens()
+    ours, x = made(layers=4, unique_layers=2, dropout=0.3, attention={"dropout": 0.3}), tokens()
     keys = []
     for block in ours.blocks:
         for dropout in (block.attention_dropout, block.mlp_dropout, block.attention.dropout):
-            dropout.key = lambda noise, kind=type(dropout).key, self=dropout: keys.append(kind(self, noise)) or keys[-1]
+            dropout.key = lambda noise, kind=type(dropout).key, self=dropout: (
+                keys.append(kind(self, noise)) or keys[-1]
+            )
     noise = Noise.at(0, 0, torch.arange(2))
     first = ours(x, noise=noise).final
     assert len(keys) == len({int(key) for key in keys}) == 4 * 3

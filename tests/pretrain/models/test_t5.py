@@ -31,7 +31,13 @@ def draw(rows, length, seed=0):
     return torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-T5_SHAPE = {"positions": "relative", "relative_buckets": 8, "relative_distance": 12, "norm": "rmsnorm", "bias": False}
+T5_SHAPE = {
+    "positions": "relative",
+    "relative_buckets": 8,
+    "relative_distance": 12,
+    "norm": "rmsnorm",
+    "bias": False,
+}
 
 
 @pytest.mark.parametrize("shape", [T5_SHAPE, {"positions": "none", "norm_position": "post"}])
@@ -63,7 +69,9 @@ def test_padded_sources_are_not_seen():
 def torchs(ours: T5) -> nn.Transformer:
     """torch's Transformer with our weights. Its stacks have norms after the last layer, which the paper's do not."""
     kind = {"dim_feedforward": 96, "dropout": 0.0, "batch_first": True, "dtype": torch.float64}
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 3, **kind), 2, norm=None, enable_nested_tensor=False)
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(24, 3, **kind), 2, norm=None, enable_nested_tensor=False
+    )
     decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(24, 3, **kind), 3, norm=None)
     theirs = nn.Transformer(24, 3, custom_encoder=encoder, custom_decoder=decoder, **kind)
     for stack, blocks in ((encoder, ours.encoder.blocks), (decoder, ours.decoder.blocks)):
@@ -75,7 +83,11 @@ def torchs(ours: T5) -> nn.Transformer:
 @torch.no_grad()
 def copy_layer(layer, block):
     kinds = [(layer.self_attn, block.attention)]
-    pairs = [(layer.linear1, block.mlp.up), (layer.linear2, block.mlp.down), (layer.norm1, block.attention_norm)]
+    pairs = [
+        (layer.linear1, block.mlp.up),
+        (layer.linear2, block.mlp.down),
+        (layer.norm1, block.attention_norm),
+    ]
     if hasattr(layer, "multihead_attn"):
         kinds.append((layer.multihead_attn, block.cross))
         pairs += [(layer.norm2, block.cross_norm), (layer.norm3, block.mlp_norm)]

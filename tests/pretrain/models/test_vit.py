@@ -43,7 +43,9 @@ def timms(made, **settings):
         block = f"model.blocks.{i}."
         for kind in ("weight", "bias"):
             found |= {f"blocks.{i}.{a}.{kind}": weights[f"{block}{b}.{kind}"] for a, b in pairs.items()}
-            found[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat([weights[f"{block}attention.{x}.{kind}"] for x in "qkv"])
+            found[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(
+                [weights[f"{block}attention.{x}.{kind}"] for x in "qkv"]
+            )
         for a, b in (("ls1.gamma", "attention_scale"), ("ls2.gamma", "mlp_scale")):
             if block + b in weights:
                 found[f"blocks.{i}.{a}"] = weights[block + b]

@@ -81,7 +81,9 @@ def test_ul2():
     assert batch["tokens"][:, 0].tolist() == [modes[w] for w in which]
     assert len(set(which.tolist())) == 3
     np.testing.assert_array_equal(batch["documents"] == -1, batch["tokens"] == PAD)
-    np.testing.assert_array_equal(batch["labels"] == IGNORE, F.pad(batch["targets"], (0, 1), value=PAD)[:, 1:] == PAD)
+    np.testing.assert_array_equal(
+        batch["labels"] == IGNORE, F.pad(batch["targets"], (0, 1), value=PAD)[:, 1:] == PAD
+    )
 
 
 def test_prefix():
@@ -109,7 +111,11 @@ def test_loss_is_torchs(name, smoothing):
     out, counts, labels = objective(batch), objective.counts(batch), batch["labels"]
     logits = objective.logits(batch["tokens"], batch["targets"], batch.get("documents"))
     nll = F.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing
+        logits.flatten(0, 1),
+        labels.flatten(),
+        ignore_index=IGNORE,
+        reduction="sum",
+        label_smoothing=smoothing,
     )
     torch.testing.assert_close(out.terms["tokens"], nll, rtol=1e-12, atol=0)
     assert out.metrics["accuracy"].sum == ((logits.argmax(-1) == labels) & (labels != IGNORE)).sum()
@@ -124,7 +130,9 @@ def test_rows_that_are_not_scored_count_nothing():
     batch = objective.collate(rows | {"scored": real})
     part = objective.collate({key: value[real] for key, value in rows.items()})
     assert objective.counts(batch)["tokens"] == objective.counts(part)["tokens"]
-    torch.testing.assert_close(objective(batch).terms["tokens"], objective(part).terms["tokens"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        objective(batch).terms["tokens"], objective(part).terms["tokens"], rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.parametrize("name", ["ul2", "transformer"])
@@ -137,7 +145,10 @@ def test_more_padding_changes_nothing(name):
     if name == "ul2":  # rows of each denoiser have their own length
         assert len(set((batch["labels"] != IGNORE).sum(1).tolist())) > 1
     asked = batch["labels"] != IGNORE
-    logits = [objective.logits(b["tokens"], b["targets"], b["documents"])[:, : asked.shape[1]] for b in (batch, wider)]
+    logits = [
+        objective.logits(b["tokens"], b["targets"], b["documents"])[:, : asked.shape[1]]
+        for b in (batch, wider)
+    ]
     torch.testing.assert_close(logits[1][asked], logits[0][asked], rtol=1e-10, atol=1e-12)
     few, many = objective(batch), objective(wider)
     for key, value in few.terms.items():
