@@ -110,29 +110,28 @@ def compare(name, found, expected):
 
 
 def resumed(rank, world, parallel, folder, name):
-    """The state after loading, and after two more steps."""
+    """The state after loading, and after the other steps."""
     running = Running(name, rank, world, parallel)
     state = running.engine.state()
     with torch.no_grad():
         for tensor in state.tensors.values():
             tensor.fill_(-7)
-    state.numbers = load(Path(folder) / "step_00000002", state)
+    state.numbers = load(Path(folder) / "step_00000001", state)
     running.engine.load(state)
     loaded = running.whole()
-    results = [running.step(step) for step in range(2, STEPS)]
+    results = [running.step(step) for step in range(1, STEPS)]
     return loaded, [r.loss for r in results], running.whole()
 
 
 def saved(rank, world, parallel, folder, name):
-    """Saves after two steps and goes on."""
+    """Saves after a step and goes on."""
     running = Running(name, rank, world, parallel)
-    for step in range(2):
-        running.step(step)
+    running.step(0)
     with Checkpointer(Path(folder)) as checkpointer:
-        checkpointer.save(2, running.engine.state())
+        checkpointer.save(1, running.engine.state())
         assert checkpointer.wait()
     kept = running.whole()
-    results = [running.step(step) for step in range(2, STEPS)]
+    results = [running.step(step) for step in range(1, STEPS)]
     return kept, [r.loss for r in results], running.whole()
 
 
@@ -152,7 +151,7 @@ def test_buffers_and_averages_resume_bitwise_and_at_other_layouts(pool, tmp_path
     assert again == pytest.approx(losses, rel=1e-9)
     for name, value in kept.items():
         assert loaded[name].tobytes() == value.tobytes(), name
-        # As above: two steps of sums in another order.
+        # As above: some steps of sums in another order.
         np.testing.assert_allclose(after[name], straight[name], rtol=1e-8, atol=1e-10, err_msg=name)
 
 
