@@ -10,6 +10,7 @@ Shapes: N rows (tokens), E hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,34 +20,61 @@ from headway.kernels.precision import product_dtype
 IGNORE = -100
 """Label of a row that is not scored."""
 
-RowLoss = Callable[[Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
+RowLoss = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+class Options(NamedTuple):
+    """What the loss is made of beside cross-entropy.
+
+    Attributes:
+        z_loss: weight of the squared log-partition (Chowdhery et al. 2022, section 5).
+        smoothing: share of the target's probability that is spread over all words (Szegedy et al. 2016, section 7).
+        accuracy: count rows whose likeliest word is the label; costs a pass over the logits.
+    """
+
+    z_loss: float = 0.0
+    smoothing: float = 0.0
+    accuracy: bool = False
+
+
+class Losses(NamedTuple):
+    """Sums over rows whose label is not IGNORE, 0-dim, fp32 or fp64.
+
+    Attributes:
+        total: cross-entropy in nats plus z_loss x squared log-partition.
+        z: the second part alone, weighted, without gradient.
+        correct: rows whose likeliest word is the label; 0 if not asked for.
+    """
+
+    total: Tensor
+    z: Tensor
+    correct: Tensor
 
 
 def linear_cross_entropy(
     hidden_NE: Tensor,
     weight_VE: Tensor,
     labels_N: Tensor,
-    z_loss: float = 0.0,
+    options: Options = Options(),
     chunk: int | None = None,
     compute: RowLoss | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of hidden @ weight^T, summed over rows whose label is not IGNORE.
+    bias_V: Tensor | None = None,
+) -> Losses:
+    """Cross-entropy of hidden @ weight^T + bias, summed over rows whose label is not IGNORE.
 
     Args:
         hidden_NE: rows; products are in autocast's dtype where it is on, else in the rows' dtype.
         weight_VE: the head's weight.
         labels_N: int64.
-        z_loss: weight of the squared log-partition (Chowdhery et al. 2022, section 5).
+        options: what is added and counted.
         chunk: at most so many rows of logits exist at once; see `chunk_rows`.
         compute: `row_loss` or a compiled form of it.
-
-    Returns:
-        The sum of cross-entropy in nats plus z_loss x squared log-partition, and that second part alone,
-        weighted and without gradient. Both 0-dim, fp32 or fp64.
+        bias_V: the head's bias.
     """
     gradients = torch.is_grad_enabled() and (hidden_NE.requires_grad or weight_VE.requires_grad)
-    return _LinearCrossEntropy.apply(
-        hidden_NE, weight_VE, labels_N, z_loss, chunk, compute or row_loss, gradients
+    compute = compute or row_loss
+    return Losses(
+        *_LinearCrossEntropy.apply(hidden_NE, weight_VE, bias_V, labels_N, options, chunk, compute, gradients)
     )
 
 
@@ -56,8 +84,15 @@ def chunk_rows(vocab: int, itemsize: int, device: str) -> int:
     return max(128, budget // (vocab * itemsize) // 64 * 64)
 
 
-def row_loss(logits_NV: Tensor, labels_N: Tensor, z_loss: float, gradients: bool) -> tuple[Tensor, Tensor]:
-    """Sums of cross-entropy and of weighted squared log-partition.
+def row_loss(
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    z_loss: float,
+    gradients: bool,
+    smoothing: float = 0.0,
+    accuracy: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of cross-entropy, of weighted squared log-partition, and of rows whose likeliest word is the label.
 
     With `gradients`, the gradient of their sum by the logits takes the logits' place in memory. Written to be fused
     by the compiler, and with few passes over memory where it is not compiled.
@@ -68,65 +103,76 @@ def row_loss(logits_NV: Tensor, labels_N: Tensor, z_loss: float, gradients: bool
     log_p = torch.log_softmax(wide, 1)
     picked = log_p.gather(1, target)
     lse = wide.gather(1, target) - picked
-    nll = -torch.where(valid, picked, 0).sum()
+    correct = ((wide.argmax(1) == labels_N) & valid.squeeze(1)).sum() if accuracy else valid.new_zeros(())
+    chosen = picked if smoothing == 0 else (1 - smoothing) * picked + smoothing * log_p.mean(1, keepdim=True)
+    nll = -torch.where(valid, chosen, 0).sum()
     z = torch.where(valid, lse.square(), 0).sum() * z_loss
     if gradients:
         slope = torch.where(valid, 1 + 2 * z_loss * lse, 0)
         gradient = log_p.exp_().mul_(slope)
+        if smoothing:
+            gradient = gradient - valid.to(wide.dtype) * (smoothing / wide.shape[1])
         if torch.compiler.is_compiling():  # a scatter would end the fusion
             column = torch.arange(wide.shape[1], device=wide.device)
-            gradient = gradient - ((column == target) & valid).to(wide.dtype)
+            gradient = gradient - (1 - smoothing) * ((column == target) & valid).to(wide.dtype)
         else:
-            gradient.scatter_add_(1, target, -valid.to(wide.dtype))
+            gradient.scatter_add_(1, target, (smoothing - 1) * valid.to(wide.dtype))
         logits_NV.copy_(gradient)
-    return nll, z
+    return nll, z, correct.to(wide.dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, z_loss, chunk, compute, gradients):
+    def forward(ctx, hidden, weight, bias, labels, options, chunk, compute, gradients):
         narrow = product_dtype(hidden)
         x, w = hidden.to(narrow), weight.to(narrow)
+        b = None if bias is None else bias.to(narrow)
         with torch.autocast(x.device.type, enabled=False):
-            total, z, d_hidden, d_weight = _over_chunks(x, w, labels, z_loss, chunk, compute, gradients)
+            losses, slopes = _over_chunks(x, w, b, labels, options, chunk, compute, gradients)
         if gradients:
-            ctx.save_for_backward(d_hidden, d_weight)
-            ctx.dtypes = hidden.dtype, weight.dtype
-        ctx.mark_non_differentiable(z)
-        return total, z
+            ctx.save_for_backward(*slopes)
+            ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(losses.z, losses.correct)
+        return tuple(losses)
 
     @staticmethod
-    def backward(ctx, d_total, _):
-        d_hidden, d_weight = ctx.saved_tensors
-        for_hidden, for_weight = ctx.dtypes
-        return (d_hidden * d_total).to(for_hidden), (d_weight * d_total).to(for_weight), *[None] * 5
+    def backward(ctx, d_total, *_):
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        slopes = (None if slope is None else (slope * d_total).to(dtype) for slope, dtype in pairs)
+        return *slopes, *[None] * 5
 
 
-def _over_chunks(x, w, labels, z_loss, chunk, compute, gradients):
-    """Loss, its z part, and the gradients of hidden states and weight (None without `gradients`).
+def _over_chunks(x, w, bias, labels, options, chunk, compute, gradients):
+    """Losses, and the gradients of hidden states, weight and bias (None without `gradients`).
 
     Buffers serve all chunks: memory that is fresh for every chunk would cost as many page faults as there are logits.
     """
     count, device = x.shape[0], x.device
     wide = torch.promote_types(x.dtype, torch.float32)
     chunk = chunk or chunk_rows(w.shape[0], w.element_size(), device.type)
-    rows = -(-count // max(1, -(-count // chunk)))  # chunks of one size, as far as rows divide
-    total, z_total = (torch.zeros((), dtype=wide, device=device) for _ in range(2))
+    rows = max(1, -(-count // max(1, -(-count // chunk))))  # chunks of one size, as far as rows divide
+    total, z_total, correct = (torch.zeros((), dtype=wide, device=device) for _ in range(3))
     logits = x.new_empty(rows, w.shape[0])
     d_hidden = torch.empty_like(x) if gradients else None
     d_weight = torch.zeros_like(w, dtype=wide) if gradients else None
+    d_bias = torch.zeros_like(bias, dtype=wide) if gradients and bias is not None else None
     product = torch.empty_like(w) if gradients and x.dtype != wide else None
     for start in range(0, count, rows):
         part = x[start : start + rows]
         slope = logits[: part.shape[0]]
         torch.mm(part, w.T, out=slope)
-        nll, z = compute(slope, labels[start : start + rows], z_loss, gradients)
-        total, z_total = total + nll + z, z_total + z
+        if bias is not None:
+            slope += bias
+        chosen = labels[start : start + rows]
+        nll, z, hits = compute(slope, chosen, options.z_loss, gradients, options.smoothing, options.accuracy)
+        total, z_total, correct = total + nll + z, z_total + z, correct + hits
         if d_hidden is None or d_weight is None:
             continue
         torch.mm(slope, w, out=d_hidden[start : start + rows])
+        if d_bias is not None:
+            d_bias += slope.sum(0, dtype=wide)
         if product is None:
             d_weight.addmm_(slope.T, part)
         else:  # a narrow sum over chunks would lose bits
             d_weight += torch.mm(slope.T, part, out=product)
-    return total, z_total, d_hidden, d_weight
+    return Losses(total, z_total, correct), (d_hidden, d_weight, d_bias)

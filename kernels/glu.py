@@ -36,6 +36,11 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.gelu(gate) * up
 
 
+def geglu_tanh(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu_tanh(gate) * up, as in T5 v1.1, which names it gated-gelu."""
+    return gelu_tanh(gate) * up
+
+
 PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": gelu_tanh,
@@ -43,4 +48,8 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": relu2,
     "silu": F.silu,
 }
-GATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"swiglu": swiglu, "geglu": geglu}
+GATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "swiglu": swiglu,
+    "geglu": geglu,
+    "geglu_tanh": geglu_tanh,
+}

@@ -82,11 +82,30 @@ def normal(key: int | Tensor, rows: Tensor, start: int, stop: int) -> Tensor:
     Returns:
         fp32 [R, stop - start].
     """
+    return _normal_quantile(_uniform_table(key, rows, start, stop)).float()
+
+
+def truncated_normal(key: int | Tensor, rows: Tensor, start: int, stop: int) -> Tensor:
+    """As `normal`, cut off at two deviations: the quantile of uniform numbers between Phi(-2) and Phi(2).
+
+    Their own standard deviation is 0.8796, as that of TensorFlow's truncated normal.
+    """
+    u = _uniform_table(key, rows, start, stop)
+    return _normal_quantile(_PHI_MINUS_2 + u * (1 - 2 * _PHI_MINUS_2)).float()
+
+
+def centred_uniform(key: int | Tensor, rows: Tensor, start: int, stop: int) -> Tensor:
+    """As `normal`, but uniform in (-1, 1)."""
+    return (2 * _uniform_table(key, rows, start, stop) - 1).float()
+
+
+def _uniform_table(key: int | Tensor, rows: Tensor, start: int, stop: int) -> Tensor:
+    """Uniform numbers in (0, 1), fp64, for `normal` and its kin."""
     groups = torch.arange(start // 4, -(-stop // 4), device=rows.device)
     words = philox(key, groups, (rows & _WORD)[:, None], ((rows >> 32) & _WORD)[:, None], 0)
     flat = torch.stack(words, -1).flatten(1)
     offset = start % 4
-    return _normal_quantile(_open_interval(flat[:, offset : offset + stop - start])).float()
+    return _open_interval(flat[:, offset : offset + stop - start])
 
 
 def keep(key: Tensor, p: float, coordinates: Coordinates, stop: int, start: int = 0) -> Tensor:
@@ -146,6 +165,7 @@ _C = (-0.007784894002430293, -0.3223964580411365, -2.400758277161838, -2.5497325
       2.938163982698783)  # fmt: skip
 _D = (0.007784695709041462, 0.3224671290700398, 2.445134137142996, 3.754408661907416, 1.0)
 _TAIL = 0.02425
+_PHI_MINUS_2 = 0.022750131948179207
 
 
 def _normal_quantile(u: Tensor) -> Tensor:

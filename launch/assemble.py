@@ -16,16 +16,15 @@ from headway.parallel.engines.native import NativeEngine
 from headway.parallel.mesh import World, rows_per_micro_batch
 from headway.pretrain import device as devices
 from headway.pretrain.config import Job
-from headway.pretrain.data.build import Prepared, prepare_data
-from headway.pretrain.data.heldout import HeldoutRows
+from headway.pretrain.data.dataset import Dataset, open_dataset
 from headway.pretrain.data.loader import Loader
-from headway.pretrain.data.store import TokenStore
+from headway.pretrain.data.ramp import BatchSizes
 from headway.pretrain.data.stream import SampleStream
 from headway.pretrain.engine import Batch
 from headway.pretrain.errors import JobError
 from headway.pretrain.evaluate import Evaluator
 from headway.pretrain.models.sizes import training_flops
-from headway.pretrain.objectives import CausalLM, build_objective
+from headway.pretrain.objectives import build_objective
 from headway.pretrain.recipe import Resolved
 from headway.pretrain.trainer import Yardstick
 
@@ -45,24 +44,13 @@ class Hardware:
 
 
 @dataclass
-class Corpus:
-    """What the run reads."""
-
-    prepared: Prepared
-    stream: SampleStream
-    loader: Loader
-    heldout: list[HeldoutRows]
-    heldout_utf8_bytes: int
-    notes: list[str]
-
-
-@dataclass
 class Parts:
     """A run, put together."""
 
     resolved: Resolved
     hardware: Hardware
-    corpus: Corpus
+    dataset: Dataset
+    loader: Loader
     engine: NativeEngine
     evaluator: Evaluator
     yardstick: Yardstick
@@ -70,15 +58,23 @@ class Parts:
     def batches(self) -> Iterator[Batch]:
         """This rank's rows of successive global batches, on the device."""
         device = self.world.device
-        for batch in self.corpus.loader:
+        for batch in self.loader:
             yield {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
-    def name_samples(self, step: int) -> str:
-        """Names of all samples of a step's global batch, for error messages."""
-        end = self.corpus.stream.draw
-        return "; ".join(
-            self.corpus.stream.describe(d) for d in range(end - self.job.train.global_batch, end)
-        )
+    def first_batch(self) -> Batch:
+        """This rank's rows of the first global batch, without taking it from the order."""
+        sizes, layout = self.loader.sizes, self.world.layout
+        rows = self.loader.stream.batch(0, sizes.rows(0), self.world.data_rank, layout.data)
+        batch = self.engine.objective.collate(rows)
+        return {key: value.to(self.world.device) for key, value in batch.items()}
+
+    def name_samples(self) -> str:
+        """Names of all samples of the last global batch, for error messages."""
+        return "; ".join(self.loader.stream.describe(draw) for draw in self.loader.draws)
+
+    @property
+    def folder(self) -> Path:
+        return run_folder(self.job)
 
     @property
     def job(self) -> Job:
@@ -110,15 +106,23 @@ def assemble(resolved: Resolved, world: World) -> Parts:
     hardware = choose_hardware(job, world)
     resolved = settled(resolved, hardware)
     job = resolved.job
-    prepared = prepare_data(job.data, progress=world.main)
-    objective = build_objective(job, prepared.tokenizer.vocab, device="meta")
-    corpus = open_corpus(job, prepared, objective, world)
+    dataset = open_dataset(job, progress=world.main)
+    inputs = dataset.inputs
+    objective = build_objective(job, inputs, dataset.specials, dataset.starts, device="meta")
+    loader = Loader(
+        SampleStream(dataset.train, job.train.seed),
+        objective.collate,
+        BatchSizes(job.train),
+        world.data_rank,
+        world.layout.data,
+        pin=world.device.type == "cuda",
+    )
     engine = NativeEngine(job, objective, world, precision=hardware.precision, compiled=hardware.compiled)
     evaluator = Evaluator(
-        engine, corpus.heldout, objective.collate, world.device, world.data_rank, world.layout.data
+        engine, dataset.heldout, objective.collate, world.device, world.data_rank, world.layout.data
     )
-    flops = training_flops(job.model, prepared.tokenizer.vocab, job.data.seq_len)
-    return Parts(resolved, hardware, corpus, engine, evaluator, Yardstick(flops, hardware.peak * world.size))
+    yardstick = Yardstick(training_flops(job, inputs), hardware.peak * world.size)
+    return Parts(resolved, hardware, dataset, loader, engine, evaluator, yardstick)
 
 
 def settled(resolved: Resolved, hardware: Hardware) -> Resolved:
@@ -185,39 +189,3 @@ def choose_compile(job: Job, device: torch.device) -> tuple[bool, str]:
     if job.train.steps < LONG_ENOUGH_TO_COMPILE:
         return False, f"fewer than {LONG_ENOUGH_TO_COMPILE} steps"
     return True, "a compiler is here and the run is long"
-
-
-def open_corpus(job: Job, prepared: Prepared, objective: CausalLM, world: World) -> Corpus:
-    """Stores, their order and the loader of this rank's rows."""
-    tokenizer = prepared.tokenizer
-    names = [source.path for source in job.data.sources]
-    opened = [(name, TokenStore(prefix), w) for name, (prefix, w) in zip(names, prepared.train, strict=True)]
-    stream = SampleStream(opened, job.data.seq_len, job.train.seed, tokenizer.separator, tokenizer.vocab)
-    loader = Loader(
-        stream,
-        objective.collate,
-        job.train.global_batch,
-        world.data_rank,
-        world.layout.data,
-        pin=world.device.type == "cuda",
-    )
-    stores = [TokenStore(prefix) for prefix in prepared.heldout]
-    heldout = [
-        HeldoutRows(
-            store,
-            job.data.seq_len,
-            tokenizer.separator,
-            job.train.eval_overlap,
-            tokenizer.vocab,
-            str(store.prefix),
-        )
-        for store in stores
-    ]
-    notes = [
-        f"data {name}: {store.documents:,} documents, {store.tokens:,} tokens" for name, store, _ in opened
-    ]
-    for built in prepared.built:
-        if built.skipped:
-            notes.append(f"left out {built.skipped} malformed lines: {'; '.join(built.skipped_first)}")
-    utf8_bytes = sum(store.facts.get("utf8_bytes", 0) for store in stores)
-    return Corpus(prepared, stream, loader, heldout, utf8_bytes, notes)

@@ -20,7 +20,7 @@ app = typer.Typer(
 )
 data = typer.Typer(help="Build and inspect token stores.", no_args_is_help=True)
 tokenizer = typer.Typer(help="Train and inspect tokenizers.", no_args_is_help=True)
-checkpoint = typer.Typer(help="List and verify checkpoints.", no_args_is_help=True)
+checkpoint = typer.Typer(help="List, verify and import checkpoints.", no_args_is_help=True)
 config = typer.Typer(help="Show jobs and the schema of recipes.", no_args_is_help=True)
 app.add_typer(data, name="data")
 app.add_typer(tokenizer, name="tokenizer")
@@ -140,6 +140,34 @@ def checkpoint_verify(run_path: RunPath, debug: Debug = False) -> None:
     from headway.launch import checkpoints
 
     checkpoints.verify(run_path)
+
+
+@checkpoint.command("import")
+def checkpoint_import(
+    folder: Annotated[str, typer.Argument(help="Folder with config.json and weights.", metavar="DIR")],
+    kind: Annotated[str, typer.Option("--from", help="Where it comes from: hf (Hugging Face).")] = "hf",
+    out: Annotated[
+        str | None, typer.Option("--out", help="Run folder to write; runs/NAME if left out.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Turn a model of Hugging Face into a run that training goes on from."""
+    from headway.launch import exchange
+
+    exchange.import_model(kind, folder, out)
+
+
+@app.command()
+def export(
+    place: Annotated[str, typer.Argument(help="A run folder, or a checkpoint.", metavar="RUN_OR_CHECKPOINT")],
+    folder: Annotated[str, typer.Argument(help="New folder to write.", metavar="DIR")],
+    kind: Annotated[str, typer.Option("--to", help="Where it goes: hf (Hugging Face).")] = "hf",
+    debug: Debug = False,
+) -> None:
+    """Write a checkpoint as a folder that `from_pretrained` of transformers loads."""
+    from headway.launch import exchange
+
+    exchange.export_model(place, kind, folder)
 
 
 @config.command("show")

@@ -1,10 +1,8 @@
-"""The end of a run: held-out bits per byte beside general compressors, a completion, the report."""
+"""The end of a run: its score beside baselines, a sample of what it does, the report."""
 
 from __future__ import annotations
 
 import json
-import lzma
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,17 +12,24 @@ from rich.table import Table
 
 from headway.launch.assemble import Parts
 from headway.launch.console import console
-from headway.pretrain.data.build import heldout_bytes
-from headway.pretrain.evaluate import bits_per_byte
+from headway.launch.scores import score
+from headway.pretrain.data.store import TokenStore
+from headway.pretrain.engine import Batch
+from headway.pretrain.evaluate import bits_per_byte, heldout_rows
 from headway.pretrain.generate import generate
-from headway.pretrain.recipe import leaves
+from headway.pretrain.objectives.causal import CausalLM
+from headway.pretrain.objectives.mae import MaskedAutoencoder
+from headway.pretrain.recipe import as_plain, leaves
 from headway.pretrain.records.attention_maps import AttentionMaps
+from headway.pretrain.records.pictures import draw_reconstructions
 from headway.pretrain.records.records import Recorder
 from headway.pretrain.records.report import write_report
 
 COMPLETION_TOKENS = 96
 MAP_TOKENS = 48
 """Longest text whose attention maps are drawn: beyond it a cell is smaller than a pixel."""
+PAINTED = 10
+"""Held-out images whose reconstruction is drawn."""
 
 
 @dataclass(frozen=True)
@@ -44,55 +49,49 @@ class Finished:
         table = Table(box=None, show_header=False, pad_edge=False)
         for label, key in (("train loss", "train_loss"), ("held-out loss", "heldout_loss")):
             if s.get(key) is not None:
-                table.add_row(label, f"{s[key]:.4f} nats a token")
-        if s.get("bits_per_byte") is not None:
-            size = f"on the same {s['heldout_bytes']:,} held-out bytes"
-            table.add_row("bits per byte", f"[bold]{s['bits_per_byte']:.3f}[/bold]  {size}")
-            table.add_row("  zlib -9", f"{s['zlib_bits_per_byte']:.3f}")
-            table.add_row("  xz -9", f"{s['xz_bits_per_byte']:.3f}")
+                table.add_row(label, f"{s[key]:.4f}")
+        if found := s.get("score"):
+            for i, (name, value) in enumerate(found["entries"]):
+                first = f"[bold]{value:.3f}[/bold]  {found['note']}"
+                table.add_row(found["title"] if i == 0 else f"  {name}", first if i == 0 else f"{value:.3f}")
         out.print(f"\n{title}")
         out.print(table)
-        out.print("\ncompletion:", style="dim")
-        out.print(s["prompt"] + s["completion"], markup=False)
+        if s.get("completion") is not None:
+            out.print("\ncompletion:", style="dim")
+            out.print(s["prompt"] + s["completion"], markup=False)
         out.print(f"\nreport: {self.folder / 'report.html'}")
 
 
-def heldout_loss(parts: Parts, limit: int | None) -> dict[str, float]:
-    """Held-out loss in nats a token; over all rows also bits per byte. Nothing if nothing is held out."""
-    if not parts.corpus.heldout:
+def heldout_values(parts: Parts, limit: int | None) -> dict[str, float]:
+    """Held-out loss in nats and the objective's metrics; of text that is read whole also bits per byte.
+
+    Nothing if nothing is held out. Collective.
+    """
+    if not parts.dataset.heldout:
         return {}
-    nats, tokens = parts.evaluator.loss(limit)
-    values = {"heldout_loss": nats / max(tokens, 1)}
-    utf8_bytes = parts.corpus.heldout_utf8_bytes
-    if limit is None and utf8_bytes:
-        values["bits_per_byte"] = bits_per_byte(nats, utf8_bytes)
+    sums = parts.evaluator.sums(limit)
+    values = {f"heldout_{name}": total / max(count, 1) for name, (total, count) in sums.items()}
+    prepared = parts.dataset.prepared
+    if limit is None and parts.job.objective.name == "causal" and prepared:
+        stores = (TokenStore(prefix) for prefix in prepared.heldout)
+        if utf8_bytes := sum(store.facts.get("utf8_bytes", 0) for store in stores):
+            values["bits_per_byte"] = bits_per_byte(sums["loss"][0], utf8_bytes)
     return values
 
 
-def compressors(parts: Parts) -> dict[str, float]:
-    """Bits per byte of zlib -9 and xz -9 on the very bytes that the model was scored on."""
-    prepared = parts.corpus.prepared
-    text = heldout_bytes(prepared.heldout, prepared.tokenizer)
-    return {
-        "heldout_bytes": len(text),
-        "zlib_bits_per_byte": 8 * len(zlib.compress(text, 9)) / len(text),
-        "xz_bits_per_byte": 8 * len(lzma.compress(text, preset=9)) / len(text),
-    }
-
-
 def finish(parts: Parts, folder: Path, recorder: Recorder) -> Finished:
-    """Evaluate on all held-out rows, complete the prompt, write the report; collective."""
-    values: dict = heldout_loss(parts, None)
+    """Evaluate on all held-out rows, score, write the report; collective."""
+    values: dict = heldout_values(parts, None)
     if values:
         recorder.event("eval", **values)
-    if parts.world.main and "bits_per_byte" in values:
-        values |= compressors(parts)
+    if parts.world.main and (found := score(parts, values)):
+        values["score"] = found.plain()
     return Finished(folder, report(parts, folder, {**values, "status": "done"}))
 
 
 def report(parts: Parts, folder: Path, values: dict | None = None) -> dict:
     """Write `summary.json` and `report.html`; returns the summary. Collective; the first rank writes."""
-    completion, maps = complete(parts), draw_maps(parts)
+    completion, maps, painted = complete(parts), draw_maps(parts), paint(parts)
     if not parts.world.main:
         return {}
     hardware = parts.hardware
@@ -105,10 +104,10 @@ def report(parts: Parts, folder: Path, values: dict | None = None) -> dict:
         "precision_reason": hardware.precision_reason,
         "peak_flops": hardware.peak,
         "peak_source": hardware.peak_source,
-        "prompt": parts.job.tracking.prompt,
-        "completion": completion,
     }
-    write_report(folder, with_origins(parts), maps, summary)
+    if completion is not None:
+        summary |= {"prompt": parts.job.tracking.prompt, "completion": completion}
+    write_report(folder, with_origins(parts), maps, summary, painted)
     return Finished.read(folder).summary
 
 
@@ -120,18 +119,20 @@ def with_origins(parts: Parts) -> dict:
         place = tree
         for section in sections:
             place = place.setdefault(section, {})
-        plain = [getattr(v, "path", v) for v in value] if isinstance(value, list) else value
+        plain = [as_plain(v) for v in value] if isinstance(value, list) else value
         place[key] = {"value": plain, "origin": parts.resolved.origins.get(name, "default")}
     return tree
 
 
-def complete(parts: Parts) -> str:
-    """A sampled continuation of the prompt; the same on every rank."""
-    tokenizer, job = parts.corpus.prepared.tokenizer, parts.job
+def complete(parts: Parts) -> str | None:
+    """A sampled continuation of the prompt, of causal models; the same on every rank."""
+    tokenizer, job, objective = parts.dataset.tokenizer, parts.job, parts.engine.objective
+    if not isinstance(objective, CausalLM) or tokenizer is None:
+        return None
     prompt = [tokenizer.separator, *tokenizer.encode(job.tracking.prompt)]
     tokens = torch.tensor([prompt], device=parts.world.device)
     new = generate(
-        parts.engine.objective,
+        objective,
         tokens,
         COMPLETION_TOKENS,
         context=job.data.seq_len,
@@ -145,13 +146,52 @@ def complete(parts: Parts) -> str:
     return tokenizer.decode(pieces)
 
 
+def example(parts: Parts, count: int) -> Batch:
+    """The first samples, held-out ones if there are any, on the device."""
+    if parts.dataset.heldout:
+        samples = parts.dataset.heldout[0]
+        rows = heldout_rows(samples, np.arange(min(count, len(samples))))
+    else:
+        rows = parts.loader.stream.rows(np.arange(count))
+    batch = parts.engine.objective.collate(rows)
+    return {name: tensor.to(parts.world.device) for name, tensor in batch.items()}
+
+
 def draw_maps(parts: Parts) -> AttentionMaps:
-    """Attention of every head on the beginning of a held-out text, or on the prompt."""
-    tokenizer = parts.corpus.prepared.tokenizer
-    tokens = [tokenizer.separator, *tokenizer.encode(parts.job.tracking.prompt)]
-    if parts.corpus.heldout:
-        tokens = parts.corpus.heldout[0].rows([0])["tokens"][0].tolist()
-    tokens = tokens[: min(MAP_TOKENS, parts.job.data.seq_len)]
-    maps = parts.engine.objective.attention_maps(torch.tensor([tokens], device=parts.world.device))
-    names = ["<end>" if t == tokenizer.separator else tokenizer.decode([t]) for t in tokens]
-    return AttentionMaps(names, maps[:, 0].float().cpu().numpy().astype(np.float32))
+    """Attention of every head on the beginning of a text, or on an image; collective."""
+    tokenizer, batch = parts.dataset.tokenizer, example(parts, 1)
+    for name in ("tokens", "targets", "documents", "segments"):
+        if name in batch:
+            batch[name] = batch[name][:, :MAP_TOKENS]
+    maps = parts.engine.objective.attention_maps(batch)[:, 0].float().cpu().numpy().astype(np.float32)
+    if tokenizer is None:
+        first = int(parts.job.model.vision.class_token)
+        names = ["<class>"] * first + [f"patch {i} " for i in range(maps.shape[-1] - first)]
+        return AttentionMaps(names, maps)
+    return AttentionMaps([spell(parts, int(token)) for token in batch["tokens"][0]], maps)
+
+
+def spell(parts: Parts, token: int) -> str:
+    """A token as people read it."""
+    tokenizer, specials = parts.dataset.tokenizer, parts.dataset.specials
+    assert tokenizer is not None
+    assert specials is not None
+    if token == tokenizer.separator:
+        return "<end>"
+    if token in specials.sentinels:
+        return f"<{specials.sentinels.index(token)}>"
+    named = {i: name for name, i in specials.ids.items()}
+    return f"<{named[token]}>" if token in named else tokenizer.decode([token])
+
+
+def paint(parts: Parts) -> str | None:
+    """A picture of held-out images, masked, reconstructed and true, of masked autoencoders; collective."""
+    objective = parts.engine.objective
+    if not isinstance(objective, MaskedAutoencoder):
+        return None
+    batch = example(parts, PAINTED)
+    seen, whole = objective.reconstruct(batch)
+    images = parts.job.data.images
+    levels = [np.asarray(values, dtype=np.float32).reshape(-1, 1, 1) for values in (images.mean, images.std)]
+    shown = [part.float().cpu().numpy() * levels[1] + levels[0] for part in (seen, whole, batch["pixels"])]
+    return draw_reconstructions(*shown)

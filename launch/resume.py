@@ -16,7 +16,12 @@ FIXED: list[tuple[str, str]] = [
     ("data.tokenizer.", "the saved weights belong to the other vocabulary"),
     ("data.seq_len", "the place in the sample order counts rows of that length"),
     ("data.heldout", "documents would move between training and held-out data"),
+    ("data.target_len", "the saved weights and the place in the sample order belong to the other length"),
+    ("data.images.size", "the saved weights belong to images of the other size"),
+    ("data.images.channels", "the saved weights belong to images of the other kind"),
     ("objective.name", "the saved head belongs to the other objective"),
+    ("objective.masking.pairs", "the saved head and the sample order belong to the other objective"),
+    ("objective.mae.", "the saved decoder has the other shape"),
     ("optimizer.name", "the saved moments belong to the other optimizer"),
     ("train.seed", "the sample order is a function of the seed"),
 ]

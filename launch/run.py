@@ -10,7 +10,7 @@ from pathlib import Path
 from headway.launch import saving
 from headway.launch.assemble import Parts, assemble, join, run_folder
 from headway.launch.environment import incarnation
-from headway.launch.finish import Finished, finish, heldout_loss, report
+from headway.launch.finish import Finished, finish, heldout_values, report
 from headway.launch.resume import check_resumable, keep_choices, set_aside
 from headway.launch.signals import StopRequest
 from headway.parallel import mesh
@@ -50,7 +50,7 @@ def train(recipes: Sequence[str], sets: Sequence[str], *, fresh: bool = False) -
         resolved, notes = compare_with_saved(folder, resolved)
         world.barrier()
         parts = assemble(resolved, world)
-        stack.callback(parts.corpus.loader.close)
+        stack.callback(parts.loader.close)
         if world.main:
             tell(parts, notes)
         # From here on there is state to save; before, an interrupt simply ends the process.
@@ -79,7 +79,7 @@ def tell(parts: Parts, notes: Sequence[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     publish(folder / "job.yaml", dump(parts.resolved))
     useless = [f"{field} has no effect: {why}" for field, why in inert(parts.resolved).items()]
-    for line in [f"run {folder}", *parts.hardware.notes, *parts.corpus.notes, *notes, *useless]:
+    for line in [f"run {folder}", *parts.hardware.notes, *parts.dataset.notes, *notes, *useless]:
         print(f"  {line}")
 
 
@@ -95,6 +95,8 @@ def run(parts: Parts, folder: Path, stop: StopRequest) -> None:
             print(f"  goes on from {path}")
     elif job.train.start_from:
         saving.weights_only(parts, job.train.start_from)
+    elif job.model.init.lsuv:
+        parts.engine.scale_weights(parts.first_batch())
     if path and done >= job.train.steps and (folder / "report.html").exists():
         if world.main:
             Finished.read(folder).show(f"{folder} is complete at step {done}")
@@ -135,7 +137,7 @@ def train_and_save(parts: Parts, folder: Path, recorder: Recorder, stop: StopReq
         recorder=recorder,
         yardstick=parts.yardstick,
         saver=saver,
-        evaluate=partial(heldout_loss, parts),
+        evaluate=partial(heldout_values, parts),
         stop_asked=lambda: world.any(stop.asked),
         name_samples=parts.name_samples,
         memory=partial(peak_memory_gib, world.device),
@@ -150,7 +152,7 @@ def evaluate(run_path: str, sets: Sequence[str]) -> None:
     """Print the held-out loss and bits per byte of a run's newest checkpoint."""
     with ExitStack() as stack:
         parts = restored(run_path, sets, stack)
-        values = heldout_loss(parts, None)
+        values = heldout_values(parts, None)
         if parts.world.main:
             print("  ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
@@ -176,7 +178,7 @@ def restored(run_path: str, sets: Sequence[str], stack: ExitStack) -> Parts:
     world = join(resolved.job)
     stack.callback(mesh.stop)
     parts = assemble(Resolved(resolved.job, load_job(saved).origins), world)
-    stack.callback(parts.corpus.loader.close)
+    stack.callback(parts.loader.close)
     path, _ = saving.choose(Path(run_path) / "checkpoints", world)
     if path is None:
         raise HeadwayError(f"{run_path} has no checkpoint yet")

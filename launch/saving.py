@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from headway.launch.assemble import Parts
+from headway.launch.start_from import from_checkpoint, start_from
 from headway.parallel.checkpoint.load import load
+from headway.parallel.checkpoint.manifest import read_manifest
 from headway.parallel.checkpoint.retention import folder_name, list_checkpoints, step_of
 from headway.parallel.checkpoint.save import Checkpointer
 from headway.parallel.checkpoint.verify import newest_good
@@ -27,7 +31,7 @@ class Saver:
     def save(self, step: int) -> None:
         """Save the state after `step` steps."""
         state = self.parts.engine.state()
-        state.numbers |= {"step": step, "data": self.parts.corpus.loader.state()}
+        state.numbers |= {"step": step, "data": self.parts.loader.state()}
         self.checkpointer.save(step, state, self.parts.job.model_dump(mode="json"), deferred=True)
 
     def poll(self) -> None:
@@ -69,32 +73,26 @@ def choose(folder: Path, world: World) -> tuple[Path | None, list[str]]:
 
 
 def restore(parts: Parts, path: Path) -> tuple[int, list[str]]:
-    """Load weights, moments, counters and the data cursor; the step, and what changed in the data."""
-    state = parts.engine.state()
+    """Load weights, moments, counters and the data cursor; the step, and what changed in the data.
+
+    An imported run has weights only: its optimizer and its data begin anew.
+    """
+    state, imported = parts.engine.state(), read_manifest(path).numbers.get("imported")
+    if imported:
+        notes = from_checkpoint(weights_of(state), path, parts.job)
+        return 0, [f"the weights were imported from {imported}, training begins here", *notes]
     numbers: dict[str, Any] = load(path, state, verify=False)  # `choose` has verified it
     parts.engine.load(State({}, numbers))
-    return int(numbers["step"]), parts.corpus.loader.load(numbers["data"])
+    return int(numbers["step"]), parts.loader.load(numbers["data"])
 
 
 def weights_only(parts: Parts, start: str) -> None:
-    """Begin a new run with the weights of a checkpoint or of a run's newest one."""
-    path = find_checkpoint(start)
-    load(path, parts.engine.state(), strict=False, names=lambda name: not name.startswith("optimizer."))
+    """Begin a new run with the weights of a checkpoint, a run's newest one, or a folder of Hugging Face."""
+    notes = start_from(weights_of(parts.engine.state()), parts.job, start)
+    if parts.world.main:
+        print("".join(f"  {note}\n" for note in notes), end="")
 
 
-def find_checkpoint(place: str) -> Path:
-    """A checkpoint folder, or the newest whole one of a run folder.
-
-    Raises:
-        CheckpointError: neither is there.
-    """
-    path = Path(place)
-    if (path / "manifest.json").exists():
-        return path
-    for folder in (path / "checkpoints", path):
-        if list_checkpoints(folder):
-            found, problems = newest_good(folder)
-            if found:
-                return found
-            raise CheckpointError(f"{folder}: no checkpoint is whole: {'; '.join(map(str, problems))}")
-    raise CheckpointError(f"{place}: neither a checkpoint nor a run with checkpoints")
+def weights_of(state: State) -> dict[str, Tensor]:
+    """The state's weights, without the optimizer's tensors."""
+    return {name: tensor for name, tensor in state.tensors.items() if not name.startswith("optimizer.")}

@@ -10,7 +10,7 @@ from rich.table import Table
 from headway.launch.console import console
 from headway.pretrain.config import Job
 from headway.pretrain.inert import inert
-from headway.pretrain.recipe import DEFAULT, leaves, one_line, resolve
+from headway.pretrain.recipe import DEFAULT, as_plain, leaves, one_line, resolve
 
 
 def show(recipes: Sequence[str], sets: Sequence[str]) -> None:
@@ -22,7 +22,7 @@ def show(recipes: Sequence[str], sets: Sequence[str]) -> None:
         table.add_column(title, no_wrap=title != "note")
     for name, value in leaves(resolved.job):
         origin = resolved.origins.get(name, DEFAULT)
-        plain = [getattr(v, "path", v) for v in value] if isinstance(value, list) else value
+        plain = [as_plain(v) for v in value] if isinstance(value, list) else value
         style = "yellow" if name in useless else "dim" if origin == DEFAULT else None
         note = f"no effect: {useless[name]}" if name in useless else ""
         table.add_row(name, one_line(plain), origin, note, style=style)

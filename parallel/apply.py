@@ -12,10 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 from headway.parallel.mesh import World
 from headway.pretrain.config import Job
 from headway.pretrain.models.init import Slice, initialise, whole
-from headway.pretrain.objectives import CausalLM
+from headway.pretrain.models.transformer import Block
+from headway.pretrain.objectives import Objective
+from headway.pretrain.objectives.base import ChunkedLoss
 
 
-def apply(objective: CausalLM, job: Job, world: World, *, compiled: bool) -> nn.Module:
+def apply(objective: Objective, job: Job, world: World, *, compiled: bool) -> nn.Module:
     """Spread an objective that was built on the meta device, give it memory and its initial weights.
 
     Returns the module to call: the objective itself, or DDP around it. Names of parameters do not change.
@@ -31,14 +33,20 @@ def apply(objective: CausalLM, job: Job, world: World, *, compiled: bool) -> nn.
     return objective
 
 
-def compile_blocks(objective: CausalLM) -> None:
+def compile_blocks(objective: Objective) -> None:
     """Compile the block, once for all blocks, and the loss: most of the gain at a fraction of the wait."""
-    for block in objective.model.blocks:
+    for block in blocks_of(objective):
         block.compile()
-    objective.loss.compile()
+    if isinstance(loss := getattr(objective, "loss", None), ChunkedLoss):
+        loss.compile()
 
 
-def shard(objective: CausalLM, world: World, *, reshard: bool) -> None:
+def blocks_of(objective: Objective) -> list[Block]:
+    """All blocks, of all towers, in order."""
+    return [module for module in objective.modules() if isinstance(module, Block)]
+
+
+def shard(objective: Objective, world: World, *, reshard: bool) -> None:
     """FSDP2 around every block and around the rest; with a replicate axis, HSDP.
 
     Gradients are summed, not averaged: the loss is divided by the global count of tokens already.
@@ -46,18 +54,19 @@ def shard(objective: CausalLM, world: World, *, reshard: bool) -> None:
     assert world.mesh is not None
     mesh = world.mesh["replicate", "shard"] if world.layout.replicate > 1 else world.mesh["shard"]
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float64 if _is_double(objective) else torch.float32)
-    for block in objective.model.blocks:
+    for block in blocks_of(objective):
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(objective, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in objective.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
-    for method in ("logits", "attention_maps"):  # they gather parameters as the forward does
-        register_fsdp_forward_method(objective, method)
+    for method in ("logits", "attention_maps", "reconstruct"):  # they gather parameters as the forward does
+        if hasattr(objective, method):
+            register_fsdp_forward_method(objective, method)
 
 
-def replicate(objective: CausalLM, world: World) -> nn.Module:
+def replicate(objective: Objective, world: World) -> nn.Module:
     """Plain DDP. Replicas are equal by construction, so nothing is broadcast at the start."""
     return DistributedDataParallel(
         objective,

@@ -16,8 +16,11 @@ Batch = dict[str, Tensor]
 """Rows of samples: every tensor's first dim is the sample, so any slice of rows is a batch too.
 
 Keys that every batch has: `sample` (int64, the sample's place in the global order, which names it) and
-`slot` (int64, its place in the global batch). An objective adds its own: `tokens`, `labels`, `documents`...
+`slot` (int64, its place in the global batch). An objective adds its own: `tokens`, `labels`, `pixels`...
 """
+
+Sums = dict[str, tuple[float, float]]
+"""Name -> (sum, count) over all ranks; the metric is sum / count."""
 
 Watch = Callable[[dict[str, Tensor]], None]
 
@@ -27,18 +30,20 @@ class StepResult:
     """What one optimizer step reports; equal on all ranks.
 
     Attributes:
-        loss: mean over valid tokens of the global batch, in nats.
+        loss: mean over what the objective counts in the global batch, in nats.
         grad_norm: L2 norm of the whole gradient before clipping.
-        tokens: valid tokens in the global batch.
+        tokens: tokens (patches) of the global batch that the model read.
+        rows: samples in the global batch.
         skipped: the update was left out (fp16 overflow).
-        metrics: what the objective adds.
+        metrics: what the objective adds: numbers, or lists of them.
     """
 
     loss: float
     grad_norm: float
     tokens: int
+    rows: int = 0
     skipped: bool = False
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float | list[float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -77,8 +82,9 @@ class Engine(Protocol):
     def learning_rate(self, step: int) -> float:
         """Learning rate (`optimizer.lr` times the schedule's factor) of a step."""
 
-    def evaluate(self, batch: Batch) -> tuple[float, int]:
-        """Summed loss and count of valid tokens over all ranks' rows; ranks may hold different numbers."""
+    def evaluate(self, batch: Batch) -> Sums:
+        """`loss` (of what the objective scores) and its metrics over all ranks' rows; ranks may hold different
+        numbers of them."""
 
     def state(self) -> State:
         """Weights, optimizer moments and counters under canonical names; tensors alias the live ones."""

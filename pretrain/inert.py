@@ -1,4 +1,5 @@
-"""Settings that have no effect in a given job, as a table: field, when it counts, why it does not."""
+"""Settings that have no effect in a given job, as a table: field (or section, with a dot at the end), when it counts,
+why it does not."""
 
 from __future__ import annotations
 
@@ -11,6 +12,66 @@ from headway.pretrain.recipe import DEFAULT, Resolved
 Rule = tuple[str, Callable[[Job], bool], str]
 
 RULES: list[Rule] = [
+    ("data.images.", lambda j: j.model.family == "vit", "only the family vit reads images"),
+    ("data.seq_len", lambda j: j.model.family != "vit", "an image has as many tokens as patches"),
+    ("data.tokenizer.", lambda j: j.model.family != "vit", "images need no tokenizer"),
+    (
+        "data.target_len",
+        lambda j: j.model.family == "t5" and j.objective.name in ("pairs", "prefix"),
+        "the objective derives it, or there is no decoder beside an encoder",
+    ),
+    (
+        "data.documents",
+        lambda j: j.objective.name in ("causal", "prefix", "masked") and j.model.family != "t5",
+        "rows of this objective are not packed documents",
+    ),
+    ("model.decoder_layers", lambda j: j.model.family == "t5", "only the family t5 has a decoder of its own"),
+    ("model.segments", lambda j: j.model.family == "bert", "only the family bert has segments"),
+    ("model.pooler", lambda j: j.model.family == "bert", "only the family bert has a pooler"),
+    ("model.embedding_size", lambda j: j.model.family != "vit", "patches have no table"),
+    ("model.vision.", lambda j: j.model.family == "vit", "only the family vit has patches"),
+    ("model.relative_buckets", lambda j: j.model.positions == "relative", "model.positions is not relative"),
+    ("model.relative_distance", lambda j: j.model.positions == "relative", "model.positions is not relative"),
+    (
+        "model.experts.",
+        lambda j: j.model.experts.count > 0,
+        "model.experts.count is 0: the model is dense",
+    ),
+    (
+        "model.init.std",
+        lambda j: j.model.init.scheme in ("gpt2", "normal", "bert", "vit"),
+        "this scheme has deviations of its own",
+    ),
+    ("objective.infill.", lambda j: j.objective.name == "causal", "objective.name is not causal"),
+    ("objective.masking.", lambda j: j.objective.name == "masked", "objective.name is not masked"),
+    (
+        "objective.masking.span_mean",
+        lambda j: j.objective.masking.unit == "span",
+        "objective.masking.unit is not span",
+    ),
+    (
+        "objective.masking.span_max",
+        lambda j: j.objective.masking.unit == "span",
+        "objective.masking.unit is not span",
+    ),
+    (
+        "objective.spans.",
+        lambda j: j.objective.name in ("spans", "ul2"),
+        "objective.name is neither spans nor ul2",
+    ),
+    ("objective.denoisers", lambda j: j.objective.name == "ul2", "objective.name is not ul2"),
+    ("objective.augment.", lambda j: j.model.family == "vit", "only images are augmented"),
+    ("objective.pool", lambda j: j.objective.name == "classify", "objective.name is not classify"),
+    ("objective.mae.", lambda j: j.objective.name == "mae", "objective.name is not mae"),
+    ("objective.label_smoothing", lambda j: j.objective.name != "mae", "pixels have no labels"),
+    ("objective.z_loss", lambda j: j.model.family != "vit", "there is no softmax over words"),
+    (
+        "train.eval_overlap",
+        lambda j: j.objective.name == "causal",
+        "held-out rows overlap for causal models only",
+    ),
+    ("train.ramp.increment", lambda j: j.train.ramp.start is not None, "train.ramp.start is not given"),
+    ("train.ramp.samples", lambda j: j.train.ramp.start is not None, "train.ramp.start is not given"),
     ("model.rotary_base", lambda j: j.model.positions == "rotary", "model.positions is not rotary"),
     ("model.max_positions", lambda j: j.model.positions == "learned", "only learned positions have a table"),
     ("data.tokenizer.vocab", lambda j: _trained(j), "the vocabulary is that of the given tokenizer"),
@@ -45,7 +106,13 @@ def _trained(job: Job) -> bool:
 def inert(resolved: Resolved) -> dict[str, str]:
     """Field -> reason, for every setting that was given and has no effect."""
     given = {f for f, origin in resolved.origins.items() if origin != DEFAULT}
-    return {field: why for field, counts, why in RULES if field in given and not counts(resolved.job)}
+    idle = [(field, why) for field, counts, why in RULES if not counts(resolved.job)]
+    return {
+        one: why
+        for field, why in reversed(idle)
+        for one in sorted(given)
+        if one == field or (field.endswith(".") and one.startswith(field))
+    }
 
 
 def refuse_inert(resolved: Resolved) -> None:

@@ -192,6 +192,13 @@ def leaves(job: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, value
 
 
+def as_plain(item: Any) -> Any:
+    """An item of a list of settings as people read it: a source by its path, others by what was set."""
+    if not isinstance(item, BaseModel):
+        return item
+    return getattr(item, "path", None) or item.model_dump(exclude_defaults=True)
+
+
 def _merge(tree: dict, layer: dict, origins: dict[str, str], origin: str, prefix: str = "") -> None:
     for key, value in layer.items():
         name = f"{prefix}{key}"

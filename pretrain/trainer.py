@@ -33,11 +33,11 @@ class Yardstick:
     """What turns seconds into model FLOP utilisation.
 
     Attributes:
-        flops_per_token: forward and backward of the model, without recomputation.
+        flops_per_row: forward and backward of the model on a sample, without recomputation.
         peak: FLOP/s of all devices of the run together.
     """
 
-    flops_per_token: float
+    flops_per_row: float
     peak: float
 
 
@@ -50,7 +50,7 @@ class Trainer:
         saver: writes checkpoints.
         evaluate: held-out loss on at most that many rows (None: all), in nats a token.
         stop_asked: whether any rank was asked to stop; equal on all ranks.
-        name_samples: names of the samples of a step's global batch, for error messages.
+        name_samples: names of the samples of the last global batch, for error messages.
         memory: peak memory of this process so far, in GiB.
     """
 
@@ -62,7 +62,7 @@ class Trainer:
     saver: Saver
     evaluate: Callable[[int | None], dict[str, float]]
     stop_asked: Callable[[], bool]
-    name_samples: Callable[[int], str]
+    name_samples: Callable[[], str]
     memory: Callable[[], float]
 
     def run(self, done: int) -> None:
@@ -74,6 +74,8 @@ class Trainer:
         """
         steps, every = self.job.train.steps, self.job.checkpoint.every
         saved = done
+        if done == 0 and self.job.train.eval_every:
+            self.recorder.event("eval", **self.evaluate(self.job.train.eval_rows))
         for step in range(done, steps):
             self._step(step)
             self.saver.poll()
@@ -100,7 +102,7 @@ class Trainer:
         try:
             result = self.engine.train_step(batch, step, watch)
         except NonFiniteError as error:
-            raise NonFiniteError(f"{error}; samples: {self.name_samples(step)}") from None
+            raise NonFiniteError(f"{error}; samples: {self.name_samples()}") from None
         self.recorder.step(self._values(step, result, time.perf_counter() - begin))
         every = self.job.train.eval_every
         if every and number % every == 0 and number < self.job.train.steps:
@@ -112,7 +114,7 @@ class Trainer:
             result,
             lr=self.engine.learning_rate(step),
             seconds=seconds,
-            flops=result.tokens * self.yardstick.flops_per_token,
+            flops=result.rows * self.yardstick.flops_per_row,
             peak=self.yardstick.peak,
             memory_gib=self.memory(),
         )

@@ -4,7 +4,7 @@ The forward takes blocks of queries against the keys they may see. The backward 
 the weights from the forward's log-sum-exp (Dao et al. 2022, algorithm 4) and holds them transposed, so that no
 product needs a transposed copy of a large matrix.
 
-Shapes: B batch, H query heads, K key/value heads, S sequence, D head dimension.
+Shapes: B batch, H query heads, K key/value heads (in [H, Q, K]: keys), Q queries, S keys, D head dimension.
 """
 
 from __future__ import annotations
@@ -12,21 +12,27 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from headway.kernels import random
-from headway.kernels.attention.dense import WeightDropout
+from headway.kernels.attention.dense import WeightDropout, per_query_head, score_scale
 from headway.kernels.attention.masks import Mask, lower
 
 
 def attention(
-    q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask, dropout: WeightDropout | None = None
+    q_BHQD: Tensor,
+    k_BKSD: Tensor,
+    v_BKSD: Tensor,
+    mask: Mask,
+    dropout: WeightDropout | None = None,
+    scale: float | None = None,
+    bias_HQK: Tensor | None = None,
 ) -> Tensor:
-    """softmax(Q K^T / sqrt(D)) V with `mask` and `dropout`; see `dense.reference`, its specification."""
-    group = q_BHSD.shape[1] // k_BKSD.shape[1]
-    k_BHSD, v_BHSD = (x if group == 1 else x.repeat_interleave(group, 1) for x in (k_BKSD, v_BKSD))
+    """softmax(scale Q K^T + bias) V with `mask` and `dropout`; see `dense.reference`, its specification."""
+    k_BHSD, v_BHSD = (per_query_head(x, q_BHQD) for x in (k_BKSD, v_BKSD))
     drop = tuple(dropout) if dropout is not None else (0.0, None, None, None, 0)
-    return _Blocks.apply(q_BHSD, k_BHSD, v_BHSD, mask.causal, mask.documents, *drop)
+    return _Blocks.apply(q_BHQD, k_BHSD, v_BHSD, bias_HQK, score_scale(scale, q_BHQD), *mask, *drop)
 
 
 def block_rows(length: int) -> int:
@@ -34,59 +40,92 @@ def block_rows(length: int) -> int:
     return max(128, -(-length // (16 * 64)) * 64)
 
 
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
 class _Blocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, causal, documents, p, key, slots, positions, first_head):
-        mask = Mask(causal, documents)
+    def forward(
+        ctx,
+        q, k, v, bias, scale,
+        causal, documents, key_documents, prefix,
+        p, key, slots, positions, first_head,
+    ):  # fmt: skip
+        mask = Mask(causal, documents, key_documents, prefix)
         drop = None if key is None else WeightDropout(p, key, slots, positions, first_head)
-        if q.device.type == "cpu" and drop is None and documents is None:
+        plain = documents is None and prefix is None and bias is None
+        if q.device.type == "cpu" and drop is None and plain:
             # PyTorch's own forward is good here, and gives the log-sum-exp; its bf16 backward is what is slow.
-            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+            out, lse = _flash(q, k, v, 0.0, causal, scale=scale)
         else:
-            out, lse = _forward(q, k, v, mask, drop)
-        ctx.save_for_backward(q, k, v, out, lse, documents, key, slots, positions)
-        ctx.causal, ctx.p, ctx.first_head = causal, p, first_head
+            out, lse = _forward(q, k, v, bias, scale, mask, drop)
+        ctx.save_for_backward(
+            q, k, v, bias, out, lse, documents, key_documents, prefix, key, slots, positions
+        )
+        ctx.scale, ctx.causal, ctx.p, ctx.first_head = scale, causal, p, first_head
         return out
 
     @staticmethod
     def backward(ctx, d_out):
-        q, k, v, out, lse, documents, key, slots, positions = ctx.saved_tensors
+        q, k, v, bias, out, lse, *described = ctx.saved_tensors
+        documents, key_documents, prefix, key, slots, positions = described
+        mask = Mask(ctx.causal, documents, key_documents, prefix)
         drop = None if key is None else WeightDropout(ctx.p, key, slots, positions, ctx.first_head)
-        dq, dk, dv = _backward(d_out, q, k, v, out, lse, Mask(ctx.causal, documents), drop)
-        return dq, dk, dv, *[None] * 7
+        wants_bias = ctx.needs_input_grad[3]
+        gradients = _backward(d_out, q, k, v, bias, out, lse, ctx.scale, mask, drop, wants_bias)
+        return *gradients, *[None] * 10
 
 
-def _forward(q, k, v, mask, drop):
-    """Output [B, H, S, D] and log-sum-exp of the scores [B, H, S]."""
-    length, rows = q.shape[2], block_rows(q.shape[2])
+def _forward(q, k, v, bias, scale, mask, drop):
+    """Output [B, H, Q, D] and log-sum-exp of the scores [B, H, Q]."""
+    length, total, rows = q.shape[2], k.shape[2], block_rows(q.shape[2])
     outs, sums = [], []
     for start in range(0, length, rows):
         queries = slice(start, min(length, start + rows))
-        keys = slice(0, queries.stop if mask.causal else length)
-        scores = _scores(q[:, :, queries], k[:, :, keys].mT, q.shape[-1])
-        seen = lower(mask, length, q.device, queries, keys)
-        if seen is not None:
-            scores = torch.where(seen, scores, -math.inf)
-        weights = torch.softmax(scores, -1)
-        if drop is not None:
-            weights = torch.where(_kept(drop, q, queries, keys), weights * random.kept_scale(drop.p), 0)
-        outs.append(weights.to(v.dtype) @ v[:, :, keys])
-        sums.append(scores.logsumexp(-1))
+        keys = slice(0, queries.stop if mask.triangular else total)
+        out, lse = _attend(q, k, v, bias, scale, mask, drop, queries, keys)
+        outs.append(out)
+        sums.append(lse)
     return torch.cat(outs, 2), torch.cat(sums, 2)
 
 
-def _backward(d_out, q, k, v, out, lse, mask, drop):
-    """Gradients of q, k, v [B, H, S, D]. Names ending in _T are transposed: keys (or features) by queries."""
-    length, rows, wide = q.shape[2], block_rows(q.shape[2]), lse.dtype
-    scale = 1 / math.sqrt(q.shape[-1])
+def _attend(q, k, v, bias, scale, mask, drop, queries, keys):
+    """Output and log-sum-exp of a block of queries."""
+    seen = lower(mask, q.shape[2], k.shape[2], q.device, queries, keys)
+    q_part, k_part, v_part = q[:, :, queries], k[:, :, keys], v[:, :, keys]
+    if q.device.type == "cpu" and drop is None and bias is not None:
+        # A bias costs another pass over the scores, which PyTorch's kernel does not need: a third of the time.
+        added = bias[None, :, queries, keys]
+        added = added if seen is None else torch.where(seen, added, -math.inf)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        return _flash(q_part, k_part, v_part, 0.0, False, attn_mask=added.to(wide), scale=scale)
+    scores = _scores(q_part, k_part.mT, scale)
+    if bias is not None:
+        scores = scores + bias[:, queries, keys]
+    if seen is not None:
+        scores = torch.where(seen, scores, torch.finfo(scores.dtype).min)
+    weights = torch.softmax(scores, -1)
+    if mask.key_documents is not None:  # a row may see nothing
+        weights = torch.where(seen, weights, 0)
+    if drop is not None:
+        weights = torch.where(_kept(drop, q, queries, keys), weights * random.kept_scale(drop.p), 0)
+    return weights.to(v.dtype) @ v_part, scores.logsumexp(-1)
+
+
+def _backward(d_out, q, k, v, bias, out, lse, scale, mask, drop, wants_bias):
+    """Gradients of q, k, v and of the bias. Names ending in _T are transposed: keys (or features) by queries."""
+    length, total, rows, wide = q.shape[2], k.shape[2], block_rows(k.shape[2]), lse.dtype
     lse, delta = lse.unsqueeze(2), (d_out.to(wide) * out.to(wide)).sum(-1).unsqueeze(2)
     q_T, k_T, d_out_T = q.mT.contiguous(), k.mT.contiguous(), d_out.mT.contiguous()
-    dks, dvs, pieces = [], [], []
-    for start in range(0, length, rows):
-        keys = slice(start, min(length, start + rows))
-        queries = slice(start if mask.causal else 0, length)
-        weights_T = torch.exp(_scores(k[:, :, keys], q_T[..., queries], q.shape[-1]) - lse[..., queries])
-        seen = lower(mask, length, q.device, queries, keys)
+    dks, dvs, d_biases, pieces = [], [], [], []
+    for start in range(0, total, rows):
+        keys = slice(start, min(total, start + rows))
+        queries = slice(start if mask.triangular else 0, length)
+        scores_T = _scores(k[:, :, keys], q_T[..., queries], scale)
+        if bias is not None:
+            scores_T = scores_T + bias[:, queries, keys].mT
+        weights_T = torch.exp(scores_T - lse[..., queries])
+        seen = lower(mask, length, total, q.device, queries, keys)
         if seen is not None:
             weights_T = torch.where(seen.mT, weights_T, 0)
         d_weights_T = (v[:, :, keys] @ d_out_T[..., queries]).to(wide)
@@ -94,7 +133,10 @@ def _backward(d_out, q, k, v, out, lse, mask, drop):
         if drop is not None:
             kept_T, factor = _kept(drop, q, queries, keys).mT, random.kept_scale(drop.p)
             dropped_T, d_weights_T = (torch.where(kept_T, x * factor, 0) for x in (weights_T, d_weights_T))
-        d_scores_T = (weights_T * (d_weights_T - delta[..., queries])).to(q.dtype)
+        d_scores_T = weights_T * (d_weights_T - delta[..., queries])
+        if wants_bias:
+            d_biases.append(F.pad(d_scores_T.sum(0), (queries.start, 0)).mT)
+        d_scores_T = d_scores_T.to(q.dtype)
         dvs.append(dropped_T.to(v.dtype) @ d_out[:, :, queries])
         dks.append(d_scores_T @ q[:, :, queries])
         pieces.append((queries.start, k_T[..., keys] @ d_scores_T))
@@ -103,15 +145,16 @@ def _backward(d_out, q, k, v, out, lse, mask, drop):
         for a in range(0, length, rows)
     ]
     dq = (torch.cat(dq_T, -1).mT * scale).to(q.dtype)
-    return dq, torch.cat(dks, 2) * scale, torch.cat(dvs, 2)
+    d_bias = torch.cat(d_biases, 2).to(bias.dtype) if wants_bias else None
+    return dq, torch.cat(dks, 2) * scale, torch.cat(dvs, 2), d_bias
 
 
-def _scores(left: Tensor, right: Tensor, dim: int) -> Tensor:
+def _scores(left: Tensor, right: Tensor, scale: float) -> Tensor:
     scores = left @ right
-    return scores.to(torch.promote_types(scores.dtype, torch.float32)) * (1 / math.sqrt(dim))
+    return scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
 
 
-def _kept(drop: WeightDropout, q_BHSD: Tensor, queries: slice, keys: slice) -> Tensor:
-    heads = torch.arange(q_BHSD.shape[1], device=q_BHSD.device) + drop.first_head
+def _kept(drop: WeightDropout, q_BHQD: Tensor, queries: slice, keys: slice) -> Tensor:
+    heads = torch.arange(q_BHQD.shape[1], device=q_BHQD.device) + drop.first_head
     coordinates = (drop.slots[:, None, None], heads[None, :, None], drop.positions[None, None, queries])
     return random.keep(drop.key, drop.p, coordinates, keys.stop, keys.start)

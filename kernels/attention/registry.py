@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from headway.kernels.attention import blocks, dense
+from headway.kernels.attention import blocks, dense, entropy
 
 Compute = Callable[..., Tensor]
-"""(q [B, H, S, D], k [B, K, S, D], v [B, K, S, D], mask, dropout or None) -> [B, H, S, D]"""
+"""(q [B, H, Q, D], k and v [B, K, S, D], mask, dropout or None, scale or None, bias [H, Q, S] or None) ->
+[B, H, Q, D]; K key/value heads, S keys. See `dense.reference`."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class Kernel:
         name: what `model.attention.kernel` calls it.
         compute: the function.
         dropout: computes dropout of attention weights, by coordinates.
-        memory: growth of what it holds for the backward, in words.
+        bias: computes a bias of the scores, and its gradient.
+        memory: growth of what it holds for the backward, beside a bias, in words.
     """
 
     name: str
     compute: Compute
     dropout: bool
+    bias: bool
     memory: str
 
 
@@ -42,7 +45,8 @@ class Mechanism:
         name: what `model.attention.mechanism` calls it.
         source: paper and equation.
         kernels: by name, `reference` among them.
-        weights: (q, k, mask) -> attention weights [B, H, S, S], for maps.
+        weights: (q, k, mask, scale, bias) -> attention weights [B, H, Q, S], for maps.
+        entropy: (q, k, mask, scale, bias) -> mean entropy of a sample's rows [B], differentiable, in memory O(S).
         flops: (query heads, head dimension, tokens, causal) -> forward FLOPs of one sequence.
         bytes: (query heads, key/value heads, head dimension, tokens, bytes per element) -> bytes of one sequence
             that a fused forward reads and writes at least.
@@ -52,6 +56,7 @@ class Mechanism:
     source: str
     kernels: dict[str, Kernel]
     weights: Callable[..., Tensor]
+    entropy: Callable[..., Tensor]
     flops: Callable[[int, int, int, bool], int]
     bytes: Callable[[int, int, int, int, int], int]
 
@@ -71,12 +76,13 @@ DENSE = Mechanism(
     kernels={
         k.name: k
         for k in (
-            Kernel("reference", dense.reference, dropout=True, memory="S^2"),
-            Kernel("sdpa", dense.sdpa, dropout=False, memory="S on fused paths"),
-            Kernel("blocks", blocks.attention, dropout=True, memory="S"),
+            Kernel("reference", dense.reference, dropout=True, bias=True, memory="S^2"),
+            Kernel("sdpa", dense.sdpa, dropout=False, bias=True, memory="S; S^2 if a bias learns"),
+            Kernel("blocks", blocks.attention, dropout=True, bias=True, memory="S"),
         )
     },
     weights=dense.attention_weights,
+    entropy=entropy.row_entropy,
     flops=_dense_flops,
     bytes=_dense_bytes,
 )

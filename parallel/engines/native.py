@@ -8,25 +8,31 @@ from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from headway.parallel.apply import apply
 from headway.parallel.mesh import World, rows_per_micro_batch
 from headway.pretrain.config import Job
-from headway.pretrain.engine import Batch, State, StepResult, Watch
+from headway.pretrain.engine import Batch, State, StepResult, Sums, Watch
 from headway.pretrain.errors import NonFiniteError
 from headway.pretrain.models.layers import Noise
-from headway.pretrain.objectives import CausalLM
+from headway.pretrain.models.lsuv import lsuv
+from headway.pretrain.objectives import LossOutput, Mean, Objective
+from headway.pretrain.optim.average import Average
 from headway.pretrain.optim.build import build_optimizers, set_rate
 from headway.pretrain.optim.clipping import global_norm, scale_gradients_
 from headway.pretrain.optim.scaler import LossScale
-from headway.pretrain.optim.schedules import factor
+from headway.pretrain.optim.schedules import factor, in_steps
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MUON = {"fp32": torch.float32, "fp64": torch.float64}
 """Dtype of Muon's iteration; where products are narrow, so may it be (None)."""
+
+
+FIRST_ITERATIONS = 15
+"""Power iterations from a random direction, as torch's spectral_norm has them."""
 
 
 class NativeEngine:
@@ -36,7 +42,7 @@ class NativeEngine:
     """
 
     def __init__(
-        self, job: Job, objective: CausalLM, world: World, *, precision: str, compiled: bool
+        self, job: Job, objective: Objective, world: World, *, precision: str, compiled: bool
     ) -> None:
         self.job, self.world, self.objective = job, world, objective
         self.precision = precision
@@ -45,7 +51,10 @@ class NativeEngine:
         self.named = dict(objective.named_parameters())
         self.optimizers = build_optimizers(self.named.items(), job.optimizer, MUON.get(precision))
         self.scale = LossScale() if precision == "fp16" else None
+        self.schedule = in_steps(job.schedule, job.train, job.data.seq_len)
         self.rows = rows_per_micro_batch(job, world.layout.data)
+        self.average: Average | None = None
+        self.weights_changed()
         for optimizer in self.optimizers:
             _allocate_state(optimizer)
 
@@ -57,8 +66,8 @@ class NativeEngine:
         Raises:
             NonFiniteError: loss or gradient is not finite (fp16: the loss); nothing was updated.
         """
-        tokens = int(self.world.sum(self.objective.valid_tokens(batch))[0])
-        loss, metrics = self._accumulate(batch, step, tokens)
+        counts = self._global_counts(batch)
+        loss, metrics = self._accumulate(batch, step, counts)
         if self.scale:
             scale_gradients_(self.named.values(), 1.0 / self.scale.scale)
         norm = float(global_norm(self.named.values()))
@@ -71,34 +80,43 @@ class NativeEngine:
         self.before_update()
         if not skipped:
             self._update(step, norm)
+            self.objective.after_update(metrics)
+            if self.average:
+                self.average.update()
+        told: dict[str, float | list[float]] = {name: value.tolist() for name, value in metrics.items()}
         if self.scale:
             self.scale.update(overflow=skipped)
-            metrics["loss_scale"] = self.scale.scale
+            told["loss_scale"] = self.scale.scale
         self._forget_gradients()
-        return StepResult(loss, norm, tokens, skipped, metrics)
+        return StepResult(loss, norm, int(counts["read"]), int(counts["rows"]), skipped, told)
 
-    def _accumulate(self, batch: Batch, step: int, tokens: int) -> tuple[float, dict[str, float]]:
-        """Forward and backward over micro-batches; the mean loss over the global batch."""
+    def _global_counts(self, batch: Batch) -> dict[str, float]:
+        """What the terms of the loss are divided by, over all ranks."""
+        local = self.objective.counts(batch)
+        return dict(zip(local, self.world.sum(*local.values()), strict=True))
+
+    def _accumulate(
+        self, batch: Batch, step: int, counts: dict[str, float]
+    ) -> tuple[float, dict[str, Tensor]]:
+        """Forward and backward over micro-batches; loss and metrics of the global batch."""
         micros = [
             {k: v[i : i + self.rows] for k, v in batch.items()}
             for i in range(0, len(batch["slot"]), self.rows)
         ]
-        weight = (self.scale.scale if self.scale else 1.0) / max(tokens, 1)
+        weight = self.scale.scale if self.scale else 1.0
         if isinstance(self.call, DistributedDataParallel):
             weight *= self.world.layout.data  # DDP averages; the sum is wanted
-        total: Tensor | float = 0.0
-        sums: dict[str, Tensor] = {}
+        sums = Totals(self.world)
         for i, micro in enumerate(micros):
             with self._sync(last=i == len(micros) - 1):
                 with self._autocast():
                     out = self.call(micro, Noise.at(self.job.train.seed, step, micro["slot"]))
-                (out.total * weight).backward()
-            total = total + out.total.detach()
-            for name, value in out.metrics.items():
-                sums[name] = sums.get(name, 0) + value.detach()
-        reduced = self.world.sum(float(total), *(float(v) for v in sums.values()))
-        loss, *rest = (value / max(tokens, 1) for value in reduced)
-        return loss, dict(zip(sums, rest, strict=True))
+                parts = [total * (weight / max(counts[name], 1)) for name, total in out.terms.items()]
+                torch.stack(parts).sum().backward() if len(parts) > 1 else parts[0].backward()
+            sums.add(out)
+        terms, metrics = sums.over_ranks()
+        loss = sum(total / max(counts[name], 1) for name, total in terms.items())
+        return loss, {name: total / max(count, 1) for name, (total, count) in metrics.items()}
 
     def _update(self, step: int, norm: float) -> None:
         clip = self.job.optimizer.clip
@@ -110,8 +128,7 @@ class NativeEngine:
 
     def _factor(self, step: int) -> float:
         """The schedule's factor of the learning rate."""
-        tokens_per_step = self.job.train.global_batch * self.job.data.seq_len
-        return factor(step, self.job.schedule, self.job.train.steps, tokens_per_step)
+        return factor(step, self.schedule, self.job.train.steps)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of AdamW's parameters at a step."""
@@ -120,14 +137,18 @@ class NativeEngine:
     # -- evaluation ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> tuple[float, int]:
-        """Summed loss and count of valid tokens over all ranks; all ranks call it together."""
+    def evaluate(self, batch: Batch) -> Sums:
+        """Summed loss, metrics and their counts over all ranks; all ranks call it together. See the protocol."""
         self.objective.eval()
-        with self._autocast():
+        with self._autocast(), self.average.swapped() if self.average else nullcontext():
             out = self.objective(batch)
         self.objective.train()
-        total, count = self.world.sum(float(out.total), self.objective.valid_tokens(batch))
-        return total, int(count)
+        sums = Totals(self.world)
+        sums.add(out)
+        terms, metrics = sums.over_ranks()
+        scored = self.objective.scored
+        found = {"loss": (terms[scored], self._global_counts(batch)[scored])}
+        return found | {n: (float(t), c) for n, (t, c) in metrics.items() if t.dim() == 0}
 
     # -- state ---------------------------------------------------------------------------------------------
 
@@ -135,6 +156,9 @@ class NativeEngine:
         """Weights and optimizer state under canonical names; the tensors are the live ones."""
         names = {id(p): n for n, p in self.named.items()}
         tensors = {name: p.detach() for name, p in self.named.items()}
+        tensors |= persistent_buffers(self.objective)
+        if self.average:
+            tensors |= {f"ema.{name}": tensor for name, tensor in self.average.state().items()}
         for optimizer in self.optimizers:
             for parameter, entries in optimizer.state.items():
                 for key, value in entries.items():
@@ -144,6 +168,22 @@ class NativeEngine:
     def load(self, state: State) -> None:
         if self.scale and "loss_scale" in state.numbers:
             self.scale.load(state.numbers["loss_scale"])
+
+    def weights_changed(self) -> None:
+        """Weights came from elsewhere: what follows them begins anew."""
+        self.objective.iterate(FIRST_ITERATIONS)
+        if self.job.optimizer.ema:
+            self.average = Average(self.named.items(), self.job.optimizer.ema, self._forget_gathered)
+
+    def scale_weights(self, batch: Batch) -> None:
+        """LSUV on this rank's rows of a global batch; all ranks call it together."""
+
+        def forward() -> None:
+            self.objective(batch)
+            self._forget_gathered()
+
+        lsuv(self.objective, forward, lambda values: self.world.sum(*values))
+        self.weights_changed()
 
     # -- pieces --------------------------------------------------------------------------------------------
 
@@ -159,9 +199,55 @@ class NativeEngine:
             self.objective.set_requires_gradient_sync(last)
         return nullcontext()
 
+    def _forget_gathered(self) -> None:
+        """Drop parameters that FSDP still holds gathered: the shards have changed."""
+        for module in self.objective.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def _forget_gradients(self) -> None:
         for parameter in self.named.values():
             parameter.grad = None
+
+
+class Totals:
+    """Sums of a loss's terms and metrics over micro-batches, then over ranks, with one copy from the device."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.terms: dict[str, Tensor] = {}
+        self.metrics: dict[str, Mean] = {}
+
+    def add(self, out: LossOutput) -> None:
+        for name, total in out.terms.items():
+            total = total.detach()
+            self.terms[name] = self.terms[name] + total if name in self.terms else total
+        for name, (total, count) in out.metrics.items():
+            known = self.metrics.get(name)
+            self.metrics[name] = Mean(known.sum + total, known.over + count) if known else Mean(total, count)
+
+    def over_ranks(self) -> tuple[dict[str, float], dict[str, tuple[Tensor, float]]]:
+        """Sums of the terms; sum (a tensor on CPU) and count of each metric."""
+        pieces = [*self.terms.values(), *(piece for mean in self.metrics.values() for piece in mean)]
+        flat = torch.cat([piece.detach().reshape(-1).double() for piece in pieces])
+        reduced = torch.tensor(self.world.sum(*flat.tolist()), dtype=torch.float64)
+        whole = [
+            part.reshape(piece.shape)
+            for part, piece in zip(reduced.split([p.numel() for p in pieces]), pieces, strict=True)
+        ]
+        terms = {name: float(part) for name, part in zip(self.terms, whole, strict=False)}
+        rest = iter(whole[len(terms) :])
+        return terms, {name: (next(rest), float(next(rest))) for name in self.metrics}
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers that are part of the state, by canonical name."""
+    found = {}
+    for prefix, child in module.named_modules():
+        for name, buffer in child.named_buffers(recurse=False):
+            if name not in child._non_persistent_buffers_set:
+                found[f"{prefix}.{name}" if prefix else name] = buffer
+    return found
 
 
 def _allocate_state(optimizer: torch.optim.Optimizer) -> None:

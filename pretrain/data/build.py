@@ -2,7 +2,9 @@
 
 Every source becomes a pair of stores, `train` and `heldout`, in a folder of the cache that is named by a
 fingerprint of the files, the tokenizer and the settings. Which side a document is on depends on its name
-alone, and the content of a store does not depend on the number of processes that built it.
+alone, and the content of a store does not depend on the number of processes that built it. A source of pairs
+(`target` is set) has two more, `train.target` and `heldout.target`, whose document i is the target of document
+i of `train` and `heldout`.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -48,6 +51,7 @@ class Built:
 
     Attributes:
         train, heldout: prefixes; `heldout` is None if no document is kept out.
+        train_target, heldout_target: prefixes of the targets' stores; None if the source has no pairs.
         reused: they were there.
         skipped: malformed lines that were left out.
         skipped_first: the first of them, `FILE:LINE: reason`.
@@ -58,6 +62,8 @@ class Built:
     reused: bool = True
     skipped: int = 0
     skipped_first: list[str] = field(default_factory=list)
+    train_target: Path | None = None
+    heldout_target: Path | None = None
 
 
 @dataclass
@@ -69,6 +75,8 @@ class Prepared:
         heldout: prefixes, in the order of the sources.
         built: what was built or reused, a source that is a store left out.
         tokenizer_path: the tokenizer's file, if it has one.
+        train_targets, heldout_targets: prefixes of the targets of `train` and `heldout`, one for one; None
+            where a source has no pairs.
     """
 
     tokenizer: Tokenizer
@@ -76,6 +84,8 @@ class Prepared:
     heldout: list[Path]
     built: list[Built] = field(default_factory=list)
     tokenizer_path: Path | None = None
+    train_targets: list[Path | None] = field(default_factory=list)
+    heldout_targets: list[Path | None] = field(default_factory=list)
 
 
 def prepare_data(data: config.Data, progress: bool = True) -> Prepared:
@@ -102,8 +112,12 @@ def prepare_data(data: config.Data, progress: bool = True) -> Prepared:
             prepared.built.append(built)
             store = built.train
             prepared.heldout += [built.heldout] if built.heldout else []
-        check_tokenizer(TokenStore(store), prepared.tokenizer)
+            prepared.heldout_targets += [built.heldout_target] if built.heldout else []
+        target = None if source.target is None else _target_of(store)
+        for each in (store, target) if target else (store,):
+            check_tokenizer(TokenStore(each), prepared.tokenizer)
         prepared.train.append((store, source.weight))
+        prepared.train_targets.append(target)
     return prepared
 
 
@@ -115,7 +129,7 @@ def build_store(
     folder: Path | None = None,
     progress: bool = True,
 ) -> Built:
-    """Build the pair of stores of one source, or find it built.
+    """Build the stores of one source, or find them built.
 
     Args:
         data: `heldout`, `on_error`, `workers` and `cache` are read.
@@ -133,10 +147,13 @@ def build_store(
         raise DataError(f"{folder}: exists and was not built from this; name another folder, or remove it")
     fresh = build_once(folder, lambda place: _write(place, source, tokenizer, data, files, mark, progress))
     facts = TokenStore(folder / "train").facts
-    heldout = folder / "heldout"
+    train, heldout = folder / "train", folder / "heldout"
+    paired, kept = source.target is not None, is_store(heldout)
     return Built(
-        train=folder / "train",
-        heldout=heldout if is_store(heldout) else None,
+        train=train,
+        heldout=heldout if kept else None,
+        train_target=_target_of(train) if paired else None,
+        heldout_target=_target_of(heldout) if paired and kept else None,
         reused=not fresh,
         skipped=facts["skipped"],
         skipped_first=facts["skipped_first"],
@@ -204,7 +221,15 @@ def _store_of(source: config.Source) -> Path | None:
         raise JobError(
             "data.sources", source.path, "a token store is named without .bin or .idx", path.with_suffix("")
         )
+    if is_store(path) and source.target is not None and not is_store(_target_of(path)):
+        rule = f"a token store of pairs has its targets beside it, and there is no {_target_of(path)}.idx"
+        raise JobError("data.sources[].target", source.target, f"{source.path}: {rule}")
     return path if is_store(path) else None
+
+
+def _target_of(prefix: Path) -> Path:
+    """Prefix of the store that holds the targets of a store's documents."""
+    return prefix.with_name(f"{prefix.name}.target")
 
 
 def _mark_of(folder: Path) -> str | None:
@@ -215,7 +240,13 @@ def _mark_of(folder: Path) -> str | None:
 def _mark(files: Sequence[File], source: config.Source, data: config.Data, **more: str) -> str:
     """Fingerprint of a source's content, as far as it can be told without reading it, and of its settings."""
     content = [(str(file.path.absolute()), file.name, file.size, file.mtime_ns) for file in files]
-    settings = {"column": source.column, "heldout": data.heldout, "on_error": data.on_error}
+    settings: dict[str, Any] = {
+        "column": source.column,
+        "heldout": data.heldout,
+        "on_error": data.on_error,
+    }
+    if source.target is not None:  # else as it was before there were pairs, so that what is cached is found
+        settings["target"] = source.target
     return fingerprint(format=FORMAT, files=content, **settings, **more)
 
 
@@ -228,18 +259,19 @@ def _write(
     mark: str,
     progress: bool,
 ) -> None:
-    """Encode the files into `folder/train` and `folder/heldout`."""
+    """Encode the files into `folder/train` and `folder/heldout`, and the targets of pairs beside them."""
     total = sum(file.size for file in files)
     workers = (data.workers or len(os.sched_getaffinity(0))) if total >= ALONE_BYTES else 1
-    work = Work(tokenizer, source.column, data.heldout, data.on_error == "skip")
-    sides = {name: TokenStoreWriter(folder / name, tokenizer.vocab) for name in ("train", "heldout")}
+    work = Work(tokenizer, source.column, data.heldout, data.on_error == "skip", source.target)
+    sides = {name: TokenStoreWriter(folder / name, tokenizer.vocab) for name in work.sides}
     utf8_bytes = dict.fromkeys(sides, 0)
     skipped: list[Malformed] = []
     count = 0
     with _bar(progress) as bar:
         task = bar.add_task(f"encoding {source.path}", total=total)
-        for encoded in encode_blocks(cut_into_blocks(files, source.column), work, workers):
-            for name, side in (("train", encoded.train), ("heldout", encoded.heldout)):
+        blocks = cut_into_blocks(files, source.column, source.target)
+        for encoded in encode_blocks(blocks, work, workers):
+            for name, side in encoded.sides.items():
                 sides[name].add_many(side.stream, side.lengths)
                 utf8_bytes[name] += side.utf8_bytes
             count += len(encoded.skipped)
@@ -288,15 +320,19 @@ def _training_texts(
 
 
 def _head(file: File, source: config.Source, data: config.Data, limit: int) -> Iterator[bytes]:
-    """UTF-8 bytes of the first training documents of a file, `limit` at most."""
-    blocks = cut_into_blocks([file], source.column)
-    for item in itertools.chain.from_iterable(read_documents(block, source.column) for block in blocks):
+    """UTF-8 bytes of the first training documents of a file, and of their targets, `limit` at most."""
+    blocks = cut_into_blocks([file], source.column, source.target)
+    documents = (read_documents(block, source.column, source.target) for block in blocks)
+    for item in itertools.chain.from_iterable(documents):
         if limit <= 0:
             return
         if isinstance(item, Document):
-            if not is_heldout(item.name, data.heldout):
-                yield (text := item.text.encode()[:limit])
-                limit -= len(text)
+            if is_heldout(item.name, data.heldout):
+                continue
+            for whole in (item.text, item.target or ""):
+                if text := whole.encode()[: max(0, limit)]:
+                    yield text
+                    limit -= len(text)
         elif data.on_error == "stop":
             rule = "mend it, or leave such lines out with data.on_error=skip"
             raise DataError(f"{item.where}: {item.reason}; {rule}")

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import ArrayLike
 
-from headway.pretrain.data.stream import Rows, Store, document_ids, outside_error
+from headway.pretrain.data.samples import Ints, Rows
+from headway.pretrain.data.token_rows import Store, document_ids, outside_error
 from headway.pretrain.errors import DataError, JobError
 
 
@@ -53,19 +54,19 @@ class HeldoutRows:
         self.vocab, self.name = vocab, name
         self.context = int(overlap * seq_len)
         self.stride = seq_len - self.context
+        self.identity: dict[str, int | str] = {"tokens": store.tokens, "seq_len": seq_len}
 
     def __len__(self) -> int:
         """Number of rows."""
         return 1 + max(0, -(-(self.store.tokens - self.seq_len) // self.stride))
 
-    def rows(self, indices: ArrayLike) -> Rows:
-        """Rows of these numbers.
+    def rows(self, indices: ArrayLike, keys: Ints | None = None) -> Rows:
+        """Rows of these numbers; `keys` are not used.
 
         Returns:
             `tokens` int64 [n, S + 1]: inputs are [:, :-1] and labels [:, 1:].
             `documents` int32 [n, S + 1]: index of the token's document within the row.
             `scored` bool [n, S]: whether the label counts.
-            `sample` int64 [n]: the numbers.
 
         Raises:
             DataError: a token outside the vocabulary; names store and offset.
@@ -87,7 +88,7 @@ class HeldoutRows:
             documents[i, front:end] += front and real[0] == self.separator  # the first document is empty
             documents[i, end:] = documents[i, end - 1] + 1
             scored[i, 0 if front else self.context : end - 1] = True
-        return {"tokens": tokens, "documents": documents, "scored": scored, "sample": indices}
+        return {"tokens": tokens, "documents": documents, "scored": scored}
 
 
 def heldout_rows(

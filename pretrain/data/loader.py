@@ -10,7 +10,9 @@ from typing import Any, Self
 
 import torch
 
-from headway.pretrain.data.stream import Rows, SampleStream
+from headway.pretrain.data.ramp import BatchSizes
+from headway.pretrain.data.samples import Rows
+from headway.pretrain.data.stream import SampleStream
 from headway.pretrain.engine import Batch
 
 Collate = Callable[[Rows], Batch]
@@ -30,7 +32,7 @@ class Loader:
     Args:
         stream: the order; its cursor says where to begin.
         collate: turns rows (arrays) into tensors whose first dim is the sample.
-        global_batch: rows of a global batch, over all ranks.
+        sizes: rows of each step's global batch, over all ranks.
         rank: this rank among `ranks` that share the global batch.
         ranks: how many there are.
         ahead: batches prepared in advance.
@@ -41,16 +43,17 @@ class Loader:
         self,
         stream: SampleStream,
         collate: Collate,
-        global_batch: int,
+        sizes: BatchSizes,
         rank: int = 0,
         ranks: int = 1,
         ahead: int = 2,
         pin: bool = False,
     ) -> None:
-        self.stream, self.collate, self.global_batch = stream, collate, global_batch
+        self.stream, self.collate, self.sizes = stream, collate, sizes
         self.rank, self.ranks, self.ahead, self.pin = rank, ranks, ahead, pin
         self._thread: ThreadPoolExecutor | None = None
-        self._waiting: deque[Future[Batch]] = deque()
+        self._waiting: deque[tuple[range, Future[Batch]]] = deque()
+        self.draws = range(0)  # of the last batch that was handed out
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -59,19 +62,22 @@ class Loader:
         if self._thread is None:
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         while len(self._waiting) <= self.ahead:
-            first = self.stream.draw + len(self._waiting) * self.global_batch
-            self._waiting.append(self._thread.submit(self._make, first))
+            first = self._waiting[-1][0].stop if self._waiting else self.stream.draw
+            rows = self.sizes.rows(self.sizes.step_of(first))
+            self._waiting.append((range(first, first + rows), self._thread.submit(self._make, first, rows)))
+        draws, future = self._waiting[0]
         try:
-            batch = self._waiting[0].result()
+            batch = future.result()
         except BaseException:
+            self.draws = draws
             self.close()
             raise
         self._waiting.popleft()
-        self.stream.draw += self.global_batch
+        self.draws, self.stream.draw = draws, draws.stop
         return batch
 
-    def _make(self, first: int) -> Batch:
-        rows = self.stream.batch(first, self.global_batch, self.rank, self.ranks)
+    def _make(self, first: int, count: int) -> Batch:
+        rows = self.stream.batch(first, count, self.rank, self.ranks)
         batch = self.collate(rows) | {key: torch.from_numpy(rows[key]) for key in ("sample", "slot")}
         return {key: tensor.pin_memory() for key, tensor in batch.items()} if self.pin else batch
 

@@ -206,6 +206,24 @@ class TokenStore:
             raise IndexError(f"{self.prefix}: no document {i}, it holds {self.documents}")
         return self._stream[self._starts[i] : self._starts[i + 1]]
 
+    def text(self, i: int, separator: int) -> npt.NDArray[Any]:
+        """Tokens of document i without the separator that ends it: a read-only view."""
+        tokens = self.document(i)
+        ended = tokens.size and (self.facts.get("separator") == separator or tokens[-1] == separator)
+        return tokens[:-1] if ended else tokens
+
+    def text_lengths(self, separator: int) -> npt.NDArray[np.int64]:
+        """Sizes of all `text`s: int64 [documents]. Costs O(documents), and reads no token of stores built here.
+
+        Those say in their facts that every document ends with the separator; of others the ends are read.
+        """
+        offsets = np.append(self._pointers // self.dtype.itemsize, self.tokens)[self._firsts]
+        lengths = np.diff(offsets)
+        ended = lengths > 0
+        if self.facts.get("separator") != separator:
+            ended[ended] = self._stream[offsets[1:][ended] - 1] == separator
+        return lengths - ended
+
 
 class _Starts(Sequence[int]):
     """Offset in the stream at which each document begins, looked up when asked for (for `bisect`).

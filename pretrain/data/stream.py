@@ -1,72 +1,45 @@
-"""Rows of tokens in their global order: what a run reads, and where it is in it.
-
-A store is one flat stream of tokens. With S = `seq_len`, row r of a store is tokens [r S, r S + S], S + 1 of
-them: S inputs and, shifted by one, S labels. Neighbouring rows share a token, so every token but the first is
-a label exactly once an epoch. The last (tokens - 1) mod S tokens fill no row and are not trained on.
-
-Shapes: `n` samples, `S` tokens in a row.
-"""
+"""Samples in their global order: what a run reads, and where it is in it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from headway.pretrain.data.order import Blend, Ints, Permutation, make_key
+from headway.pretrain.data.order import Blend, Permutation, make_key
+from headway.pretrain.data.samples import Ints, Rows, Samples, make_keys
 from headway.pretrain.errors import DataError
 
-Rows = dict[str, NDArray[Any]]
-
-
-class Store(Protocol):
-    """What is asked of a token store."""
-
-    tokens: int
-
-    def read(self, start: int, count: int) -> NDArray[Any]:
-        """Tokens [start, start + count) of the flat stream."""
-
-    def boundaries(self, start: int, stop: int) -> Ints:
-        """Offsets in [start, stop) where documents begin, ascending."""
+SETTING = {"seq_len": "data.seq_len", "target_len": "data.target_len", "pairs": "objective.masking.pairs"}
+"""Settings that make up an identity, for messages."""
 
 
 class SampleStream:
-    """Draw i -> row: a blend of sources, each shuffled anew every epoch, and a cursor.
+    """Draw i -> sample: a blend of sources, each shuffled anew every epoch, and a cursor.
 
     The order is a function of the seed and the sources' names, sizes and weights. `draw` is the cursor: the
     next draw of the run. The rest is stateless, so rows may be asked for in any order, from any thread.
 
     Args:
-        sources: (name, store, weight) each; the name is the source's identity, the weight its share.
-        seq_len: S.
+        sources: (name, samples, weight) each; the name is the source's identity, the weight its share.
         seed: of the run.
-        separator: token that ends each document of the stores.
-        vocab: tokens must be below it; None leaves them unchecked.
 
     Raises:
-        DataError: no source, two of one name, a weight that is not positive, a store without one full row.
+        DataError: no source, two of one name, a weight that is not positive.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[tuple[str, Store, float]],
-        seq_len: int,
-        seed: int,
-        separator: int,
-        vocab: int | None = None,
-    ) -> None:
+    def __init__(self, sources: Sequence[tuple[str, Samples, float]], seed: int) -> None:
         self.names = [name for name, _, _ in sources]
-        self.stores = [store for _, store, _ in sources]
-        self.seq_len, self.seed, self.separator, self.vocab = seq_len, seed, separator, vocab
+        self.samples = [samples for _, samples, _ in sources]
+        self.seed = seed
         if len(set(self.names)) < len(self.names):
             raise DataError(
                 f"data.sources: two sources have one name: {', '.join(self.names)}; name each once"
             )
-        self.row_counts = [count_rows(name, store, seq_len) for name, store, _ in sources]
+        self.counts = [len(samples) for samples in self.samples]
         try:
             self.blend = Blend([weight for _, _, weight in sources])
         except ValueError as error:
@@ -76,37 +49,35 @@ class SampleStream:
         self._permutation = lru_cache(maxsize=64)(self._make_permutation)
 
     def locate(self, draws: ArrayLike) -> tuple[Ints, Ints, Ints]:
-        """Source, row and epoch of each draw: three int64 arrays of draws' shape [n]."""
+        """Source, number and epoch of each draw's sample: three int64 arrays of draws' shape [n]."""
         source, index = self.blend.place(draws)
-        row_counts = np.array(self.row_counts, dtype=np.int64)[source]
-        epoch, place = index // row_counts, index % row_counts
-        row = np.empty_like(place)
+        counts = np.array(self.counts, dtype=np.int64)[source]
+        epoch, place = index // counts, index % counts
+        number = np.empty_like(place)
         for s, e in set(zip(source.tolist(), epoch.tolist(), strict=True)):
             mine = (source == s) & (epoch == e)
-            row[mine] = self._permutation(s, e)(place[mine])
-        return source, row, epoch
+            number[mine] = self._permutation(s, e)(place[mine])
+        return source, number, epoch
 
     def rows(self, draws: ArrayLike) -> Rows:
-        """Rows of these draws.
+        """Samples of these draws.
 
-        Returns:
-            `tokens` int64 [n, S + 1]: inputs are [:, :-1] and labels [:, 1:].
-            `documents` int32 [n, S + 1]: index of the token's document within the row; see `document_ids`.
+        Returns: what the sources give, and
             `sample` int64 [n]: the draws.
+            `key` int64 [n]: hashes of (source, seed, sample, epoch), which all corruption is a function of.
 
         Raises:
-            DataError: a token outside the vocabulary; names store and offset.
+            DataError: a sample cannot be read; names it.
         """
         draws = np.asarray(draws, dtype=np.int64)
-        source, row, _ = self.locate(draws)
-        tokens = np.empty((draws.size, self.seq_len + 1), dtype=np.int64)
-        documents = np.empty(tokens.shape, dtype=np.int32)
-        for i, (s, start) in enumerate(zip(source.tolist(), (row * self.seq_len).tolist(), strict=True)):
-            tokens[i] = self.stores[s].read(start, self.seq_len + 1)
-            if error := outside_error(self.names[s], start, tokens[i], self.vocab):
-                raise error
-            documents[i] = document_ids(self.stores[s], start, tokens[i], self.separator)
-        return {"tokens": tokens, "documents": documents, "sample": draws}
+        source, number, epoch = self.locate(draws)
+        keys = np.empty(draws.size, dtype=np.int64)
+        parts: list[tuple[np.ndarray, Rows]] = []
+        for s in np.unique(source).tolist():
+            mine = np.flatnonzero(source == s)
+            keys[mine] = make_keys(self.names[s], self.seed, number[mine].tolist(), epoch[mine].tolist())
+            parts.append((mine, self.samples[s].rows(number[mine], keys[mine])))
+        return {**_merged(parts, draws.size), "sample": draws, "key": keys}
 
     def batch(self, first: int, global_batch: int, rank: int = 0, ranks: int = 1) -> Rows:
         """One rank's rows of the global batch that draws [first, first + global_batch) form.
@@ -118,19 +89,18 @@ class SampleStream:
 
     def describe(self, draw: int) -> str:
         """Where a draw comes from, for people: "corpus.jsonl row 1234 (epoch 0)"."""
-        source, row, epoch = (int(x[0]) for x in self.locate([draw]))
-        return f"{self.names[source]} row {row} (epoch {epoch})"
+        source, number, epoch = (int(x[0]) for x in self.locate([draw]))
+        return f"{self.names[source]} row {number} (epoch {epoch})"
 
     def state(self) -> dict[str, Any]:
         """The cursor, as JSON values: the next draw, and where the blend's weights began."""
-        known = zip(self.names, self.stores, self.blend.weights, self.blend.consumed, strict=True)
+        known = zip(self.names, self.samples, self.blend.weights, self.blend.consumed, strict=True)
+        sources = [{"name": n, "identity": s.identity, "weight": w, "consumed": c} for n, s, w, c in known]
         return {
             "draw": self.draw,
             "seed": self.seed,
-            "seq_len": self.seq_len,
             "start": self.blend.start,
-            "sources": [{"name": n, "tokens": s.tokens, "weight": w, "consumed": c} for n, s, w, c in known]
-            + self._retired,
+            "sources": sources + self._retired,
         }
 
     def load(self, state: dict[str, Any]) -> list[str]:
@@ -142,7 +112,7 @@ class SampleStream:
         Returns: what differs, a sentence each; empty if nothing does.
 
         Raises:
-            DataError: the seed, the row length or a corpus is another, so the saved place means nothing here.
+            DataError: the seed, or what a source's samples are, is another, so the saved place means nothing here.
         """
         self._check_same(state)
         active = [s for s in state["sources"] if s["weight"] > 0]
@@ -165,18 +135,25 @@ class SampleStream:
 
     def _check_same(self, state: dict[str, Any]) -> None:
         """DataError if a saved cursor is of another order."""
-        for field, label in (("seed", "train.seed"), ("seq_len", "data.seq_len")):
-            if state[field] != getattr(self, field):
+        if state["seed"] != self.seed:
+            raise DataError(
+                f"train.seed = {self.seed}: the run was saved with {state['seed']}, and its place in the order "
+                "of samples has no meaning here; set that again, or start a new run"
+            )
+        before = {s["name"]: s["identity"] for s in state["sources"]}
+        for name, samples in zip(self.names, self.samples, strict=True):
+            for field, saved in before.get(name, {}).items():
+                now = samples.identity.get(field)
+                if now == saved:
+                    continue
+                if field in SETTING:
+                    raise DataError(
+                        f"{SETTING[field]} = {now}: the run was saved with {saved}, and its place in the order of "
+                        "samples has no meaning here; set that again, or start a new run"
+                    )
                 raise DataError(
-                    f"{label} = {getattr(self, field)}: the run was saved with {state[field]}, and its "
-                    "place in the order of samples has no meaning here; set that again, or start a new run"
-                )
-        saved_tokens = {s["name"]: s["tokens"] for s in state["sources"]}
-        for name, store in zip(self.names, self.stores, strict=True):
-            if saved_tokens.get(name, store.tokens) != store.tokens:
-                raise DataError(
-                    f"{name}: holds {store.tokens} tokens, but {saved_tokens[name]} when the run was saved, "
-                    "so its rows are others; restore that corpus, or add the new one under another name"
+                    f"{name}: holds {now} {field}, but {saved} when the run was saved, so its samples are "
+                    "others; restore that corpus, or add the new one under another name"
                 )
 
     def _differences(self, active: list[dict[str, Any]]) -> list[str]:
@@ -193,7 +170,7 @@ class SampleStream:
         return sorted(notes)
 
     def _make_permutation(self, source: int, epoch: int) -> Permutation:
-        return Permutation(self.row_counts[source], make_key(self.seed, self.names[source], epoch))
+        return Permutation(self.counts[source], make_key(self.seed, self.names[source], epoch))
 
 
 def rank_slots(global_batch: int, rank: int, ranks: int) -> range:
@@ -201,40 +178,13 @@ def rank_slots(global_batch: int, rank: int, ranks: int) -> range:
     return range(rank * global_batch // ranks, (rank + 1) * global_batch // ranks)
 
 
-def count_rows(name: str, store: Store, seq_len: int) -> int:
-    """Full training rows of a store; DataError if there is none."""
-    rows = (store.tokens - 1) // seq_len
-    if rows < 1:
-        raise DataError(
-            f"{name}: holds {store.tokens} tokens, but one row of data.seq_len = {seq_len} needs "
-            f"{seq_len + 1}; give more text or shorter rows"
-        )
-    return rows
-
-
-def document_ids(store: Store, start: int, tokens: Ints, separator: int) -> NDArray[np.int32]:
-    """Index of each token's document within a row: int32 [L], from 0, for the stream's tokens from `start`.
-
-    The separator that ends a document is counted as the first token of the next one: it acts as the next
-    one's beginning-of-document token, so that with isolated documents every token is still predicted.
-    Documents that end without a separator begin at their own first token.
-    """
-    stop = start + tokens.size
-    begins = store.boundaries(start + 1, min(stop + 1, store.tokens)) - start
-    if stop == store.tokens:
-        begins = np.append(begins, tokens.size)  # what would follow the last document
-    begins = begins - (tokens[begins - 1] == separator)
-    marks = np.zeros(tokens.size, dtype=np.int32)
-    marks[begins[(begins > 0) & (begins < tokens.size)]] = 1
-    return np.cumsum(marks, dtype=np.int32)
-
-
-def outside_error(name: str, start: int, tokens: Ints, vocab: int | None) -> DataError | None:
-    """Error that names the first token which the vocabulary does not have, if there is one."""
-    if vocab is None or not tokens.size or (tokens.min() >= 0 and tokens.max() < vocab):
-        return None
-    place = int(np.flatnonzero((tokens < 0) | (tokens >= vocab))[0])
-    return DataError(
-        f"{name}: token {tokens[place]} at offset {start + place} is not in the vocabulary of {vocab}; the "
-        "store was built with another tokenizer: build it again, or give that tokenizer"
-    )
+def _merged(parts: list[tuple[np.ndarray, Rows]], size: int) -> Rows:
+    """Rows of several sources, each at its places."""
+    if len(parts) == 1:
+        return parts[0][1]
+    merged = {}
+    for field, example in parts[0][1].items():
+        merged[field] = np.empty((size, *example.shape[1:]), dtype=example.dtype)
+        for places, rows in parts:
+            merged[field][places] = rows[field]
+    return merged

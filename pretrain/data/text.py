@@ -15,7 +15,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -24,6 +24,8 @@ from headway.pretrain.data.corpus import stdlib_sources
 from headway.pretrain.errors import DataError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from headway.pretrain import config
 
 BLOCK_BYTES = 1 << 18
@@ -66,11 +68,16 @@ class File:
 
 @dataclass(frozen=True)
 class Document:
-    """A text, its `name` (`FILE` or `FILE:LINE`, relative to the source) and the path to show to people."""
+    """A text, its `name` (`FILE` or `FILE:LINE`, relative to the source) and the path to show to people.
+
+    Attributes:
+        target: the other text of a pair.
+    """
 
     name: str
     where: str
     text: str
+    target: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class Block:
 
     Attributes:
         files: several whole text files, or the one file that `rows` are from.
-        rows: lines of JSON, or values of a Parquet column; None for text files.
+        rows: lines of JSON, or values of a Parquet column (pairs: of two columns); None for text files.
         first: line or row number of the first row, from 1.
         cost: bytes on disk that the block stands for.
     """
@@ -137,18 +144,22 @@ def _files_of_glob(pattern: str) -> Iterator[tuple[Path, str]]:
             yield Path(match), Path(match).relative_to(fixed).as_posix()
 
 
-def cut_into_blocks(files: Sequence[File], column: str) -> Iterator[Block]:
+def cut_into_blocks(files: Sequence[File], column: str, target: str | None = None) -> Iterator[Block]:
     """Pieces of work of about `BLOCK_BYTES`, in order.
 
     Args:
         column: the Parquet column that holds the text.
+        target: the one that holds the target, for pairs of texts.
 
     Raises:
-        DataError: a file cannot be read, is damaged, or its table lacks the column.
+        DataError: a file cannot be read, is damaged, its table lacks the column, or it cannot hold pairs.
     """
     texts: list[File] = []
     size = 0
     for file in files:
+        if target is not None and file.format == "text":
+            rule = f"plain text has no field {target!r}: pairs are read from .jsonl and .parquet"
+            raise DataError(f"{file.path}: {rule} (data.sources[].target)")
         if file.format == "text":
             texts.append(file)
             size += file.size
@@ -158,7 +169,7 @@ def cut_into_blocks(files: Sequence[File], column: str) -> Iterator[Block]:
         if file.format == "lines":
             yield from _blocks_of_lines(file)
         elif file.format == "table":
-            yield from _blocks_of_table(file, column)
+            yield from _blocks_of_table(file, (column,) if target is None else (column, target))
     if texts:
         yield Block(tuple(texts), size)
 
@@ -176,29 +187,37 @@ def _blocks_of_lines(file: File) -> Iterator[Block]:
         raise DataError(f"{file.path}: cannot be read after line {line - 1}: {fault}") from fault
 
 
-def _blocks_of_table(file: File, column: str) -> Iterator[Block]:
+def _blocks_of_table(file: File, columns: Sequence[str]) -> Iterator[Block]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(file.path) as table:
-            schema, total = table.schema_arrow, table.metadata.num_rows
-            if column not in schema.names:
-                known = ", ".join(schema.names)
-                raise DataError(f"{file.path}: no column {column!r}; it has {known} (data.sources[].column)")
-            kind = schema.field(column).type
-            values = kind.value_type if pa.types.is_dictionary(kind) else kind
-            if not (pa.types.is_string(values) or pa.types.is_large_string(values)):
-                raise DataError(
-                    f"{file.path}: column {column!r} holds {kind}, not text (data.sources[].column)"
-                )
+            total = table.metadata.num_rows
+            for column in columns:
+                _check_column(file, table.schema_arrow, column)
             row = 1
-            for batch in table.iter_batches(BLOCK_ROWS, columns=[column]):
+            for batch in table.iter_batches(BLOCK_ROWS, columns=list(dict.fromkeys(columns))):
                 share = file.size * len(batch) // total
-                yield Block((file,), share, batch.column(0).to_pylist(), row)
+                values = [batch.column(column).to_pylist() for column in columns]
+                rows = values[0] if len(columns) == 1 else list(zip(*values, strict=True))
+                yield Block((file,), share, rows, row)
                 row += len(batch)
     except (OSError, pa.ArrowException) as fault:
         raise DataError(f"{file.path}: cannot be read as Parquet: {fault}") from fault
+
+
+def _check_column(file: File, schema: pa.Schema, column: str) -> None:
+    """DataError if a table lacks this column of text."""
+    import pyarrow as pa
+
+    if column not in schema.names:
+        known = ", ".join(schema.names)
+        raise DataError(f"{file.path}: no column {column!r}; it has {known} (data.sources[].column)")
+    kind = schema.field(column).type
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(values) or pa.types.is_large_string(values)):
+        raise DataError(f"{file.path}: column {column!r} holds {kind}, not text (data.sources[].column)")
 
 
 def _decompress(raw: IO[bytes], compression: str) -> IO[bytes]:
@@ -212,11 +231,12 @@ def _decompress(raw: IO[bytes], compression: str) -> IO[bytes]:
     return raw
 
 
-def read_documents(block: Block, column: str) -> Iterator[Document | Malformed]:
-    """Documents of a block in order; empty ones and blank lines are left out.
+def read_documents(block: Block, column: str, target: str | None = None) -> Iterator[Document | Malformed]:
+    """Documents of a block in order; empty ones and blank lines are left out. An empty text in a pair is malformed.
 
     Args:
         column: field of the JSON objects that holds the text.
+        target: field that holds the target, for pairs of texts; the block was cut with it.
 
     Raises:
         DataError: a text file cannot be read or decompressed.
@@ -230,9 +250,11 @@ def read_documents(block: Block, column: str) -> Iterator[Document | Malformed]:
     for number, row in enumerate(rows, block.first):
         name, where = f"{file.name}:{number}", f"{file.path}:{number}"
         if isinstance(block.rows, bytes):
-            yield from _parse_line(name, where, row, column)
-        else:
+            yield from _parse_line(name, where, row, column, target)
+        elif target is None:
             yield from _as_document(name, where, row)
+        else:
+            yield _as_pair(name, where, zip((column, target), row, strict=True))
 
 
 def _content(file: File) -> bytes:
@@ -243,7 +265,9 @@ def _content(file: File) -> bytes:
         raise DataError(f"{file.path}: cannot be read: {fault}") from fault
 
 
-def _parse_line(name: str, where: str, line: bytes, column: str) -> Iterator[Document | Malformed]:
+def _parse_line(
+    name: str, where: str, line: bytes, column: str, target: str | None
+) -> Iterator[Document | Malformed]:
     if not line.strip():
         return
     try:
@@ -257,12 +281,26 @@ def _parse_line(name: str, where: str, line: bytes, column: str) -> Iterator[Doc
     else:
         if not isinstance(row, dict):
             yield Malformed(where, f"not a JSON object but {type(row).__name__}")
-        elif column not in row:
-            yield Malformed(
-                where, f"no field {column!r}; the object has {', '.join(map(repr, row)) or 'none'}"
-            )
-        else:
+            return
+        columns = (column,) if target is None else (column, target)
+        if missing := [each for each in columns if each not in row]:
+            known = ", ".join(map(repr, row)) or "none"
+            yield Malformed(where, f"no field {missing[0]!r}; the object has {known}")
+        elif target is None:
             yield from _as_document(name, where, row[column])
+        else:
+            yield _as_pair(name, where, ((each, row[each]) for each in columns))
+
+
+def _as_pair(name: str, where: str, fields: Iterable[tuple[str, object]]) -> Document | Malformed:
+    """A document with its target, if the values of both fields are texts and not empty."""
+    texts = []
+    for column, value in fields:
+        read = next(_as_document(name, where, value), Malformed(where, "the text is empty"))
+        if isinstance(read, Malformed):
+            return Malformed(where, f"field {column!r}: {read.reason}")
+        texts.append(read.text)
+    return Document(name, where, *texts)
 
 
 def _as_document(name: str, where: str, value: object) -> Iterator[Document | Malformed]:

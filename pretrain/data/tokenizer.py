@@ -13,6 +13,7 @@ import json
 import re
 from array import array
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -57,6 +58,14 @@ class Tokenizer(Protocol):
         """Text of the ids; byte sequences that are not UTF-8 become U+FFFD, separators vanish."""
         ...
 
+    def find(self, name: str) -> int | None:
+        """Id of the special token of this name; None if there is none. Pieces of text are not special tokens."""
+        ...
+
+    def pieces(self) -> list[str]:
+        """How each id is spelled, with whitespace as it is in texts; "" of ids that stand for no text."""
+        ...
+
 
 class BytesTokenizer:
     """UTF-8 bytes as ids 0-255; 256 is the separator, 257-259 are unused (an embedding of 4 x 65 rows)."""
@@ -73,6 +82,13 @@ class BytesTokenizer:
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
         return bytes(i for i in map(int, ids) if i < 256).decode(errors="replace")
+
+    def find(self, name: str) -> int | None:
+        return None
+
+    def pieces(self) -> list[str]:
+        """A byte from 128 on is spelled as the character of that number, whatever character it is a part of."""
+        return [chr(i) for i in range(256)] + [""] * (self.vocab - 256)
 
 
 class SentencePieceTokenizer:
@@ -125,6 +141,26 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
         return self._sp.decode(list(map(int, ids)))
+
+    def find(self, name: str) -> int | None:
+        return self._special.get(name)
+
+    def pieces(self) -> list[str]:
+        special = set(self._special.values())
+        return ["" if i in special else self._spell(i) for i in range(self.vocab)]
+
+    def _spell(self, i: int) -> str:
+        piece = self._sp.id_to_piece(i)
+        return chr(int(piece[3:5], 16)) if self._sp.is_byte(i) else piece.replace("\u2581", " ")
+
+    @cached_property
+    def _special(self) -> dict[str, int]:
+        """Names and ids of control symbols and of what the user defined: the processor does not tell them apart."""
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
+        pieces = ModelProto.FromString(self._model).pieces
+        kinds = (ModelProto.SentencePiece.CONTROL, ModelProto.SentencePiece.USER_DEFINED)
+        return {p.piece: i for i, p in enumerate(pieces) if p.type in kinds}
 
     def _find_separator(self) -> int:
         if self._sp.eos_id() >= 0:
@@ -194,6 +230,21 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
         kept = [i for i in map(int, ids) if i != self.separator]
         return self._library.decode(kept, skip_special_tokens=False)
+
+    def find(self, name: str) -> int | None:
+        return self._special.get(name)
+
+    def pieces(self) -> list[str]:
+        special = set(self._special.values())
+        names = [None if i in special else self._library.id_to_token(i) for i in range(self.vocab)]
+        # Byte-level BPE writes bytes as printable characters; elsewhere these are letters like any other.
+        signs = {"Ġ": " ", "Ċ": "\n", "ĉ": "\t", "č": "\r"} if '"ByteLevel"' in self._arguments[0] else {}
+        table = str.maketrans({"\u2581": " "} | signs)
+        return [(name or "").translate(table) for name in names]
+
+    @property
+    def _special(self) -> dict[str, int]:
+        return {token.content: i for i, token in self._library.get_added_tokens_decoder().items()}
 
 
 def load_tokenizer(config: config.Tokenizer, path: Path | None = None) -> Tokenizer:

@@ -34,17 +34,24 @@ class Work:
         column: field or column that holds the text.
         heldout: share of documents kept out of training.
         skip: malformed lines are left out and reported instead of ending the build.
+        target: field or column that holds the target, for pairs of texts.
     """
 
     tokenizer: Tokenizer
     column: str
     heldout: float
     skip: bool
+    target: str | None = None
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """Names of the stores that are written; document i of a side and of its targets belong together."""
+        return ("train", "heldout") + (() if self.target is None else ("train.target", "heldout.target"))
 
 
 @dataclass
 class Side:
-    """Documents of a block on one side of the split: tokens as bytes of the store's dtype, and lengths."""
+    """Documents of a block that go into one store: tokens as bytes of the store's dtype, and lengths."""
 
     stream: bytes
     lengths: npt.NDArray[np.int64]
@@ -53,10 +60,9 @@ class Side:
 
 @dataclass
 class Encoded:
-    """A block, encoded; `cost` is bytes on disk."""
+    """A block, encoded: `sides` by the names of `Work.sides`; `cost` is bytes on disk."""
 
-    train: Side
-    heldout: Side
+    sides: dict[str, Side]
     cost: int
     skipped: list[Malformed] = field(default_factory=list)
 
@@ -76,20 +82,21 @@ def encode_block(block: Block, work: Work) -> Encoded:
     Raises:
         DataError: a line is malformed and not to be skipped.
     """
-    train: list[str] = []
-    heldout: list[str] = []
+    texts: dict[str, list[str]] = {name: [] for name in work.sides}
     skipped: list[Malformed] = []
-    for item in read_documents(block, work.column):
+    for item in read_documents(block, work.column, work.target):
         if isinstance(item, Document):
-            (heldout if is_heldout(item.name, work.heldout) else train).append(item.text)
+            side = "heldout" if is_heldout(item.name, work.heldout) else "train"
+            texts[side].append(item.text)
+            if item.target is not None:
+                texts[f"{side}.target"].append(item.target)
         elif work.skip:
             skipped.append(item)
         else:
             rule = "mend it, or leave such lines out with data.on_error=skip"
             raise DataError(f"{item.where}: {item.reason}; {rule}")
-    return Encoded(
-        encode_side(train, work.tokenizer), encode_side(heldout, work.tokenizer), block.cost, skipped
-    )
+    sides = {name: encode_side(of_side, work.tokenizer) for name, of_side in texts.items()}
+    return Encoded(sides, block.cost, skipped)
 
 
 def encode_side(texts: list[str], tokenizer: Tokenizer) -> Side:

@@ -1,21 +1,24 @@
 """Attention of a block: projections, QK-norm, positions, and the core that mixes tokens.
 
-Shapes: B batch, S sequence, E hidden size, H query heads, K key/value heads, D head dimension.
+Shapes: B batch, S sequence, M encoder's sequence, E hidden size, H query heads, K key/value heads, D head dimension.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from headway.kernels.attention.choose import KernelUnavailable, choose
 from headway.kernels.attention.dense import WeightDropout
+from headway.kernels.attention.entropy import row_entropy
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.registry import MECHANISMS
 from headway.kernels.rotary import Rotation, rotate
 from headway.pretrain import config
 from headway.pretrain.errors import JobError
-from headway.pretrain.models.layers import Dropout, Linear, Noise, RMSNorm, narrowed
+from headway.pretrain.models.layers import Dropout, Noise, RMSNorm, build_linear, narrowed
 
 
 class Core(nn.Module):
@@ -23,33 +26,40 @@ class Core(nn.Module):
 
     def __init__(self, attention: config.Attention) -> None:
         super().__init__()
-        self.mechanism, self.request = attention.mechanism, attention.kernel
+        self.mechanism, self.request, self.scale = attention.mechanism, attention.kernel, attention.scale
         try:
             choose(self.mechanism, self.request, dropout=attention.dropout > 0)
         except KernelUnavailable as e:
             raise JobError("model.attention.kernel", e.value, e.rule, e.nearest) from None
 
     def forward(
-        self, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask, dropout: WeightDropout | None
+        self,
+        q_BHSD: Tensor,
+        k_BKMD: Tensor,
+        v_BKMD: Tensor,
+        mask: Mask,
+        dropout: WeightDropout | None,
+        bias_HSM: Tensor | None = None,
     ) -> Tensor:
         """Returns [B, H, S, D]."""
         kernel = choose(
             self.mechanism,
             self.request,
             dropout=dropout is not None,
+            bias=bias_HSM is not None,
             device=q_BHSD.device.type,
             dtype=q_BHSD.dtype,
             compiled=torch.compiler.is_compiling(),
         )
-        return kernel.compute(q_BHSD, k_BKSD, v_BKSD, mask, dropout)
+        return kernel.compute(q_BHSD, k_BKMD, v_BKMD, mask, dropout, self.scale, bias_HSM)
 
-    def weights(self, q_BHSD: Tensor, k_BKSD: Tensor, mask: Mask) -> Tensor:
-        """Attention weights by the mechanism's reference, [B, H, S, S]."""
-        return MECHANISMS[self.mechanism].weights(q_BHSD, k_BKSD, mask)
+    def weights(self, q_BHSD: Tensor, k_BKMD: Tensor, mask: Mask, bias_HSM: Tensor | None = None) -> Tensor:
+        """Attention weights by the mechanism's reference, [B, H, S, M]."""
+        return MECHANISMS[self.mechanism].weights(q_BHSD, k_BKMD, mask, self.scale, bias_HSM)
 
 
 class Attention(nn.Module):
-    """Multi-head, grouped-query or multi-query self-attention.
+    """Multi-head, grouped-query or multi-query attention, of a sequence to itself or to an encoder's output.
 
     q, k and v are separate products, so that each can be split by heads.
     """
@@ -58,27 +68,42 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = model.head_width
         self.first_head = 0  # global index of the first head here; tensor parallelism sets it
-        self.q = Linear(model.hidden, model.heads * self.head_dim, model.bias)
-        self.k = Linear(model.hidden, model.kv * self.head_dim, model.bias)
-        self.v = Linear(model.hidden, model.kv * self.head_dim, model.bias)
-        self.o = Linear(model.heads * self.head_dim, model.hidden, model.bias)
+        self.q = build_linear(model, model.hidden, model.heads * self.head_dim)
+        self.k = build_linear(model, model.hidden, model.kv * self.head_dim)
+        self.v = build_linear(model, model.hidden, model.kv * self.head_dim)
+        self.o = build_linear(model, model.heads * self.head_dim, model.hidden)
         qk_norm = model.attention.qk_norm
         self.q_norm = RMSNorm(self.head_dim, model.norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, model.norm_eps) if qk_norm else None
         self.dropout = Dropout(model.attention.dropout)
         self.core = Core(model.attention)
+        self.wants_entropy = model.attention.entropy_penalty != 0
 
-    def forward(self, x_BSE: Tensor, mask: Mask, turn: Rotation | None, noise: Noise | None) -> Tensor:
-        """Returns [B, S, E]."""
+    def forward(
+        self,
+        x_BSE: Tensor,
+        mask: Mask,
+        turn: Rotation | None = None,
+        noise: Noise | None = None,
+        bias_HSM: Tensor | None = None,
+        memory_BME: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns [B, S, E], and the mean entropy of attention rows [B] in nats if the loss wants it."""
         x_BSE = narrowed(x_BSE)
-        q_BHSD, k_BKSD, v_BKSD = (self._heads(project(x_BSE)) for project in (self.q, self.k, self.v))
+        source = x_BSE if memory_BME is None else narrowed(memory_BME)
+        q_BHSD, k_BKMD, v_BKMD = (
+            self._heads(self.q(x_BSE)),
+            self._heads(self.k(source)),
+            self._heads(self.v(source)),
+        )
         if self.q_norm is not None and self.k_norm is not None:
-            q_BHSD, k_BKSD = self.q_norm(q_BHSD), self.k_norm(k_BKSD)
+            q_BHSD, k_BKMD = self.q_norm(q_BHSD), self.k_norm(k_BKMD)
         if turn is not None:
-            q_BHSD, k_BKSD = rotate(q_BHSD, turn), rotate(k_BKSD, turn)
-        y_BHSD = self.core(q_BHSD, k_BKSD, v_BKSD, mask, self._weight_dropout(noise, x_BSE.shape[1]))
-        out: Tensor = self.o(y_BHSD.transpose(1, 2).flatten(2))
-        return out
+            q_BHSD, k_BKMD = rotate(q_BHSD, turn), rotate(k_BKMD, turn)
+        dropout = self._weight_dropout(noise, x_BSE.shape[1])
+        y_BHSD = self.core(q_BHSD, k_BKMD, v_BKMD, mask, dropout, bias_HSM)
+        entropy = row_entropy(q_BHSD, k_BKMD, mask, self.core.scale, bias_HSM) if self.wants_entropy else None
+        return self.o(y_BHSD.transpose(1, 2).flatten(2)), entropy
 
     def _heads(self, x: Tensor) -> Tensor:
         # The number of heads is inferred: under tensor parallelism only some of them are here.
@@ -89,3 +114,31 @@ class Attention(nn.Module):
         if noise is None or p == 0:
             return None
         return WeightDropout(p, self.dropout.key(noise), noise.slots_B, noise.places(length), self.first_head)
+
+
+@torch.no_grad()
+def attention_maps(model: nn.Module, *inputs: Any, **named: Any) -> Tensor:
+    """Weights of every self-attention layer and head of the model's first tower, by the mechanism's reference.
+
+    Args:
+        model: called with the other arguments.
+
+    Returns:
+        [layers, B, H, S, S] in order of computation.
+    """
+    maps: list[Tensor] = []
+
+    def record(core: Any, arguments: Any) -> None:
+        q_BHSD, k_BKMD, _, mask, _, bias = arguments
+        maps.append(core.weights(q_BHSD, k_BKMD, mask, bias))
+
+    towers = [m for name, m in model.named_modules() if name.rpartition(".")[2] == "blocks"]
+    cores = [block.attention.core for block in towers[0]]
+    hooks = [core.register_forward_pre_hook(record) for core in cores]
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            model(*inputs, **named)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(maps)

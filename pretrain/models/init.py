@@ -5,16 +5,15 @@ Any rank fills any slice of a parameter, with the bits that slicing the whole wo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from headway.kernels import random
 from headway.pretrain import config
-from headway.pretrain.models.layers import Dropout
+from headway.pretrain.models.schemes import Fill, rule
 
 _ELEMENTS = 1 << 16  # filled at once: temporaries of this size stay in a CPU's cache
 
@@ -38,61 +37,61 @@ def initialise(
     module: nn.Module,
     model: config.Model,
     seed: int,
-    slice_of: Callable[[str, nn.Parameter], Slice] | None = None,
+    slice_of: Callable[[str, Any], Slice] | None = None,
 ) -> None:
-    """Fill the parameters of `module`, and the salts of its dropout.
+    """Fill the parameters and persistent buffers of `module`, and the salts of what it drops at random.
 
     Args:
         module: a model or an objective whose tensors are materialised; its parameter names are taken as
             canonical.
-        model: gives the standard deviation.
+        model: gives scheme, deviation and depth.
         seed: of the run.
-        slice_of: (name, parameter) -> the part that is held here; the whole parameter if not given.
+        slice_of: (name, tensor) -> the part that is held here; the whole tensor if not given.
     """
-    for name, parameter in module.named_parameters():
-        part = slice_of(name, parameter) if slice_of else whole(parameter)
-        fill(part, name, scale(name, model), seed)
+    kept = module.state_dict().keys()
+    buffers = ((name, buffer) for name, buffer in module.named_buffers() if name in kept)
+    for name, tensor in (*module.named_parameters(), *buffers):
+        part = slice_of(name, tensor) if slice_of else whole(tensor)
+        fill(part, name, rule(name, part.shape, model), seed)
     for name, child in module.named_modules():
-        if isinstance(child, Dropout):
-            child.salt.fill_(random.key(0, "dropout", name))
+        salt = getattr(child, "salt", None)
+        if isinstance(salt, Tensor):
+            salt.fill_(random.key(0, "dropout", name))
 
 
-def whole(parameter: Tensor) -> Slice:
-    """All of a parameter."""
-    return Slice(parameter, tuple(parameter.shape), (0,) * parameter.dim())
+def whole(tensor: Tensor) -> Slice:
+    """All of a parameter or buffer."""
+    return Slice(tensor, tuple(tensor.shape), (0,) * tensor.dim())
 
 
-def scale(name: str, model: config.Model) -> float | str:
-    """Standard deviation of a parameter's initial weights, or "zeros" or "ones".
-
-    Projections into the residual stream, of which there are two a block, get std / sqrt(2 layers), so that the
-    stream's variance does not grow with depth (GPT-2, section 2.3).
-    """
-    owner, _, kind = name.rpartition(".")
-    if kind == "bias":
-        return "zeros"
-    if owner.endswith("norm"):
-        return "ones"
-    if owner.endswith(("attention.o", "mlp.down")):
-        return model.init.std / math.sqrt(2 * model.layers)
-    return model.init.std
-
-
-def fill(part: Slice, name: str, std: float | str, seed: int) -> None:
-    """Fill `part.local` with "zeros", "ones" or normal numbers of deviation `std`, rounded from fp32."""
-    local = part.local
-    if std == "zeros" or std == "ones":
-        local.fill_(float(std == "ones"))
-        return
-    assert isinstance(std, float)
+def fill(part: Slice, name: str, how: Fill, seed: int) -> None:
+    """Fill `part.local` as `how` says, with numbers rounded from fp32, or fp64 for `orthogonal` and `unit`."""
     key = random.key(seed, "init", name)
+    if how.kind == "constant":
+        part.local.fill_(how.value)
+    elif how.kind in ("orthogonal", "unit"):
+        make = _orthogonal if how.kind == "orthogonal" else _unit
+        held = zip(part.offset, part.local.shape, strict=True)
+        part.local.copy_(make(key, part.shape)[tuple(slice(o, o + n) for o, n in held)] * how.value)
+    elif part.local.numel():
+        _fill_rows(part, key, how)
+
+
+_DRAW = {
+    "normal": random.normal,
+    "truncated": random.truncated_normal,
+    "uniform": random.centred_uniform,
+}
+
+
+def _fill_rows(part: Slice, key: int, how: Fill) -> None:
+    local, start = part.local, part.offset[-1]
     rows = _global_rows(part).flatten()
-    start = part.offset[-1]
     table = local.view(-1, local.shape[-1])
-    step = max(1, _ELEMENTS // max(1, local.shape[-1]))
+    step = max(1, _ELEMENTS // local.shape[-1])
     for first in range(0, table.shape[0], step):
-        chosen = rows[first : first + step]
-        table[first : first + step] = random.normal(key, chosen, start, start + local.shape[-1]) * std
+        numbers = _DRAW[how.kind](key, rows[first : first + step], start, start + local.shape[-1])
+        table[first : first + step] = numbers * how.value
 
 
 def _global_rows(part: Slice) -> Tensor:
@@ -101,3 +100,26 @@ def _global_rows(part: Slice) -> Tensor:
     for size, held, offset in zip(part.shape[:-1], part.local.shape[:-1], part.offset[:-1], strict=True):
         rows = rows.unsqueeze(-1) * size + torch.arange(offset, offset + held, device=part.local.device)
     return rows
+
+
+def _normals(key: int, shape: tuple[int, ...]) -> Tensor:
+    """The whole tensor's normal numbers, fp64, on the CPU: one place, so that factorisations agree."""
+    numbers = torch.empty(shape, dtype=torch.float64)
+    _fill_rows(whole(numbers), key, Fill("normal"))
+    return numbers
+
+
+def _orthogonal(key: int, shape: tuple[int, ...]) -> Tensor:
+    """Uniformly distributed orthogonal matrices [..., outputs, inputs], fp64 (Mezzadri 2007: the signs of R's
+    diagonal are moved into Q). Every rank factorises the whole: an orthogonal matrix has no independent parts."""
+    normals = _normals(key, shape)
+    wide = shape[-2] < shape[-1]
+    q, r = torch.linalg.qr(normals.mT if wide else normals)
+    q = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    return q.mT if wide else q
+
+
+def _unit(key: int, shape: tuple[int, ...]) -> Tensor:
+    """A vector of norm 1, fp64."""
+    normals = _normals(key, shape)
+    return normals / normals.norm()

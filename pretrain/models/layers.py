@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from headway.kernels import glu, norm, random
 from headway.kernels.precision import product_dtype
 from headway.pretrain import config
+from headway.pretrain.models.spectral import SpectralLinear
 
 
 class Noise(NamedTuple):
@@ -40,11 +41,20 @@ class Noise(NamedTuple):
             return self.positions_S
         return torch.arange(length, device=self.key.device)
 
+    def again(self, times: int) -> Noise:
+        """Noise of a module's next use in the same forward: blocks that share weights do not share dropout."""
+        return self if times == 0 else self._replace(key=self.key ^ random.key(0, "again", times))
+
 
 class Linear(nn.Linear):
     """x W^T + b. Not initialised here: initial weights depend on their canonical names."""
 
     def reset_parameters(self) -> None: ...
+
+
+def build_linear(model: config.Model, inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer of a block, as the config wants it."""
+    return (SpectralLinear if model.spectral else Linear)(inputs, outputs, model.bias)
 
 
 class Embedding(nn.Embedding):
@@ -78,11 +88,16 @@ class RMSNorm(nn.Module):
         return norm.rms_norm(x, self.weight, self.eps).to(x.dtype)
 
 
-def build_norm(model: config.Model) -> LayerNorm | RMSNorm:
-    """The norm of the residual stream that the config names."""
-    if model.norm == "rmsnorm":
-        return RMSNorm(model.hidden, model.norm_eps)
-    return LayerNorm(model.hidden, model.norm_eps, model.bias)
+def build_norm(model: config.Model, size: int | None = None) -> nn.Module:
+    """The norm that the config names, of `size` features (the residual stream's if not given)."""
+    size = size or model.hidden
+    if model.norm == "none":
+        return nn.Identity()
+    return (
+        RMSNorm(size, model.norm_eps)
+        if model.norm == "rmsnorm"
+        else LayerNorm(size, model.norm_eps, model.bias)
+    )
 
 
 class Dropout(nn.Module):
@@ -108,6 +123,26 @@ class Dropout(nn.Module):
             return x_BSE
         coordinates = (noise.slots_B[:, None], noise.places(x_BSE.shape[1])[None], 0)
         return random.dropout(x_BSE, self.p, self.key(noise), coordinates)
+
+
+class StochasticDepth(nn.Module):
+    """Leaves out what a sub-layer adds, for whole samples, and scales what stays (Huang et al. 2016).
+
+    The choice is a function of the step, the module's name and the sample's slot; without noise nothing is left out.
+    """
+
+    salt: Tensor
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.register_buffer("salt", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def forward(self, x_BSE: Tensor, noise: Noise | None) -> Tensor:
+        if noise is None or self.p == 0:
+            return x_BSE
+        kept_B = random.uniform(noise.key ^ self.salt, noise.slots_B) >= self.p
+        return torch.where(kept_B[:, None, None], x_BSE / (1 - self.p), 0)
 
 
 class MLP(nn.Module):

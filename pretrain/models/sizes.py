@@ -1,94 +1,271 @@
-"""Parameters, FLOPs and bytes from the configuration alone: no model is built."""
+"""Parameters, FLOPs and bytes from the configuration alone: no model is built.
+
+A family is a table of parts, each with its parameters and the FLOPs of its products on one row of the batch. Every
+product counts 2 FLOPs a weight, attention counts the pairs that are seen (causal: half of the square); norms,
+activations and lookups count nothing. This is the convention of model FLOPs utilisation.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from headway.kernels.attention.registry import MECHANISMS
-from headway.pretrain import config
+from headway.pretrain.config import Job, Model
+from headway.pretrain.models.inputs import Inputs
+from headway.pretrain.models.mae import decoder_shape
 
 
-@dataclass(frozen=True)
-class Parameters:
+class Cost(NamedTuple):
+    """What a part of a model costs.
+
+    Attributes:
+        parameters: numbers that are trained.
+        flops: of a forward of one row.
+        idle: those of `parameters` that a token does not meet: experts that are not its own.
+    """
+
+    parameters: int = 0
+    flops: float = 0.0
+    idle: int = 0
+
+
+class Parameters(NamedTuple):
     """Counts of parameters.
 
     Attributes:
-        embedding: token and position tables.
-        block: one block.
-        layers: blocks.
-        norm: the final norm.
-        head: 0 where it shares the token table.
+        embedding: tables of tokens, positions and segments, patches, class token.
+        blocks: all blocks and what they share (tables of relative positions).
+        heads: final norms, pooler, what the objective owns; a tied head counts as embedding.
+        active: parameters that one token meets: all but the experts that it is not sent to.
     """
 
     embedding: int
-    block: int
-    layers: int
-    norm: int
-    head: int
+    blocks: int
+    heads: int
+    active: int
 
     @property
     def total(self) -> int:
-        return self.embedding + self.block * self.layers + self.norm + self.head
+        return self.embedding + self.blocks + self.heads
 
 
-def parameters(model: config.Model, vocab: int, seq_len: int) -> Parameters:
-    """Parameters of a GPT with its head.
+def parameters(job: Job, inputs: Inputs) -> Parameters:
+    """Parameters of the job's model with its objective's heads.
 
     Args:
-        model: the shape.
-        vocab: rows of the token table.
-        seq_len: rows of the learned position table, unless `model.max_positions` says otherwise.
+        job: shape and objective.
+        inputs: sizes that the data gives: vocabulary, lengths, image, classes.
     """
-    e = model.hidden
-    rows = (model.max_positions or seq_len) if model.positions == "learned" else 0
-    norm = e * (2 if model.norm == "layernorm" and model.bias else 1)
-    biases = sum(width for _, width in _products(model)) if model.bias else 0
-    qk_norm = 2 * model.head_width if model.attention.qk_norm else 0
-    return Parameters(
-        embedding=(vocab + rows) * e,
-        block=_block_weights(model) + biases + qk_norm + 2 * norm,
-        layers=model.layers,
-        norm=norm if model.norm_position == "pre" else 0,
-        head=0 if model.tied else vocab * e,
+    embedding, blocks, heads = (_sum(costs) for costs in _table(job, inputs))
+    total = embedding.parameters + blocks.parameters + heads.parameters
+    return Parameters(embedding.parameters, blocks.parameters, heads.parameters, total - blocks.idle)
+
+
+def forward_flops(job: Job, inputs: Inputs) -> float:
+    """FLOPs of a forward of one row of the batch: a sequence, a pair of sequences, an image.
+
+    Heads count the tokens that they are applied to: masked ones only (BERT), one a row (classifiers). A masked
+    autoencoder's blocks count visible patches only. A token counts `top_k` experts, whatever capacity drops.
+    """
+    return sum(_sum(costs).flops for costs in _table(job, inputs))
+
+
+def backward_flops(job: Job, inputs: Inputs) -> float:
+    """FLOPs of one row's backward without recomputation: two products for each of the forward's."""
+    return 2 * forward_flops(job, inputs)
+
+
+def training_flops(job: Job, inputs: Inputs) -> float:
+    """FLOPs of one row's forward and backward."""
+    return 3 * forward_flops(job, inputs)
+
+
+def weight_bytes(job: Job, inputs: Inputs, itemsize: int = 4) -> int:
+    """Bytes of all weights."""
+    return parameters(job, inputs).total * itemsize
+
+
+def training_bytes(job: Job, inputs: Inputs, itemsize: int = 4) -> int:
+    """Bytes of weights, gradients and AdamW's two moments, all of one width, before any sharding."""
+    return 4 * weight_bytes(job, inputs, itemsize)
+
+
+# Families: (embedding, blocks, heads)
+
+Table = tuple[list[Cost], list[Cost], list[Cost]]
+
+
+def _table(job: Job, inputs: Inputs) -> Table:
+    return {"gpt": _gpt, "bert": _bert, "t5": _t5, "vit": _vit}[job.model.family](job, inputs)
+
+
+def _gpt(job: Job, inputs: Inputs) -> Table:
+    m, n = job.model, inputs.length
+    return (
+        _embedding(m, inputs),
+        _stack(m, m.layers, n, causal=True),
+        [_final_norm(m), _language_head(m, inputs, n)],
     )
 
 
-def forward_flops(model: config.Model, vocab: int, seq_len: int) -> float:
-    """FLOPs per token of a forward: every product counts 2 a weight, attention counts the pairs that are seen.
+def _bert(job: Job, inputs: Inputs) -> Table:
+    m, n = job.model, inputs.length
+    width, masked = m.embedding_size or m.hidden, job.objective.masking.rate * n
+    pairs = job.objective.masking.pairs != "none"
+    return (
+        _embedding(m, inputs),
+        _stack(m, m.layers, n),
+        [
+            _final_norm(m),
+            _linear(m.hidden, m.hidden, True, 1) if m.pooler else Cost(),
+            _linear(m.hidden, width, True, masked),  # transform
+            _norm(m, width),
+            _language_head(m, inputs, masked),
+            Cost(inputs.vocab),  # bias of the head
+            _linear(m.hidden, 2, True, 1) if pairs else Cost(),
+        ],
+    )
 
-    The convention of model FLOPs utilisation, with causal attention counted as what it is: half of the square.
+
+def _t5(job: Job, inputs: Inputs) -> Table:
+    m, n, target = job.model, inputs.length, inputs.target_length
+    relative = Cost(m.relative_buckets * m.heads if m.positions == "relative" else 0)
+    return (
+        _embedding(m, inputs),
+        [
+            *_stack(m, m.layers, n),
+            relative,
+            *_stack(m, m.decoder_depth, target, causal=True, memory=n),
+            relative,
+        ],
+        [_final_norm(m), _final_norm(m), _language_head(m, inputs, target)],
+    )
+
+
+def _vit(job: Job, inputs: Inputs) -> Table:
+    m, mae = job.model, job.objective.mae
+    patches = (inputs.image // m.vision.patch) ** 2
+    pixels, first = m.vision.patch**2 * inputs.channels, int(m.vision.class_token)
+    embedding = [
+        _linear(pixels, m.hidden, True, patches),
+        Cost(m.hidden * first),
+        Cost((patches + first) * m.hidden if m.positions == "learned" else 0),
+        _norm(m, m.hidden) if m.embedding_norm else Cost(),
+    ]
+    if job.objective.name == "classify":
+        head = _linear(m.hidden, inputs.classes, True, 1)
+        return embedding, _stack(m, m.layers, patches + first), [_final_norm(m), head]
+    seen, small = max(1, int(patches * (1 - mae.rate))), decoder_shape(m, mae)
+    return (
+        embedding,
+        _stack(m, m.layers, seen + first),
+        [
+            _final_norm(m),
+            _linear(m.hidden, mae.hidden, True, seen + first),
+            Cost(mae.hidden),  # mask token
+            *_stack(small, mae.layers, patches + first),
+            _final_norm(small),
+            _linear(mae.hidden, pixels, True, patches),
+        ],
+    )
+
+
+# Parts
+
+
+def _sum(costs: Iterable[Cost]) -> Cost:
+    parameters, flops, idle = map(sum, zip(*costs, strict=True))
+    return Cost(int(parameters), float(flops), int(idle))
+
+
+def _linear(inputs: int, outputs: int, bias: bool, tokens: float, gains: int = 0) -> Cost:
+    """A linear layer on so many tokens of a row."""
+    return Cost(inputs * outputs + outputs * bias + gains, 2 * inputs * outputs * tokens)
+
+
+def _norm(model: Model, width: int) -> Cost:
+    vectors = {"layernorm": 1 + model.bias, "rmsnorm": 1, "none": 0}[model.norm]
+    return Cost(vectors * width)
+
+
+def _final_norm(model: Model) -> Cost:
+    return _norm(model, model.hidden) if model.norm_position == "pre" else Cost()
+
+
+def _embedding(model: Model, inputs: Inputs) -> list[Cost]:
+    """Tables of a model of text, and ALBERT's projection from their width to the model's."""
+    width, tokens = model.embedding_size or model.hidden, inputs.length + inputs.target_length
+    rows = model.max_positions or max(inputs.length, inputs.target_length)
+    return [
+        Cost(inputs.vocab * width),
+        Cost(rows * width if model.positions == "learned" else 0),
+        Cost(model.segments * width),
+        _norm(model, width) if model.embedding_norm else Cost(),
+        _linear(width, model.hidden, True, tokens) if model.embedding_size else Cost(),
+    ]
+
+
+def _language_head(model: Model, inputs: Inputs, tokens: float) -> Cost:
+    width = model.embedding_size or model.hidden
+    product = _linear(width, inputs.vocab, False, tokens)
+    return product._replace(parameters=0) if model.tied else product
+
+
+def _stack(model: Model, layers: int, tokens: int, causal: bool = False, memory: int = 0) -> list[Cost]:
+    """Blocks; those that share weights (ALBERT) count their parameters once.
+
+    Args:
+        model: shape of a block.
+        layers: blocks that a row passes.
+        tokens: of a row.
+        causal: whether a token sees earlier ones only.
+        memory: tokens of the encoder, for cross-attention; 0 has none.
     """
-    attention = MECHANISMS[model.attention.mechanism].flops(model.heads, model.head_width, seq_len, True)
-    products = model.layers * _block_weights(model) + vocab * model.hidden
-    return 2 * products + model.layers * attention / seq_len
+    own = min(layers, model.unique_layers or layers)
+    return [
+        cost._replace(flops=cost.flops * (layers // own))
+        for layer in range(own)
+        for cost in _block(model, layer, tokens, causal, memory)
+    ]
 
 
-def backward_flops(model: config.Model, vocab: int, seq_len: int) -> float:
-    """FLOPs per token of a backward without recomputation: two products for each of the forward's."""
-    return 2 * forward_flops(model, vocab, seq_len)
+def _block(model: Model, layer: int, tokens: int, causal: bool, memory: int) -> list[Cost]:
+    mechanism = MECHANISMS[model.attention.mechanism]
+    pairs = Cost(flops=mechanism.flops(model.heads, model.head_width, tokens, causal))
+    cross = Cost(flops=4 * model.heads * model.head_width * tokens * memory)
+    feed_forward = _experts if model.has_experts(layer) else _mlp
+    return [
+        *_projections(model, tokens, tokens),
+        pairs,
+        *([*_projections(model, tokens, memory), cross] if memory else []),
+        *feed_forward(model, tokens),
+        *[_norm(model, model.hidden)] * (3 if memory else 2),
+        *[Cost(model.hidden if model.layer_scale else 0)] * 2,
+    ]
 
 
-def training_flops(model: config.Model, vocab: int, seq_len: int) -> float:
-    """FLOPs per token of forward and backward."""
-    return 3 * forward_flops(model, vocab, seq_len)
+def _projections(model: Model, queries: int, keys: int) -> list[Cost]:
+    """q, k, v and o, with QK-norm's gains."""
+    e, wide, narrow = model.hidden, model.heads * model.head_width, model.kv * model.head_width
+    shapes = [(e, wide, queries), (e, narrow, keys), (e, narrow, keys), (wide, e, queries)]
+    gains = Cost(2 * model.head_width if model.attention.qk_norm else 0)
+    return [*(_linear(i, o, model.bias, n, int(model.spectral)) for i, o, n in shapes), gains]
 
 
-def weight_bytes(model: config.Model, vocab: int, seq_len: int, itemsize: int = 4) -> int:
-    """Bytes of all weights."""
-    return parameters(model, vocab, seq_len).total * itemsize
+def _mlp(model: Model, tokens: float, width: int | None = None) -> list[Cost]:
+    e, f = model.hidden, width or model.ffn_width
+    shapes = [*[(e, f)] * (1 + model.gated), (f, e)]
+    return [_linear(i, o, model.bias, tokens, int(model.spectral)) for i, o in shapes]
 
 
-def training_bytes(model: config.Model, vocab: int, seq_len: int, itemsize: int = 4) -> int:
-    """Bytes of weights, gradients and AdamW's two moments, all of one width, before any sharding."""
-    return 4 * weight_bytes(model, vocab, seq_len, itemsize)
-
-
-def _products(model: config.Model) -> list[tuple[int, int]]:
-    """(inputs, outputs) of a block's linear layers."""
-    e, d, f = model.hidden, model.head_width, model.ffn_width
-    heads, kv = model.heads * d, model.kv * d
-    return [(e, heads), (e, kv), (e, kv), (heads, e), (e, f), (f, e), *([(e, f)] if model.gated else [])]
-
-
-def _block_weights(model: config.Model) -> int:
-    return sum(inputs * outputs for inputs, outputs in _products(model))
+def _experts(model: Model, tokens: int) -> list[Cost]:
+    """Router, routed experts (a token meets `top_k` of them), shared experts (it meets all)."""
+    x = model.experts
+    width = x.ffn or model.ffn_width
+    one = _sum(_mlp(model.model_copy(update={"spectral": False}), tokens, width))
+    return [
+        _linear(model.hidden, x.count, False, tokens),
+        Cost(x.count * one.parameters, x.top_k * one.flops, (x.count - x.top_k) * one.parameters),
+        *(_mlp(model, tokens, x.shared * width) if x.shared else []),
+    ]

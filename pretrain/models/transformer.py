@@ -1,19 +1,24 @@
-"""The one transformer core: a block, and a stack of blocks.
+"""The one transformer core: a block, a stack of blocks, and a tower: a stack with its positions and final norm.
 
-Shapes: B batch, S sequence, E hidden size.
+Shapes: B batch, S sequence, M encoder's sequence, E hidden size, H query heads.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from headway.kernels.attention.masks import Mask
 from headway.kernels.rotary import Rotation
 from headway.pretrain import config
 from headway.pretrain.models.attention import Attention
-from headway.pretrain.models.layers import MLP, Dropout, Noise, build_norm
+from headway.pretrain.models.layers import MLP, Dropout, Noise, StochasticDepth, build_norm
+from headway.pretrain.models.moe import MoE
+from headway.pretrain.models.positions import RelativeBias, RotaryPositions
+from headway.pretrain.models.routing import Side
 
 
 class Context(NamedTuple):
@@ -23,47 +28,173 @@ class Context(NamedTuple):
         mask: which keys a query sees.
         turn: rotary angles, or None.
         noise: what dropout depends on; None drops nothing.
+        bias_HSS: added to the scores of self-attention, or None.
+        memory_BME: the encoder's output, for decoders of an encoder-decoder.
+        memory_mask: which of its places a query sees.
     """
 
     mask: Mask = Mask()
     turn: Rotation | None = None
     noise: Noise | None = None
+    bias_HSS: Tensor | None = None
+    memory_BME: Tensor | None = None
+    memory_mask: Mask = Mask(causal=False)
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward layer, each added to the residual stream.
+    """Attention, cross-attention in decoders, and a feed-forward layer or experts, each added to the residual stream.
 
-    Pre-norm (Xiong et al. 2020): x + f(norm(x)). Post-norm (Vaswani et al. 2017): norm(x + f(x)).
+    Pre-norm (Xiong et al. 2020): x + f(norm(x)). Post-norm (Vaswani et al. 2017): norm(x + f(x)). What is added goes
+    through layer scale, dropout and stochastic depth, where the config has them.
     """
 
-    def __init__(self, model: config.Model) -> None:
+    def __init__(
+        self, model: config.Model, layer: int = 0, layers: int | None = None, cross: bool = False
+    ) -> None:
+        """
+        Args:
+            model: the shape.
+            layer: this block's place among its stack's `layers`, from 0.
+            layers: of the stack; `model.layers` if not given.
+            cross: whether it attends to an encoder.
+        """
         super().__init__()
         self.pre = model.norm_position == "pre"
+        depth = model.stochastic_depth * layer / max(1, (layers or model.layers) - 1)
         self.attention_norm = build_norm(model)
         self.attention = Attention(model)
         self.attention_dropout = Dropout(model.dropout)
+        if cross:
+            self.cross_norm = build_norm(model)
+            self.cross = Attention(model)
+            self.cross_dropout = Dropout(model.dropout)
         self.mlp_norm = build_norm(model)
-        self.mlp = MLP(model)
+        self.mlp = MoE(model) if model.has_experts(layer) else MLP(model)
         self.mlp_dropout = Dropout(model.dropout)
-
-    def forward(self, x_BSE: Tensor, context: Context) -> Tensor:
-        """Returns [B, S, E] in the residual stream's dtype."""
-        mask, turn, noise = context
-        if self.pre:
-            x_BSE = x_BSE + self.attention_dropout(
-                self.attention(self.attention_norm(x_BSE), mask, turn, noise), noise
-            )
-            return x_BSE + self.mlp_dropout(self.mlp(self.mlp_norm(x_BSE)), noise)
-        x_BSE = self.attention_norm(
-            x_BSE + self.attention_dropout(self.attention(x_BSE, mask, turn, noise), noise)
+        self.depth = (
+            nn.ModuleDict({name: StochasticDepth(depth) for name in ("attention", "mlp")}) if depth else None
         )
-        return self.mlp_norm(x_BSE + self.mlp_dropout(self.mlp(x_BSE), noise))
+        scaled = model.layer_scale is not None
+        self.attention_scale = nn.Parameter(torch.empty(model.hidden)) if scaled else None
+        self.mlp_scale = nn.Parameter(torch.empty(model.hidden)) if scaled else None
+
+    def forward(self, x_BSE: Tensor, context: Context) -> tuple[Tensor, Side]:
+        """Returns [B, S, E] in the residual stream's dtype, and what the loss or the records want of this block."""
+        side: Side = {}
+        x_BSE = self._attend(x_BSE, context, side)
+        if context.memory_BME is not None:
+            x_BSE = self._attend_to_encoder(x_BSE, context)
+        return self._feed_forward(x_BSE, context, side), side
+
+    def _attend(self, x_BSE: Tensor, context: Context, side: Side) -> Tensor:
+        mask, turn, noise, bias, _, _ = context
+        inputs = self.attention_norm(x_BSE) if self.pre else x_BSE
+        added, entropy = self.attention(inputs, mask, turn, noise, bias)
+        if entropy is not None:
+            side["attention_entropy"] = entropy
+        added = self._finish("attention", added, self.attention_scale, self.attention_dropout, noise)
+        return x_BSE + added if self.pre else self.attention_norm(x_BSE + added)
+
+    def _attend_to_encoder(self, x_BSE: Tensor, context: Context) -> Tensor:
+        inputs = self.cross_norm(x_BSE) if self.pre else x_BSE
+        mask, noise = context.memory_mask, context.noise
+        added, _ = self.cross(inputs, mask, None, noise, memory_BME=context.memory_BME)
+        added = self.cross_dropout(added, noise)
+        return x_BSE + added if self.pre else self.cross_norm(x_BSE + added)
+
+    def _feed_forward(self, x_BSE: Tensor, context: Context, side: Side) -> Tensor:
+        inputs = self.mlp_norm(x_BSE) if self.pre else x_BSE
+        if isinstance(self.mlp, MoE):
+            documents = context.mask.documents
+            added, routed = self.mlp(inputs, context.noise, None if documents is None else documents >= 0)
+            side.update(routed)
+        else:
+            added = self.mlp(inputs)
+        added = self._finish("mlp", added, self.mlp_scale, self.mlp_dropout, context.noise)
+        return x_BSE + added if self.pre else self.mlp_norm(x_BSE + added)
+
+    def _finish(
+        self, name: str, added: Tensor, scale: Tensor | None, dropout: Dropout, noise: Noise | None
+    ) -> Tensor:
+        """Layer scale, dropout and stochastic depth of what a sub-layer adds."""
+        if scale is not None:
+            added = added * scale
+        added = dropout(added, noise)
+        return added if self.depth is None else self.depth[name](added, noise)
 
 
 class Stack(nn.ModuleList):
-    """Blocks in order; a slice of a stack is a stack."""
+    """Blocks in order, each used `repeats` times in a row; a slice of a stack is a stack."""
 
-    def forward(self, x_BSE: Tensor, context: Context) -> Tensor:
+    def __init__(self, blocks: Iterable[Block] = (), repeats: int = 1) -> None:
+        super().__init__(blocks)
+        self.repeats = repeats
+
+    def __getitem__(self, index: Any) -> Any:
+        part = super().__getitem__(index)
+        return Stack(part, self.repeats) if isinstance(index, slice) else part
+
+    def forward(self, x_BSE: Tensor, context: Context) -> tuple[Tensor, list[Side]]:
+        """Returns [B, S, E], and what each block (each use of a block) gives beside."""
+        sides = []
         for block in self:
-            x_BSE = block(x_BSE, context)
-        return x_BSE
+            for time in range(self.repeats):
+                noise = context.noise
+                here = context if time == 0 or noise is None else context._replace(noise=noise.again(time))
+                x_BSE, side = block(x_BSE, here)
+                sides.append(side)
+        return x_BSE, sides
+
+
+class Tower(nn.Module):
+    """A stack of blocks, the positions that its attention needs, and a final norm (pre-norm models only)."""
+
+    def __init__(
+        self,
+        model: config.Model,
+        *,
+        causal: bool,
+        layers: int | None = None,
+        cross: bool = False,
+        embed: nn.Module | None = None,
+    ) -> None:
+        """
+        Args:
+            model: the shape.
+            causal: whether a token sees earlier ones only.
+            layers: uses of blocks; `model.layers` if not given.
+            cross: whether blocks attend to an encoder.
+            embed: what comes before the blocks, where the tower is a whole model.
+        """
+        super().__init__()
+        if embed is not None:
+            self.embed = embed
+        self.causal = causal
+        layers = layers or model.layers
+        unique = min(layers, model.unique_layers or layers)
+        self.rotary = (
+            RotaryPositions(model.head_width, model.rotary_base) if model.positions == "rotary" else None
+        )
+        buckets, distance = model.relative_buckets, model.relative_distance
+        self.relative = (
+            RelativeBias(model.heads, buckets, distance) if model.positions == "relative" else None
+        )
+        blocks = (Block(model, i, unique, cross) for i in range(unique))
+        self.blocks = Stack(blocks, layers // unique)
+        self.norm = build_norm(model) if model.norm_position == "pre" else nn.Identity()
+
+    def run(
+        self,
+        x_BSE: Tensor,
+        positions_S: Tensor,
+        mask: Mask,
+        noise: Noise | None = None,
+        memory_BME: Tensor | None = None,
+        memory_mask: Mask | None = None,
+    ) -> tuple[Tensor, list[Side]]:
+        """Blocks and final norm: [B, S, E], and what the blocks give beside."""
+        turn = None if self.rotary is None else self.rotary(positions_S, x_BSE.dtype)
+        bias = None if self.relative is None else self.relative(positions_S, positions_S, not self.causal)
+        context = Context(mask, turn, noise, bias, memory_BME, memory_mask or Mask(causal=False))
+        x_BSE, sides = self.blocks(x_BSE, context)
+        return self.norm(x_BSE), sides

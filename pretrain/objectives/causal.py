@@ -1,81 +1,57 @@
-"""Causal language modelling: every token is predicted from those before it.
+"""Causal language modelling: every token is predicted from those before it. Also with a prefix that all may see
+(Raffel et al. 2020, section 3.2), and with rows rearranged for filling in the middle (Bavarian et al. 2022).
 
 Shapes: B batch, S sequence, E hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
-
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from headway.kernels.cross_entropy import IGNORE, linear_cross_entropy, row_loss
-from headway.pretrain import config
+from headway.kernels.cross_entropy import IGNORE
+from headway.pretrain.config import Job
+from headway.pretrain.data.corruption.denoisers import prefix_lengths
+from headway.pretrain.data.corruption.infill import fim
+from headway.pretrain.data.samples import Rows
+from headway.pretrain.data.specials import Specials
 from headway.pretrain.engine import Batch
-from headway.pretrain.models.gpt import GPT, attention_maps
+from headway.pretrain.models.attention import attention_maps
+from headway.pretrain.models.gpt import GPT
+from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Linear, Noise, narrowed
+from headway.pretrain.objectives.base import (
+    ChunkedLoss,
+    LossOutput,
+    Objective,
+    passed,
+    token_metrics,
+    valid,
+)
 
 
-class LossOutput(NamedTuple):
-    """Sums over a batch; engines add them up over micro-batches and ranks, then divide.
-
-    Attributes:
-        total: 0-dim, nats: what is differentiated, summed over valid tokens.
-        tokens: 0-dim int64: valid tokens.
-        metrics: more sums over valid tokens, without gradient.
-    """
-
-    total: Tensor
-    tokens: Tensor
-    metrics: dict[str, Tensor]
-
-
-class ChunkedLoss(nn.Module):
-    """Head and cross-entropy in chunks of rows.
-
-    `compile()` compiles the work on one chunk's logits; the loop over chunks stays in Python, so compiling
-    takes as long for a large batch as for a small one.
-    """
-
-    def __init__(self, z_loss: float, chunk: int | None) -> None:
-        super().__init__()
-        self.z_loss, self.chunk = z_loss, chunk
-        self.compute = row_loss
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        self.compute = torch.compile(row_loss, *args, **kwargs)
-
-    def forward(self, hidden_BSE: Tensor, weight_VE: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Summed loss and the part of it that is z-loss; see `linear_cross_entropy`."""
-        rows, labels = hidden_BSE.flatten(0, 1), labels_BS.flatten()
-        return linear_cross_entropy(rows, weight_VE, labels, self.z_loss, self.chunk, self.compute)
-
-
-class CausalLM(nn.Module):
+class CausalLM(Objective):
     """A GPT with a head, and the loss of next tokens.
 
     A tied head owns no weight: it reads `model.embed.tokens.weight`. An untied one owns `head.weight`.
     """
 
-    def __init__(
-        self, model: GPT, vocab: int, tied: bool, objective: config.Objective, isolate: bool = False
-    ) -> None:
+    model: GPT
+
+    def __init__(self, job: Job, inputs: Inputs, specials: Specials | None = None) -> None:
         """
         Args:
-            model: returns hidden states.
-            vocab: rows of the head.
-            tied: whether the head shares the token table.
-            objective: weight of the z-loss, rows of a chunk.
-            isolate: whether tokens see their own document only.
+            job: its model, objective and `data.documents` are read.
+            inputs: vocabulary and length of a row.
+            specials: ids that rows are rearranged with.
         """
-        super().__init__()
-        self.model = model
-        self.head = None if tied else Linear(model.embed.tokens.embedding_dim, vocab, bias=False)
-        self.loss = ChunkedLoss(objective.z_loss, objective.chunk)
-        self.isolate = isolate
+        shape = job.model
+        super().__init__(GPT(shape, inputs), shape)
+        self.head = None if shape.tied else Linear(shape.hidden, inputs.vocab, bias=False)
+        self.head_scale = shape.head_scale
+        self.loss = ChunkedLoss(job.objective)
+        self.isolate = job.data.documents == "isolate"
+        self.settings, self.specials = job.objective, specials
 
     @property
     def head_weight(self) -> Tensor:
@@ -83,44 +59,47 @@ class CausalLM(nn.Module):
         return self.model.embed.tokens.weight if self.head is None else self.head.weight
 
     def forward(self, batch: Batch, noise: Noise | None = None) -> LossOutput:
-        """
-        Args:
-            batch: `tokens` and `labels` int64 [B, S] (IGNORE where not scored); `documents` [B, S] and
-                `positions` [S] (the columns' places in the sequence) where they are needed.
-            noise: what dropout depends on; None drops nothing.
-        """
+        """Loss of a batch: `tokens` and `labels` int64 [B, S] (IGNORE where not scored); `documents` [B, S],
+        `prefix` [B] and `positions` [S] (the columns' places in the sequence) where they are needed."""
         labels_BS = batch["labels"]
-        hidden = self.model(batch["tokens"], batch.get("documents"), batch.get("positions"), noise)
-        total, z = self.loss(hidden.final, self.head_weight, labels_BS)
-        metrics = {"z_loss": z} if self.loss.z_loss else {}
-        return LossOutput(total, (labels_BS != IGNORE).sum(), metrics)
+        documents, positions = batch.get("documents"), batch.get("positions")
+        hidden = self.model(batch["tokens"], documents, positions, noise, batch.get("prefix"))
+        losses = self.loss(self._scaled(hidden.final), self.head_weight, labels_BS)
+        metrics = token_metrics(losses, self.loss.options, valid(labels_BS))
+        return self.with_sides({"tokens": losses.total}, metrics, hidden.sides)
+
+    def _scaled(self, final: Tensor) -> Tensor:
+        return final if self.head_scale == 1 else final * self.head_scale
 
     def logits(self, tokens_BS: Tensor, at: int | None = None) -> Tensor:
         """Logits in the dtype of matrix products, [B, S, V], or [B, V] after the token at place `at` alone."""
-        final = narrowed(self.model(tokens_BS).final)
+        final = narrowed(self._scaled(self.model(tokens_BS).final))
         return nn.functional.linear(final if at is None else final[:, at], self.head_weight)
 
-    def attention_maps(self, tokens_BS: Tensor) -> Tensor:
-        """Attention weights of every layer and head, [layers, B, H, S, S]."""
-        return attention_maps(self.model, tokens_BS)
+    def attention_maps(self, batch: Batch) -> Tensor:
+        return attention_maps(self.model, batch["tokens"])
 
-    def collate(self, rows: Mapping[str, np.ndarray]) -> Batch:
-        """A batch from rows of samples.
-
-        Args:
-            rows: `tokens` int64 [n, S + 1], `documents` int32 [n, S + 1], `scored` bool [n, S] if not every
-                label counts; integers of shape [n], such as `sample` and `slot`, pass through.
-        """
-        tokens, scored = torch.from_numpy(rows["tokens"]), rows.get("scored")
+    def collate(self, rows: Rows) -> Batch:
+        """A batch from rows of `TokenRows` or `HeldoutRows`."""
+        array, documents = rows["tokens"], rows.get("documents")
+        training = "scored" not in rows
+        if self.settings.infill.rate and training:
+            assert self.specials is not None
+            assert documents is not None
+            array, documents = fim(array, documents, rows["key"], self.settings.infill, self.specials)
+        tokens = torch.from_numpy(array)
         labels = tokens[:, 1:].clone()
-        if scored is not None:
-            labels.masked_fill_(~torch.from_numpy(scored), IGNORE)
-        batch = {k: torch.from_numpy(v) for k, v in rows.items() if v.ndim == 1}
-        batch |= {"tokens": tokens[:, :-1].contiguous(), "labels": labels}
-        if self.isolate:
-            batch["documents"] = torch.from_numpy(rows["documents"])[:, :-1].contiguous()
+        if not training:
+            labels.masked_fill_(~torch.from_numpy(rows["scored"]), IGNORE)
+        batch = passed(rows) | {"tokens": tokens[:, :-1].contiguous(), "labels": labels}
+        if self.settings.name == "prefix":
+            batch["prefix"] = torch.from_numpy(prefix_lengths(rows["key"], labels.shape[1]))
+            places = torch.arange(labels.shape[1])
+            labels.masked_fill_(places < batch["prefix"][:, None] - 1, IGNORE)
+        if self.isolate and documents is not None:
+            batch["documents"] = torch.from_numpy(documents)[:, :-1].contiguous()
         return batch
 
-    def valid_tokens(self, batch: Batch) -> int:
-        """Labels that are scored."""
-        return int((batch["labels"] != IGNORE).sum())
+    def counts(self, batch: Batch) -> dict[str, int]:
+        tokens = batch["tokens"]
+        return {"tokens": int(valid(batch["labels"])), "rows": len(tokens), "read": tokens.numel()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from headway.pretrain import config
-from headway.pretrain.optim.groups import decays, is_hidden_matrix
+from headway.pretrain.optim.adafactor import Adafactor
+from headway.pretrain.optim.groups import decays, is_hidden_matrix, rate_factors
+from headway.pretrain.optim.lamb import Lamb
 from headway.pretrain.optim.muon import Muon
 from headway.pretrain.optim.sharded import is_spread
 
@@ -25,28 +27,31 @@ def build_optimizers(
     settings: config.Optimizer,
     muon_dtype: torch.dtype | None = None,
 ) -> list[Optimizer]:
-    """One optimizer for each way of moving parameters: AdamW, and Muon before it where the job asks for it.
+    """One optimizer for each way of moving parameters: the one that is asked for; with Muon, AdamW after it.
 
-    Every group holds `base_lr`, which `set_rate` multiplies by the schedule's factor, and `param_names`.
-    Muon's matrices decay at their own rate, by `muon_lr` x `weight_decay` a step.
+    Every group holds `base_lr`, which `set_rate` multiplies by the schedule's factor, and `param_names`. The
+    base rates are those of the settings, scaled by depth (`optimizer.layer_decay`). Muon's matrices decay at
+    their own rate, by `muon_lr` x `weight_decay` a step.
 
     Args:
-        named_parameters: canonical name -> parameter; those that take no gradient are left out.
+        named_parameters: canonical name -> parameter, of the whole model; those that take no gradient are left
+            out.
         settings: the job's `optimizer` section.
         muon_dtype: of Muon's Newton-Schulz iteration; None takes the fast one (see `muon.fast_dtype`).
     """
-    trained: Named = [(name, p) for name, p in named_parameters if p.requires_grad]
+    named = list(named_parameters)
+    factors = rate_factors((name for name, _ in named), settings.layer_decay)
+    trained: Named = [(name, p) for name, p in named if p.requires_grad]
     matrices = [(n, p) for n, p in trained if settings.name == "muon" and is_hidden_matrix(n, p)]
     moved = {name for name, _ in matrices}
     others = [(name, p) for name, p in trained if name not in moved]
     optimizers: list[Optimizer] = []
     if matrices:
-        groups = [_group(matrices, settings.muon_lr, settings.weight_decay)]
+        groups = _groups(matrices, settings.muon_lr, settings.weight_decay, factors)
         optimizers.append(Muon(groups, settings.muon_lr, settings.momentum, dtype=muon_dtype))
     if others:
-        groups = _adamw_groups(others, settings)
-        fused = all(p.device.type in FUSED for _, p in others)
-        optimizers.append(AdamW(groups, settings.lr, settings.betas, settings.eps, fused=fused))
+        groups = _groups(others, settings.lr, settings.weight_decay, factors)
+        optimizers.append(_main(groups, settings))
     return optimizers
 
 
@@ -57,17 +62,30 @@ def set_rate(optimizers: Iterable[Optimizer], factor: float) -> None:
             group["lr"] = group["base_lr"] * factor
 
 
-def _adamw_groups(named: Named, settings: config.Optimizer) -> list[dict[str, Any]]:
-    """Groups by decay, and by mesh: one fused call cannot take parameters of several meshes."""
-    groups: dict[tuple[bool, Any], Named] = {}
+def _main(groups: list[dict[str, Any]], settings: config.Optimizer) -> Optimizer:
+    if settings.name == "lamb":
+        return Lamb(groups, settings.lr, settings.betas, settings.eps)
+    if settings.name == "adafactor":
+        return Adafactor(groups, settings.lr)
+    fused = all(p.device.type in FUSED for group in groups for _, p in group["params"])
+    return AdamW(groups, settings.lr, settings.betas, settings.eps, fused=fused)
+
+
+def _groups(
+    named: Named, lr: float, weight_decay: float, factors: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Groups by decay, by rate, and by mesh: one fused call cannot take parameters of several meshes."""
+    groups: dict[tuple[bool, float, Any], Named] = {}
     for name, p in named:
-        key = (decays(p), p.device_mesh if is_spread(p) else None)
+        key = (decays(name, p), factors[name], p.device_mesh if is_spread(p) else None)
         groups.setdefault(key, []).append((name, p))
     return [
-        _group(members, settings.lr, settings.weight_decay if decay else 0.0)
-        for (decay, _), members in groups.items()
+        {
+            "params": members,
+            "lr": lr * factor,
+            "base_lr": lr * factor,
+            "weight_decay": weight_decay if decay else 0.0,
+            "adapt": decay,  # of Lamb: the others take no notice
+        }
+        for (decay, factor, _), members in groups.items()
     ]
-
-
-def _group(named: Named, lr: float, weight_decay: float) -> dict[str, Any]:
-    return {"params": named, "lr": lr, "base_lr": lr, "weight_decay": weight_decay}

@@ -9,11 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headway.pretrain.optim.sharded import is_spread, local, reduced
-
-PIECE = 1024
-"""Elements whose squares a CPU sums in fp32 at once. PyTorch's CPU reduction keeps so few running sums that
-the fp32 norm of 5e7 elements is 0.2% too small; sums of pieces, added in fp64, are good to some 1e-7."""
+from headway.pretrain.optim.norms import square_sum
+from headway.pretrain.optim.sharded import axes, local, reduced, summed
 
 
 def global_norm(parameters: Iterable[Tensor]) -> Tensor:
@@ -30,14 +27,10 @@ def global_norm(parameters: Iterable[Tensor]) -> Tensor:
         return torch.zeros(())
     spread: dict[Any, list[Tensor]] = defaultdict(list)
     for gradient in gradients:
-        key = None
-        if is_spread(gradient):
-            key = gradient.device_mesh, tuple(not p.is_replicate() for p in gradient.placements)
-        spread[key].append(local(gradient))
+        spread[axes(gradient)].append(local(gradient))
     device = local(gradients[0]).device
-    total = torch.stack(
-        [_sum_over(key, _square_sum(parts)).to(device) for key, parts in spread.items()]
-    ).sum()
+    sums = summed([square_sum(parts) for parts in spread.values()], list(spread))
+    total = torch.stack([s.to(device) for s in sums]).sum()
     dtype = torch.float64 if any(g.dtype == torch.float64 for g in gradients) else torch.float32
     return total.sqrt().to(dtype)
 
@@ -59,31 +52,3 @@ def scale_gradients_(parameters: Iterable[Tensor], factor: float | Tensor) -> No
             by_device[part.device, part.dtype].append(part)
     for (device, dtype), parts in by_device.items():
         torch._foreach_mul_(parts, factor.to(device, dtype) if isinstance(factor, Tensor) else factor)
-
-
-def _square_sum(parts: list[Tensor]) -> Tensor:
-    """Sum of squares of tensors on this rank: an fp64 scalar."""
-    dtype = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
-    if parts[0].device.type == "cpu":
-        norms = [norm for part in parts for norm in _piece_norms(part, dtype)]
-    else:
-        norms = list(torch._foreach_norm(parts, 2.0, dtype))
-    return torch.cat([norm.reshape(-1).double() for norm in norms]).square().sum()
-
-
-def _piece_norms(part: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    flat = part.reshape(-1)
-    pieces = flat.numel() // PIECE
-    head, tail = flat[: pieces * PIECE].view(pieces, PIECE), flat[pieces * PIECE :]
-    return torch.linalg.vector_norm(head, dim=1, dtype=dtype), torch.linalg.vector_norm(tail, dtype=dtype)
-
-
-def _sum_over(key: Any, value: Tensor) -> Tensor:
-    """Sum over the ranks that hold different parts; ranks with equal parts are counted once."""
-    if key is None:
-        return value
-    from torch.distributed.tensor import DTensor, Partial, Replicate
-
-    mesh, sharded = key
-    placements = [Partial() if s else Replicate() for s in sharded]
-    return DTensor.from_local(value, mesh, placements, run_check=False).full_tensor()

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 
-from headway.pretrain.config import Schedule
+from headway.pretrain.config import Schedule, Train
+from headway.pretrain.data.ramp import BatchSizes
 from headway.pretrain.errors import JobError
 
 T5_CONSTANT_STEPS = 10_000
 """Steps that T5 stays at the first rate (Raffel et al. 2020, section 3.1.2: 1 / sqrt(max(n, 10^4)))."""
 
 
-def factor(step: int, schedule: Schedule, total_steps: int, tokens_per_step: int) -> float:
+def factor(step: int, schedule: Schedule, total_steps: int) -> float:
     """Factor of the base learning rate at one optimizer step.
 
     - `constant`: 1 after warmup.
@@ -30,15 +31,10 @@ def factor(step: int, schedule: Schedule, total_steps: int, tokens_per_step: int
 
     Args:
         step: updates done before this one, from 0.
-        schedule: the job's `schedule` section.
+        schedule: the job's `schedule` section, its warmup in steps (see `in_steps`).
         total_steps: where the decay ends, if `schedule.steps` does not say.
-        tokens_per_step: tokens of a global batch, which turn `warmup_tokens` into steps (rounded up).
-
-    Raises:
-        JobError: `warmup_tokens` take more steps than there are.
     """
-    total = schedule.steps or total_steps
-    warmup = warmup_steps(schedule, total, tokens_per_step)
+    total, warmup = schedule.steps or total_steps, schedule.warmup
     update = step + 1
     if update < warmup:
         return update / warmup
@@ -55,12 +51,22 @@ def factor(step: int, schedule: Schedule, total_steps: int, tokens_per_step: int
     return schedule.floor + (1 - schedule.floor) * left
 
 
-def warmup_steps(schedule: Schedule, total: int, tokens_per_step: int) -> int:
-    """Steps of linear warmup, given as such or in tokens."""
+def in_steps(schedule: Schedule, train: Train, tokens_per_row: int) -> Schedule:
+    """The schedule with its warmup in steps, rounded up, whether it was given so or in tokens.
+
+    Args:
+        train: sizes of the global batches, which may grow.
+        tokens_per_row: `data.seq_len`.
+
+    Raises:
+        JobError: `warmup_tokens` take more steps than there are.
+    """
     if schedule.warmup_tokens is None:
-        return schedule.warmup
-    steps = -(-schedule.warmup_tokens // tokens_per_step)
+        return schedule
+    rows = -(-schedule.warmup_tokens // tokens_per_row)
+    steps, total = BatchSizes(train).step_of(rows - 1) + 1, schedule.steps or train.steps
     if steps >= total > 1:
-        rule = f"takes {steps} steps of {tokens_per_step} tokens; must end before the {total} of the schedule"
-        raise JobError("schedule.warmup_tokens", schedule.warmup_tokens, rule, (total - 1) * tokens_per_step)
-    return steps
+        rule = f"takes {steps} steps; must end before the {total} of the schedule"
+        most = BatchSizes(train).first(total - 1) * tokens_per_row
+        raise JobError("schedule.warmup_tokens", schedule.warmup_tokens, rule, most)
+    return schedule.model_copy(update={"warmup": steps, "warmup_tokens": None})

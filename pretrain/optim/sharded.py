@@ -1,12 +1,15 @@
-"""What optimizers need to know of tensors that are spread over ranks: their local part, and that they are.
+"""What optimizers need of tensors that are spread over ranks: their local part, and sums over all parts.
 
 Whole tensors pass through unchanged, so the code that uses this reads as if there were one device.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeGuard
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -55,3 +58,44 @@ def share(full: Tensor, like: Tensor) -> Tensor:
     everywhere = [Replicate()] * like.device_mesh.ndim
     spread = DTensor.from_local(full, like.device_mesh, everywhere, run_check=False)
     return spread.redistribute(placements=like.placements).to_local()
+
+
+def axes(like: Tensor, dim: int | None = None) -> Any:
+    """Mesh axes over which a tensor (or just this dim of it, from 0) is cut: a key for `summed`.
+
+    Returns: None if there is none, so that local sums are whole sums.
+    """
+    if not is_spread(like):
+        return None
+    if dim is None:
+        cut = tuple(not p.is_replicate() for p in like.placements)
+    else:  # Shard and FSDP2's _StridedShard have a dim, Replicate has none
+        cut = tuple(getattr(p, "dim", None) == dim for p in like.placements)
+    return (like.device_mesh, cut) if any(cut) else None
+
+
+def summed(parts: Sequence[Tensor], over: Sequence[Any]) -> list[Tensor]:
+    """Every part summed over its own mesh axes (see `axes`), equal on all ranks of these axes.
+
+    Costs one all-reduce for each distinct set of axes, however many parts there are. Ranks pass parts of
+    equal shapes in equal order.
+    """
+    done = list(parts)
+    together: dict[Any, list[int]] = defaultdict(list)
+    for i, key in enumerate(over):
+        if key is not None:
+            together[key, parts[i].dtype, parts[i].device].append(i)
+    for (key, _, _), members in together.items():
+        flat = _reduce(torch.cat([parts[i].reshape(-1) for i in members]), *key)
+        pieces = flat.split([parts[i].numel() for i in members])
+        for i, piece in zip(members, pieces, strict=True):
+            done[i] = piece.reshape(parts[i].shape)
+    return done
+
+
+def _reduce(flat: Tensor, mesh: Any, cut: tuple[bool, ...]) -> Tensor:
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    # Along axes that are not summed, ranks may hold different numbers: nothing is sent along them.
+    placements = [Partial() if c else Replicate() for c in cut]
+    return DTensor.from_local(flat, mesh, placements, run_check=False).full_tensor()

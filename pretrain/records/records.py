@@ -170,8 +170,9 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float | int]:
-    """What of `values` can be drawn over steps; tensors and NumPy numbers become plain ones."""
-    found = {k: v.item() if hasattr(v, "item") else v for k, v in values.items()}
+    """What of `values` can be drawn over steps: plain numbers, also for tensors, NumPy's, and members of lists."""
+    spread = {f"{k}/{i}": x for k, v in values.items() if isinstance(v, list) for i, x in enumerate(v)}
+    found = {k: v.item() if hasattr(v, "item") else v for k, v in {**values, **spread}.items()}
     return {k: v for k, v in found.items() if isinstance(v, int | float)}
 
 

@@ -23,7 +23,7 @@ from headway.pretrain.records.records import read_events
 
 _DERIVED = {"status", "steps", "tokens", "tokens_per_second", "mfu", "memory_gib"}
 _LASTING = {"parameters", "device", "devices", "precision", "precision_reason", "peak_flops", "peak_source",
-            "zlib_bits_per_byte", "xz_bits_per_byte", "heldout_bytes", "environment"}  # fmt: skip
+            "environment"}  # fmt: skip
 
 
 def write_report(
@@ -31,6 +31,7 @@ def write_report(
     job: Mapping[str, Any],
     maps: AttentionMaps | None = None,
     summary: Mapping[str, Any] | None = None,
+    painted: str | None = None,
 ) -> Path:
     """Write `summary.json` and `report.html` of a run, finished or not; returns the path of the page.
 
@@ -38,9 +39,11 @@ def write_report(
         job: the resolved job. A leaf is a value, or `{"value": ..., "origin": ...}` as `job.yaml` keeps it.
         maps: attention of the trained model on a sample text.
         summary: what only the end of a run knows; each may be missing, and what an earlier report of this run
-            knew stays: `status`, `train_loss`, `heldout_loss`, `bits_per_byte`, `zlib_bits_per_byte`,
-            `xz_bits_per_byte`, `heldout_bytes`, `tokens`, `seconds`, `parameters`, `device`, `devices`,
-            `precision`, `precision_reason`, `peak_flops`, `peak_source`, `prompt`, `completion`.
+            knew stays: `status`, `train_loss`, `heldout_loss`, `bits_per_byte`, `tokens`, `seconds`, `parameters`,
+            `device`, `devices`, `precision`, `precision_reason`, `peak_flops`, `peak_source`, `prompt`,
+            `completion`, and `score`: `title`, `note`, `lower` (is better) and `entries`, (name, value) each, this
+            model first.
+        painted: a picture of masked, reconstructed and true images, as a data URI.
     """
     rows, events = read_metrics(run_dir), read_events(run_dir)
     derived, saved = derive(rows, events), _saved(run_dir)
@@ -60,7 +63,8 @@ def write_report(
         name=run_dir.resolve().name,
         s={k: v for k, v in known.items() if not (isinstance(v, float) and math.isnan(v))},
         facts=facts({key: value for key, value, _ in settings}, known),
-        bars=compression(known),
+        bars=bars(known),
+        painted=painted,
         loss=loss_chart(rows),
         charts=small_charts(rows),
         settings=settings,
@@ -131,14 +135,16 @@ def facts(values: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def compression(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The model beside general compressors on the same held-out bytes, in bits per byte."""
-    names = {"bits_per_byte": "this model", "zlib_bits_per_byte": "zlib -9", "xz_bits_per_byte": "xz -9"}
-    found = [{"name": name, "bits": summary[key], "ours": key == "bits_per_byte"}
-             for key, name in names.items() if isinstance(summary.get(key), int | float)]  # fmt: skip
-    found = [bar for bar in found if math.isfinite(bar["bits"])]
-    longest = max((bar["bits"] for bar in found), default=1) or 1
-    return [{**bar, "share": 100 * bar["bits"] / longest} for bar in found]
+def bars(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The entries of the score, with lengths in proportion."""
+    entries = (summary.get("score") or {}).get("entries", [])
+    found = [
+        {"name": name, "value": value, "ours": i == 0}
+        for i, (name, value) in enumerate(entries)
+        if isinstance(value, int | float) and math.isfinite(value)
+    ]
+    longest = max((bar["value"] for bar in found), default=1) or 1
+    return [{**bar, "share": 100 * bar["value"] / longest} for bar in found]
 
 
 def loss_chart(rows: list[dict[str, Any]]) -> Any:

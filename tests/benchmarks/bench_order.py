@@ -17,6 +17,7 @@ import numpy as np
 
 from headway.pretrain.data.store import TokenStore
 from headway.pretrain.data.stream import SampleStream
+from headway.pretrain.data.token_rows import TokenRows
 
 SIZES = {10**6: 10**3, 10**9: 10**6, 10**12: 10**6}
 """Tokens -> documents. Lengths of documents are int32, and their table is the part that is not sparse."""
@@ -40,7 +41,7 @@ def write_sparse(prefix: Path, tokens: int, documents: int) -> None:
 def first_batch(prefix: Path, seed: int) -> float:
     """Seconds from nothing to the arrays of the first global batch."""
     begin = time.perf_counter()
-    stream = SampleStream([("corpus", TokenStore(prefix), 1.0)], SEQ_LEN, seed, separator=0, vocab=50257)
+    stream = SampleStream([("corpus", TokenRows(TokenStore(prefix), SEQ_LEN, 0, 50257), 1.0)], seed)
     rows = stream.batch(0, GLOBAL_BATCH)
     seconds = time.perf_counter() - begin
     assert rows["tokens"].shape == (GLOBAL_BATCH, SEQ_LEN + 1)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from headway.pretrain import config
+from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.objectives import CausalLM, build_objective
 
 LAYERS, HIDDEN, HEADS, VOCAB, BATCH, LENGTH = 6, 512, 8, 16384, 8, 512
@@ -23,7 +24,7 @@ LAYERS, HIDDEN, HEADS, VOCAB, BATCH, LENGTH = 6, 512, 8, 16384, 8, 512
 
 def build_ours() -> CausalLM:
     model = config.Model(layers=LAYERS, hidden=HIDDEN, heads=HEADS)
-    return build_objective(config.Job(model=model, data=config.Data(seq_len=LENGTH)), VOCAB)
+    return build_objective(config.Job(model=model, data=config.Data(seq_len=LENGTH)), Inputs(VOCAB, LENGTH))
 
 
 def build_theirs(ours: CausalLM) -> nn.Module:
@@ -92,7 +93,7 @@ def pair(mode: str, precision: str) -> tuple[Callable[[], float], Callable[[], f
 
     def our_loss() -> Tensor:
         out = ours(batch)
-        return out.total / out.tokens
+        return out.terms["tokens"] / out.tokens
 
     def their_loss() -> Tensor:
         # transformers shifts labels itself: given the whole row it would drop one target, so shift them here.

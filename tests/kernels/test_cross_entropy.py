@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from headway.kernels.cross_entropy import IGNORE, chunk_rows, linear_cross_entropy, row_loss
+from headway.kernels.cross_entropy import IGNORE, Options, chunk_rows, linear_cross_entropy, row_loss
 
 
 def sample(rows=37, hidden=12, vocab=53, dtype=torch.float64):
@@ -27,7 +27,7 @@ def whole(x, w, labels, z_loss):
 @pytest.mark.parametrize("chunk", [1, 8, 37, 100, None])
 def test_value_and_gradients(z_loss, chunk):
     x, w, labels = sample()
-    total, z = linear_cross_entropy(x, w, labels, z_loss, chunk)
+    total, z, _ = linear_cross_entropy(x, w, labels, Options(z_loss), chunk)
     expected, expected_z = whole(x, w, labels, z_loss)
     torch.testing.assert_close((total, z), (expected, expected_z), rtol=1e-12, atol=1e-12)
     assert not z.requires_grad
@@ -37,7 +37,7 @@ def test_value_and_gradients(z_loss, chunk):
 
 def test_nothing_valid_is_zero_with_zero_gradients():
     x, w, labels = sample()
-    total, _ = linear_cross_entropy(x, w, torch.full_like(labels, IGNORE), 0.1, 8)
+    total = linear_cross_entropy(x, w, torch.full_like(labels, IGNORE), Options(0.1), 8).total
     assert total.item() == 0
     assert all((g == 0).all() for g in torch.autograd.grad(total, (x, w)))
 
@@ -52,7 +52,7 @@ def test_ignored_rows_that_are_not_finite_do_not_matter():
 def test_bf16_products_with_fp32_softmax():
     x, w, labels = sample(512, 64, 1000, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        total, _ = linear_cross_entropy(x, w, labels, chunk=100)
+        total = linear_cross_entropy(x, w, labels, chunk=100).total
     assert total.dtype == torch.float32
     rounded = [t.detach().bfloat16().double().requires_grad_() for t in (x, w)]
     expected, _ = whole(*rounded, labels, 0.0)
@@ -66,11 +66,14 @@ def test_bf16_products_with_fp32_softmax():
 
 def test_compiled_rows_and_compiled_whole():
     x, w, labels = sample(64, 16, 101, torch.float32)
-    expected = linear_cross_entropy(x, w, labels, 0.01, 32)[0]
+    expected = linear_cross_entropy(x, w, labels, Options(0.01), 32)[0]
     gradients = torch.autograd.grad(expected, (x, w))
     rows = torch.compile(row_loss, fullgraph=True)
-    everything = torch.compile(lambda *a: linear_cross_entropy(*a, 0.01, 32), fullgraph=True)
-    for total in (linear_cross_entropy(x, w, labels, 0.01, 32, rows)[0], everything(x, w, labels)[0]):
+    everything = torch.compile(lambda *a: linear_cross_entropy(*a, Options(0.01), 32), fullgraph=True)
+    for total in (
+        linear_cross_entropy(x, w, labels, Options(0.01), 32, rows)[0],
+        everything(x, w, labels)[0],
+    ):
         # fp32 sums of 64 x 101 terms in another order.
         torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(torch.autograd.grad(total, (x, w)), gradients, rtol=1e-4, atol=1e-5)
@@ -108,3 +111,25 @@ def test_chunks_shrink_as_the_vocabulary_grows():
     assert chunk_rows(16384, 2, "cpu") == 1024
     assert chunk_rows(16384, 4, "cpu") == 512
     assert chunk_rows(10**6, 4, "cpu") == 128
+
+
+@pytest.mark.parametrize("chunk", [5, None])
+def test_bias_smoothing_and_accuracy(chunk):
+    x, w, labels = sample()
+    b = torch.linspace(-1, 1, 53, dtype=torch.float64, requires_grad=True)
+    found = linear_cross_entropy(x, w, labels, Options(0.01, 0.1, True), chunk, bias_V=b)
+    logits = x @ w.T + b
+    valid = labels != IGNORE
+    expected = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum", label_smoothing=0.1)
+    expected = expected + 0.01 * logits.logsumexp(-1)[valid].square().sum()
+    torch.testing.assert_close(found.total, expected, rtol=1e-12, atol=1e-12)
+    assert found.correct == (logits.argmax(1) == labels)[valid].sum()
+    ours, theirs = (torch.autograd.grad(y, (x, w, b)) for y in (found.total, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+def test_no_rows_at_all():
+    x, w, labels = sample()
+    found = linear_cross_entropy(x[:0], w, labels[:0])
+    assert found.total == 0
+    assert (torch.autograd.grad(found.total, w)[0] == 0).all()

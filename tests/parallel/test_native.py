@@ -14,7 +14,9 @@ from headway.parallel.engines.native import NativeEngine
 from headway.pretrain.config import Data, Job, Model, Optimizer, Parallel, Schedule, Train
 from headway.pretrain.config import Tokenizer as TokenizerSettings
 from headway.pretrain.data.stream import SampleStream
+from headway.pretrain.data.token_rows import TokenRows
 from headway.pretrain.errors import NonFiniteError
+from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.objectives import build_objective
 
 VOCAB, STEPS = 67, 6
@@ -54,9 +56,9 @@ def curve(rank, world, parallel, precision="fp64", optimizer="adamw"):
     job = small(parallel, precision, optimizer)
     layout = mesh.lay_out(job.parallel, world)
     here = mesh.start(job, layout, rank, world, rank, torch.device("cpu"), "gloo")
-    objective = build_objective(job, VOCAB, device="meta")
+    objective = build_objective(job, Inputs(VOCAB, job.data.seq_len), device="meta")
     engine = NativeEngine(job, objective, here, precision=precision, compiled=False)
-    stream = SampleStream([("memory", Memory(), 1.0)], job.data.seq_len, 0, separator=0)
+    stream = SampleStream([("memory", TokenRows(Memory(), job.data.seq_len, 0), 1.0)], seed=0)
     results = []
     for step in range(STEPS):
         rows = stream.batch(step * 12, 12, here.data_rank, layout.data)
@@ -134,8 +136,8 @@ def engine_alone(precision="fp64"):
     """An engine of one process and the first global batch."""
     job = small({}, precision)
     here = mesh.start(job, mesh.Layout(), 0, 1, 0, torch.device("cpu"), "gloo")
-    objective = build_objective(job, VOCAB, device="meta")
-    stream = SampleStream([("memory", Memory(), 1.0)], job.data.seq_len, 0, separator=0)
+    objective = build_objective(job, Inputs(VOCAB, job.data.seq_len), device="meta")
+    stream = SampleStream([("memory", TokenRows(Memory(), job.data.seq_len, 0), 1.0)], seed=0)
     engine = NativeEngine(job, objective, here, precision=precision, compiled=False)
     return engine, objective.collate(stream.batch(0, 12))
 

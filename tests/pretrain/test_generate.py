@@ -6,6 +6,7 @@ import torch
 from headway.pretrain import config
 from headway.pretrain.errors import JobError
 from headway.pretrain.generate import generate
+from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.objectives import build_objective
 
 VOCAB, CONTEXT = 50, 24
@@ -14,7 +15,7 @@ VOCAB, CONTEXT = 50, 24
 @pytest.fixture(scope="module")
 def objective():
     model = config.Model(layers=2, hidden=32, heads=4, init=config.Init(std=0.2))
-    return build_objective(config.Job(model=model, data=config.Data(seq_len=CONTEXT)), VOCAB)
+    return build_objective(config.Job(model=model, data=config.Data(seq_len=CONTEXT)), Inputs(VOCAB, CONTEXT))
 
 
 def by_hand(objective, tokens, new):

@@ -13,8 +13,8 @@ import pytest
 from headway.pretrain.config import Data, Source, Tokenizer
 from headway.pretrain.data import build, workers
 from headway.pretrain.data.build import build_store, heldout_bytes, prepare_data, train_tokenizer
-from headway.pretrain.data.cache import build_once
-from headway.pretrain.data.store import TokenStore
+from headway.pretrain.data.cache import build_once, fingerprint
+from headway.pretrain.data.store import TokenStore, is_store
 from headway.pretrain.data.text import cut_into_blocks, find_files
 from headway.pretrain.data.tokenizer import BytesTokenizer, SentencePieceTokenizer
 from headway.pretrain.data.workers import is_heldout
@@ -173,6 +173,136 @@ def test_named_folder_is_never_overwritten(make: Callable[..., Data], tmp_path: 
         build_store(source, BytesTokenizer(), make(heldout=0.5), folder=folder, progress=False)
 
 
+PAIRS = [{"text": f"number {i}", "target": f"Zahl {i * i}"} for i in range(300)]
+
+
+@pytest.fixture
+def pairs(corpus: Path) -> Source:
+    """A source of pairs; its file holds `PAIRS`."""
+    corpus.write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
+    return Source(path=str(corpus), target="target")
+
+
+def texts_of(prefix: Path) -> list[str]:
+    store = TokenStore(prefix)
+    return [bytes(store.document(i)[:-1].tolist()).decode() for i in range(store.documents)]
+
+
+def test_pairs_are_aligned(make: Callable[..., Data], pairs: Source) -> None:
+    """Both texts of a line are on the side that the line's name says, in order; a plain source has no targets."""
+    other = Source(path=pairs.path, weight=2.0)
+    prepared = prepare_data(make(sources=[pairs, other]), progress=False)
+    assert prepared.train_targets == [prepared.built[0].train_target, None]
+    assert prepared.heldout_targets == [prepared.built[0].heldout_target, None]
+    kept = [is_heldout(f"a.jsonl:{line}", 0.2) for line in range(1, 301)]
+    for heldout, prefix, target in (
+        (False, prepared.train[0][0], prepared.train_targets[0]),
+        (True, prepared.heldout[0], prepared.heldout_targets[0]),
+    ):
+        assert target is not None
+        expected = [pair for pair, out in zip(PAIRS, kept, strict=True) if out == heldout]
+        assert texts_of(prefix) == [pair["text"] for pair in expected]
+        assert texts_of(target) == [pair["target"] for pair in expected]
+        assert TokenStore(target).facts["utf8_bytes"] == sum(len(pair["target"]) for pair in expected)
+    reused = prepare_data(make(sources=[pairs]), progress=False)
+    assert (reused.built[0].reused, reused.train_targets) == (True, prepared.train_targets[:1])
+    none = prepare_data(make(sources=[pairs], heldout=0.0), progress=False)
+    assert none.heldout == none.heldout_targets == []
+    assert not is_store(none.train[0][0].with_name("heldout.target"))
+
+
+def test_any_number_of_workers_gives_the_same_pairs(
+    make: Callable[..., Data], pairs: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "ALONE_BYTES", 0)
+    monkeypatch.setattr("headway.pretrain.data.text.BLOCK_BYTES", 4096)
+    content = []
+    for count in (1, 2):
+        folder = tmp_path / f"workers{count}"
+        build_store(pairs, BytesTokenizer(), make(workers=count), folder=folder, progress=False)
+        content.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert len(content[0]) == 12
+    assert content[0] == content[1]
+
+
+MALFORMED = {
+    '{"text": "a"}': "no field 'target'; the object has 'text'",
+    '{"target": "b"}': "no field 'text'; the object has 'target'",
+    '{"text": "a", "target": ""}': "field 'target': the text is empty",
+    '{"text": "", "target": "b"}': "field 'text': the text is empty",
+    '{"text": "a", "target": null}': "field 'target': the text is not a string but NoneType",
+    '{"text": "a", "target": "\\ud83d"}': "field 'target': the text holds half of a surrogate pair",
+}
+
+
+@pytest.mark.parametrize("line", MALFORMED)
+def test_malformed_pairs_stop_or_are_counted(
+    make: Callable[..., Data], pairs: Source, corpus: Path, line: str
+) -> None:
+    corpus.write_text(f"{corpus.read_text()}\n{line}\n")
+    with pytest.raises(DataError) as caught:
+        prepare_data(make(sources=[pairs]), progress=False)
+    assert f"a.jsonl:302: {MALFORMED[line]}" in str(caught.value)
+    prepared = prepare_data(make(sources=[pairs], on_error="skip"), progress=False)
+    assert prepared.built[0].skipped == 1
+    assert prepared.built[0].skipped_first[0].startswith(f"{corpus}:302: {MALFORMED[line]}")
+    assert TokenStore(prepared.train[0][0]).documents + TokenStore(prepared.heldout[0]).documents == 300
+
+
+def test_malformed_pairs_of_a_table(make: Callable[..., Data], tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    rows = [*PAIRS[:300], {"text": "a", "target": None}]
+    pq.write_table(
+        pa.Table.from_pylist([{"target": row["target"], "text": row["text"]} for row in rows]), path
+    )
+    source = Source(path=str(path), target="target")
+    with pytest.raises(DataError, match=r"a\.parquet:301: field 'target': the text is not a string"):
+        prepare_data(make(sources=[source], heldout=0.0), progress=False)
+    prepared = prepare_data(make(sources=[source], heldout=0.0, on_error="skip"), progress=False)
+    assert texts_of(prepared.train[0][0]) == [pair["text"] for pair in PAIRS]
+    assert prepared.train_targets[0] is not None
+    assert texts_of(prepared.train_targets[0]) == [pair["target"] for pair in PAIRS]
+    with pytest.raises(DataError, match=r"no column 'to'; it has target, text \(data\.sources"):
+        prepare_data(make(sources=[Source(path=str(path), target="to")]), progress=False)
+
+
+def test_plain_text_holds_no_pairs(make: Callable[..., Data], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(DataError, match=r"a\.txt: plain text has no field 'to': pairs are read from \.jsonl"):
+        prepare_data(make(sources=[Source(path=str(tmp_path / "a.txt"), target="to")]), progress=False)
+
+
+def test_stores_of_pairs_pass_through(make: Callable[..., Data], pairs: Source, tmp_path: Path) -> None:
+    built = build_store(pairs, BytesTokenizer(), make(), folder=tmp_path / "own", progress=False)
+    source = Source(path=str(built.train), target="target")
+    assert prepare_data(make(sources=[source]), progress=False).train_targets == [built.train_target]
+    assert prepare_data(make(sources=[Source(path=source.path)]), progress=False).train_targets == [None]
+    for suffix in (".bin", ".idx", ".json"):
+        (tmp_path / "own" / f"train.target{suffix}").unlink()
+    with pytest.raises(JobError, match=r"data\.sources\[\]\.target.*no .*own/train\.target\.idx"):
+        prepare_data(make(sources=[source]), progress=False)
+
+
+def test_tokenizer_sees_targets(make: Callable[..., Data], pairs: Source) -> None:
+    texts = list(build._training_texts([pairs], [find_files(pairs)], make(heldout=0.0)))
+    assert texts == [text for pair in PAIRS for text in pair.values()]
+    limited = make(heldout=0.0, tokenizer=Tokenizer(train_bytes=100))
+    assert sum(map(len, build._training_texts([pairs], [find_files(pairs)], limited))) == 100
+
+
+def test_targets_do_not_move_what_is_cached(make: Callable[..., Data], pairs: Source, corpus: Path) -> None:
+    """The fingerprint of a source without targets is that of the release before there were any."""
+    status = corpus.stat()
+    files = [(str(corpus), "a.jsonl", status.st_size, status.st_mtime_ns)]
+    mark = fingerprint(
+        format=1, files=files, column="text", heldout=0.2, on_error="stop", digest=BytesTokenizer.digest
+    )
+    plain = prepare_data(make(), progress=False).train[0][0]
+    assert plain.parent.name == mark
+    assert prepare_data(make(sources=[pairs]), progress=False).train[0][0] != plain
+
+
 def test_lossy_tokenizer_has_no_bits_per_byte(make: Callable[..., Data]) -> None:
     class Lossy(BytesTokenizer):
         def decode(self, ids):  # type: ignore[no-untyped-def]
@@ -259,7 +389,7 @@ def test_malformed_line_in_a_worker(corpus: Path) -> None:
         corpus.write_text(good)
         (block,) = cut_into_blocks(files, "text")
         encoded, expected = worker.encode(block), workers.encode_block(block, work)
-        assert encoded.train.stream == expected.train.stream
-        assert encoded.train.lengths.tolist() == [len(text) + 1 for text in LINES]
+        assert encoded.sides["train"].stream == expected.sides["train"].stream
+        assert encoded.sides["train"].lengths.tolist() == [len(text) + 1 for text in LINES]
     finally:
         worker.stop()

@@ -41,11 +41,11 @@ class CountingStore:
 def test_every_token_is_scored_once(tokens, seq_len, overlap, batch):
     labels, sizes = [], []
     for rows in heldout_rows(CountingStore(tokens), seq_len, END, overlap, batch=batch):
-        assert rows["tokens"].shape == (rows["sample"].size, seq_len + 1) == rows["documents"].shape
-        assert rows["scored"].shape == (rows["sample"].size, seq_len)
+        assert rows["tokens"].shape == (len(rows["scored"]), seq_len + 1) == rows["documents"].shape
+        assert rows["scored"].shape == (len(rows["documents"]), seq_len)
         assert rows["scored"].any(axis=1).all()
         labels += rows["tokens"][:, 1:][rows["scored"]].tolist()
-        sizes.append(rows["sample"].size)
+        sizes.append(len(rows["scored"]))
     assert labels == list(range(1, tokens + 1))
     assert sum(sizes) == len(HeldoutRows(CountingStore(tokens), seq_len, END, overlap))
     assert all(size == batch for size in sizes[:-1])

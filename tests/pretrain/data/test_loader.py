@@ -8,6 +8,7 @@ import torch
 
 from headway.pretrain.data.loader import Loader
 from headway.pretrain.data.stream import SampleStream
+from headway.pretrain.data.token_rows import TokenRows
 from headway.pretrain.errors import DataError
 
 
@@ -24,7 +25,7 @@ class CountingStore:
 
 
 def stream(**options):
-    return SampleStream([("a", CountingStore(), 1.0)], 10, 0, 0, **options)
+    return SampleStream([("a", TokenRows(CountingStore(), 10, 0, **options), 1.0)], 0)
 
 
 def collate(rows):

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headway.pretrain.data.stream import SampleStream, document_ids, rank_slots
+from headway.pretrain.data.stream import SampleStream, rank_slots
+from headway.pretrain.data.token_rows import TokenRows, document_ids
 from headway.pretrain.errors import DataError
 
 END = 0
@@ -36,7 +37,8 @@ def counting_store(tokens):
 
 
 def stream(sources=(("a", 101, 1.0),), seq_len=10, seed=0, **options):
-    return SampleStream([(n, counting_store(t), w) for n, t, w in sources], seq_len, seed, END, **options)
+    rows = [(n, TokenRows(counting_store(t), seq_len, END, name=n, **options), w) for n, t, w in sources]
+    return SampleStream(rows, seed)
 
 
 def test_an_epoch_predicts_every_token_once_but_the_first():

@@ -5,7 +5,8 @@ import torch
 
 from headway.pretrain import config
 from headway.pretrain.errors import JobError
-from headway.pretrain.models.gpt import attention_maps
+from headway.pretrain.models.attention import attention_maps
+from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.objectives import build_objective
 
 VOCAB, LENGTH = 101, 23  # odd on purpose
@@ -16,7 +17,7 @@ def job(**model):
 
 
 def objective(**model):
-    built = build_objective(job(**model), VOCAB)
+    built = build_objective(job(**model), Inputs(VOCAB, LENGTH))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # biases and norms start at 0 and 1, which would hide a swap
         for p in built.parameters():
@@ -111,7 +112,7 @@ def test_logits_loss_and_gradients_are_transformers(family):
         generator = torch.Generator().manual_seed(0)
         for p in theirs.parameters():
             p.add_(torch.randn(p.shape, generator=generator) * 0.05)
-    ours = build_objective(job(**model), VOCAB)
+    ours = build_objective(job(**model), Inputs(VOCAB, LENGTH))
     weights = rename(dict(theirs.named_parameters()), model["layers"])
     assert weights.keys() == dict(ours.named_parameters()).keys()
     ours.load_state_dict({n: w.detach() for n, w in weights.items()})
@@ -121,7 +122,7 @@ def test_logits_loss_and_gradients_are_transformers(family):
     # fp32 with logits of order 1: 1e-5 is some 100 roundings.
     torch.testing.assert_close(ours.logits(batch["tokens"]), out.logits, rtol=1e-5, atol=1e-5)
     result = ours(batch)
-    loss = result.total / result.tokens
+    loss = result.terms["tokens"] / ours.counts(batch)["tokens"]
     torch.testing.assert_close(loss, out.loss, rtol=1e-5, atol=1e-5)
     loss.backward()
     out.loss.backward()
@@ -165,7 +166,7 @@ def test_a_kernel_that_cannot_is_refused():
 
 def test_attention_maps_are_transformers():
     theirs, model, rename = gpt2()
-    ours = build_objective(job(**model), VOCAB)
+    ours = build_objective(job(**model), Inputs(VOCAB, LENGTH))
     ours.load_state_dict(rename(dict(theirs.named_parameters()), model["layers"]))
     theirs.set_attn_implementation("eager")
     tokens = torch.randint(0, VOCAB, (2, LENGTH))

@@ -7,24 +7,34 @@ import torch
 
 from headway.pretrain import config
 from headway.pretrain.models.init import Slice, fill, initialise, whole
+from headway.pretrain.models.inputs import Inputs
+from headway.pretrain.models.schemes import Fill
 from headway.pretrain.objectives import build_objective
 
 MODEL = config.Model(layers=2, hidden=40, heads=4, dropout=0.1)
 JOB = config.Job(model=MODEL, data=config.Data(seq_len=16))
+INPUTS = Inputs(vocab=50, length=16)
 
 
-@pytest.mark.parametrize("offset", [(0, 0, 0), (1, 3, 5), (2, 0, 9), (2, 6, 12)])
-def test_any_slice_has_the_bits_of_the_whole(offset):
+KINDS = [Fill("normal", 0.02), Fill("truncated", 0.02), Fill("uniform", 0.3), Fill("orthogonal", 1.4)]
+
+
+@pytest.mark.parametrize("how", KINDS, ids=lambda how: how.kind)
+@pytest.mark.parametrize("offset", [(0, 0, 0), (1, 3, 5), (2, 0, 9), (2, 6, 12), (3, 0, 0), (0, 0, 13)])
+def test_any_slice_has_the_bits_of_the_whole(offset, how):
     shape = (3, 7, 13)
     full = torch.empty(shape)
-    fill(whole(full), "name", 0.02, 5)
+    fill(whole(full), "name", how, 5)
     local = torch.empty([s - o for s, o in zip(shape, offset, strict=True)])
-    fill(Slice(local, shape, offset), "name", 0.02, 5)
+    fill(Slice(local, shape, offset), "name", how, 5)
     assert torch.equal(local, full[tuple(slice(o, None) for o in offset)])
 
 
 def test_ranks_fill_their_own_rows():
-    one, many = build_objective(JOB, 50), build_objective(JOB, 50, device="meta").to_empty(device="cpu")
+    one, many = (
+        build_objective(JOB, INPUTS),
+        build_objective(JOB, INPUTS, device="meta").to_empty(device="cpu"),
+    )
     for rank in range(3):
 
         def rows(name, parameter, rank=rank):
@@ -38,11 +48,11 @@ def test_ranks_fill_their_own_rows():
 
 
 def test_meta_then_materialised_is_the_same_model():
-    meta = build_objective(JOB, 50, device="meta")
+    meta = build_objective(JOB, INPUTS, device="meta")
     assert all(t.is_meta for t in (*meta.parameters(), *meta.buffers()))
     built = meta.to_empty(device="cpu")
     initialise(built, MODEL, JOB.train.seed)
-    expected = build_objective(JOB, 50)
+    expected = build_objective(JOB, INPUTS)
     for (name, a), b in zip(built.named_parameters(), expected.parameters(), strict=True):
         assert torch.equal(a, b), name
     salts = [b.item() for b in built.buffers()]
@@ -53,7 +63,7 @@ def test_meta_then_materialised_is_the_same_model():
 
 def test_deviations_are_gpt2s():
     wide = config.Job(model=MODEL.model_copy(update={"hidden": 256}), data=config.Data(seq_len=16))
-    for name, p in build_objective(wide, 500).named_parameters():
+    for name, p in build_objective(wide, INPUTS._replace(vocab=500)).named_parameters():
         if p.dim() == 1:
             assert (p == float(name.endswith("norm.weight"))).all(), name
         else:
@@ -64,7 +74,7 @@ def test_deviations_are_gpt2s():
 
 
 def test_seed_and_name_matter():
-    a, b = (build_objective(config.Job(model=MODEL, train=config.Train(seed=s)), 50) for s in (0, 1))
+    a, b = (build_objective(config.Job(model=MODEL, train=config.Train(seed=s)), INPUTS) for s in (0, 1))
     first, second = a.model.blocks
     assert not torch.equal(a.model.embed.tokens.weight, b.model.embed.tokens.weight)
     assert not torch.equal(first.mlp.up.weight, second.mlp.up.weight)
@@ -73,7 +83,7 @@ def test_seed_and_name_matter():
 def test_fp64_starts_from_the_same_weights():
     double = JOB.model_copy(update={"precision": "fp64"})
     for a, b in zip(
-        build_objective(JOB, 50).parameters(), build_objective(double, 50).parameters(), strict=True
+        build_objective(JOB, INPUTS).parameters(), build_objective(double, INPUTS).parameters(), strict=True
     ):
         assert b.dtype == torch.float64
         # The product with the deviation is rounded to fp32 or not: one rounding.

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from headway.pretrain import config
+from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Noise
 from headway.pretrain.objectives import build_objective
 
@@ -19,7 +20,7 @@ def objective(layers=3, dropout=0.0, **model):
         attention=config.Attention(dropout=dropout),
         **model,
     )
-    return build_objective(config.Job(model=shape, data=config.Data(seq_len=LENGTH)), VOCAB)
+    return build_objective(config.Job(model=shape, data=config.Data(seq_len=LENGTH)), Inputs(VOCAB, LENGTH))
 
 
 def batch_of(built, rows=4):
@@ -34,11 +35,11 @@ def test_all_blocks_share_one_graph_at_every_step(dropout):
     built = objective(dropout=dropout)
     batch = batch_of(built)
     noises = [Noise.at(0, step, batch["slot"]) for step in range(3)]
-    expected = [built(batch, noise).total for noise in noises]
+    expected = [built(batch, noise).terms["tokens"] for noise in noises]
     for block in built.model.blocks:
         block.compile(fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        got = [built(batch, noise).total for noise in noises]
+        got = [built(batch, noise).terms["tokens"] for noise in noises]
         got[0].backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)  # fp32 sums over 64 tokens of 4 nats
@@ -48,16 +49,16 @@ def test_dropout_does_not_depend_on_micro_batches():
     built = objective(dropout=0.3)
     batch = batch_of(built)
     whole = built(batch, Noise.at(0, 7, batch["slot"]))
-    gradient = torch.autograd.grad(whole.total, built.model.embed.tokens.weight)[0]
+    gradient = torch.autograd.grad(whole.terms["tokens"], built.model.embed.tokens.weight)[0]
     total, pieces = torch.zeros(()), torch.zeros_like(gradient)
     for rows in (slice(0, 1), slice(1, 4)):
         part = {k: v[rows] for k, v in batch.items()}
         out = built(part, Noise.at(0, 7, part["slot"]))
         total, pieces = (
-            total + out.total,
-            pieces + torch.autograd.grad(out.total, built.model.embed.tokens.weight)[0],
+            total + out.terms["tokens"],
+            pieces + torch.autograd.grad(out.terms["tokens"], built.model.embed.tokens.weight)[0],
         )
-    torch.testing.assert_close(total, whole.total, rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(total, whole.terms["tokens"], rtol=1e-6, atol=1e-4)
     torch.testing.assert_close(pieces, gradient, rtol=1e-4, atol=1e-5)
 
 
@@ -65,12 +66,12 @@ def test_dropout_changes_with_step_and_seed_and_rests_without_noise():
     built = objective(dropout=0.3)
     batch = batch_of(built)
     values = [
-        built(batch, Noise.at(seed, step, batch["slot"])).total
+        built(batch, Noise.at(seed, step, batch["slot"])).terms["tokens"]
         for seed, step in ((0, 1), (0, 2), (1, 1), (0, 1))
     ]
     assert values[0] == values[3]
     assert len({v.item() for v in values}) == 3
-    torch.testing.assert_close(built(batch).total, objective(dropout=0.0)(batch).total)
+    torch.testing.assert_close(built(batch).terms["tokens"], objective(dropout=0.0)(batch).terms["tokens"])
 
 
 def test_every_dropout_has_its_own_mask():
@@ -90,13 +91,13 @@ def test_bf16_autocast_keeps_the_residual_stream_wide():
     with torch.autocast("cpu", torch.bfloat16):
         assert built.model(batch["tokens"]).final.dtype == torch.float32
         low = built(batch)
-    assert low.total.dtype == torch.float32
+    assert low.terms["tokens"].dtype == torch.float32
     # 64 tokens near log 61 nats; logits of order 0.1 carry a bf16 rounding of 2^-9 each.
-    torch.testing.assert_close(low.total, built(batch).total, rtol=1e-3, atol=0)
+    torch.testing.assert_close(low.terms["tokens"], built(batch).terms["tokens"], rtol=1e-3, atol=0)
 
 
 def test_bf16_weights_without_autocast():
     built = objective(norm="rmsnorm", positions="rotary", activation="swiglu").bfloat16()
     out = built(batch_of(built))
-    out.total.backward()
+    out.terms["tokens"].backward()
     assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in built.parameters())

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from headway.kernels.cross_entropy import IGNORE
 from headway.pretrain import config
+from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.objectives import build_objective
 
 VOCAB, LENGTH = 61, 12
@@ -15,7 +16,9 @@ VOCAB, LENGTH = 61, 12
 def build(documents="attend", tied=True, **objective):
     model = config.Model(layers=2, hidden=32, heads=4, tied=tied, positions="rotary")
     data = config.Data(seq_len=LENGTH, documents=documents)
-    return build_objective(config.Job(model=model, data=data, objective=config.Objective(**objective)), VOCAB)
+    return build_objective(
+        config.Job(model=model, data=data, objective=config.Objective(**objective)), Inputs(VOCAB, LENGTH)
+    )
 
 
 def rows(n=3):
@@ -49,9 +52,9 @@ def test_loss_is_the_sum_over_scored_tokens():
         logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum", ignore_index=IGNORE
     )
     z = 1e-2 * logits.logsumexp(-1)[batch["labels"] != IGNORE].square().sum()
-    torch.testing.assert_close(out.total, nll + z, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(out.metrics, {"z_loss": z}, rtol=1e-5, atol=1e-5)
-    assert out.tokens.item() == objective.valid_tokens(batch) == rows()["scored"].sum()
+    torch.testing.assert_close(out.terms["tokens"], nll + z, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.metrics["z_loss"].sum, z, rtol=1e-5, atol=1e-5)
+    assert out.metrics["z_loss"].over == objective.counts(batch)["tokens"] == rows()["scored"].sum()
 
 
 def test_sums_add_up_over_micro_batches():
@@ -59,8 +62,7 @@ def test_sums_add_up_over_micro_batches():
     batch = objective.collate(rows())
     parts = [objective({k: v[r] for k, v in batch.items()}) for r in (slice(0, 1), slice(1, 3))]
     whole = objective(batch)
-    torch.testing.assert_close(sum(p.total for p in parts), whole.total)
-    assert sum(p.tokens for p in parts) == whole.tokens
+    torch.testing.assert_close(sum(p.terms["tokens"] for p in parts), whole.terms["tokens"])
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -74,7 +76,7 @@ def test_names_are_canonical(tied):
 
 def test_isolation_reaches_the_model():
     batch = build("isolate").collate(rows())
-    assert build("isolate")(batch).total != build()(build().collate(rows())).total
+    assert build("isolate")(batch).terms != build()(build().collate(rows())).terms
 
 
 def test_compiled_objective_needs_no_break():
@@ -82,15 +84,15 @@ def test_compiled_objective_needs_no_break():
     objective = build(z_loss=1e-3)
     batch = objective.collate(rows())
     expected = objective(batch)
-    expected.total.backward()
+    expected.terms["tokens"].backward()
     gradients = {n: p.grad.clone() for n, p in objective.named_parameters()}
     objective.zero_grad()
     for block in objective.model.blocks:
         block.compile(fullgraph=True)
     objective.loss.compile(fullgraph=True)
     out = objective(batch)
-    out.total.backward()
-    torch.testing.assert_close(out.total, expected.total, rtol=1e-5, atol=1e-4)
+    out.terms["tokens"].backward()
+    torch.testing.assert_close(out.terms["tokens"], expected.terms["tokens"], rtol=1e-5, atol=1e-4)
     for name, p in objective.named_parameters():
         torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-5)
 
@@ -101,7 +103,7 @@ def test_one_batch_is_learned():
     optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-2)
     for _ in range(60):
         out = objective(batch)
-        (out.total / out.tokens).backward()
+        (out.terms["tokens"] / objective.counts(batch)["tokens"]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert objective(batch).total / out.tokens < 0.1
+    assert objective(batch).terms["tokens"] / objective.counts(batch)["tokens"] < 0.1

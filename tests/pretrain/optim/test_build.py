@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from headway.pretrain.config import Optimizer
+from headway.pretrain.optim.adafactor import Adafactor
 from headway.pretrain.optim.build import build_optimizers, set_rate
+from headway.pretrain.optim.lamb import Lamb
 
 
 class Block(nn.Module):
@@ -55,7 +57,7 @@ def test_muon_moves_hidden_matrices_and_adamw_the_rest():
 def test_every_parameter_is_moved_once_and_frozen_ones_are_not():
     model = Model()
     model.blocks[0].up.weight.requires_grad_(False)
-    for name in ("adamw", "muon"):
+    for name in ("adamw", "muon", "lamb", "adafactor"):
         optimizers = build_optimizers(model.named_parameters(), Optimizer(name=name))
         moved = [p for o in optimizers for g in o.param_groups for p in g["params"]]
         assert len({id(p) for p in moved}) == len(moved)
@@ -71,6 +73,45 @@ def test_the_schedule_scales_each_groups_own_rate():
             pytest.approx(1e-3 * factor),
             pytest.approx(1e-3 * factor),
         ]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("lamb", Lamb), ("adafactor", Adafactor)])
+def test_lamb_and_adafactor_decay_what_adamw_decays(name, kind):
+    settings = Optimizer(name=name, lr=1e-3, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-5)
+    (optimizer,) = build_optimizers(Model().named_parameters(), settings)
+    (adamw,) = build_optimizers(Model().named_parameters(), Optimizer(lr=1e-3, weight_decay=0.1))
+    assert type(optimizer) is kind
+    for group, expected in zip(optimizer.param_groups, adamw.param_groups, strict=True):
+        assert names(group) == names(expected)
+        for key in ("lr", "base_lr", "weight_decay"):
+            assert group[key] == expected[key]
+        if kind is Lamb:
+            assert (group["betas"], group["eps"]) == ((0.8, 0.9), 1e-5)
+            assert group["adapt"] == (group["weight_decay"] > 0)
+
+
+def test_lamb_adapts_matrices_also_where_nothing_decays():
+    (optimizer,) = build_optimizers(Model().named_parameters(), Optimizer(name="lamb", weight_decay=0))
+    assert {group["adapt"]: "tokens.weight" in names(group) for group in optimizer.param_groups} == {
+        True: True,
+        False: False,
+    }
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "lamb", "adafactor"])
+def test_layer_decay_scales_every_groups_base_rate(name):
+    settings = Optimizer(name=name, lr=1e-3, muon_lr=0.02, layer_decay=0.5)
+    model = Model()
+    named = {f"{'embed.' * n.startswith('tokens')}{n}": p for n, p in model.named_parameters()}
+    optimizers = build_optimizers(named.items(), settings)
+    set_rate(optimizers, 0.5)
+    rates = {n: (o, g["base_lr"], g["lr"]) for o in optimizers for g in o.param_groups for n in names(g)}
+    assert len(rates) == len(named)
+    for key, (optimizer, base, rate) in rates.items():
+        top = 0.02 if optimizer is optimizers[0] and name == "muon" else 1e-3
+        factor = 1 / 8 if key == "embed.tokens.weight" else 1 / 4 if ".0." in key else 1 / 2
+        assert base == pytest.approx(top * factor)
+        assert rate == pytest.approx(0.5 * base)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -6,15 +6,16 @@ import pytest
 import torch
 import transformers
 
-from headway.pretrain.config import Schedule
+from headway.pretrain.config import Schedule, Train
 from headway.pretrain.errors import JobError
-from headway.pretrain.optim.schedules import factor
+from headway.pretrain.optim.schedules import factor, in_steps
 
 TOTAL = 50
 
 
-def ours(schedule, total=TOTAL, tokens_per_step=1):
-    return [factor(step, schedule, total, tokens_per_step) for step in range(total)]
+def ours(schedule, total=TOTAL, tokens_per_row=1):
+    settled = in_steps(schedule, Train(steps=total, global_batch=1), tokens_per_row)
+    return [factor(step, settled, total) for step in range(total)]
 
 
 def rates(make, steps=TOTAL):
@@ -76,16 +77,16 @@ def test_conventions(name, warmup):
     assert all(a >= b for a, b in itertools.pairwise(after))
     if name in ("cosine", "linear", "wsd"):
         assert f[-1] == pytest.approx(0.1, abs=1e-15)
-        assert factor(10 * TOTAL, schedule, TOTAL, 1) == pytest.approx(0.1, abs=1e-15)
+        assert factor(10 * TOTAL, schedule, TOTAL) == pytest.approx(0.1, abs=1e-15)
 
 
 def test_inverse_sqrt_is_continuous_and_t5s():
     schedule = Schedule(name="inverse_sqrt", warmup=100)
-    assert factor(99, schedule, 1000, 1) == 1.0
-    assert factor(100, schedule, 1000, 1) == pytest.approx((100 / 101) ** 0.5)
+    assert factor(99, schedule, 1000) == 1.0
+    assert factor(100, schedule, 1000) == pytest.approx((100 / 101) ** 0.5)
     t5 = Schedule(name="inverse_sqrt")
-    assert factor(9_999, t5, 10**6, 1) == 1.0
-    assert 0.01 * factor(39_999, t5, 10**6, 1) == pytest.approx(1 / 40_000**0.5)
+    assert factor(9_999, t5, 10**6) == 1.0
+    assert 0.01 * factor(39_999, t5, 10**6) == pytest.approx(1 / 40_000**0.5)
 
 
 def test_wsd_spends_its_share_on_the_decay():
@@ -96,14 +97,14 @@ def test_wsd_spends_its_share_on_the_decay():
 
 def test_warmup_in_tokens_is_warmup_in_steps():
     in_steps = ours(Schedule(warmup=5))
-    assert ours(Schedule(warmup_tokens=5 * 1024), tokens_per_step=1024) == in_steps
-    assert ours(Schedule(warmup_tokens=4 * 1024 + 1), tokens_per_step=1024) == in_steps
+    assert ours(Schedule(warmup_tokens=5 * 1024), tokens_per_row=1024) == in_steps
+    assert ours(Schedule(warmup_tokens=4 * 1024 + 1), tokens_per_row=1024) == in_steps
 
 
 def test_warmup_in_tokens_beyond_the_end_is_refused():
     with pytest.raises(JobError, match=r"schedule\.warmup_tokens = 51200: takes 50 steps") as error:
-        factor(0, Schedule(warmup_tokens=50 * 1024), TOTAL, 1024)
-    assert factor(0, Schedule(warmup_tokens=error.value.nearest), TOTAL, 1024) == 1 / 49
+        ours(Schedule(warmup_tokens=50 * 1024), tokens_per_row=1024)
+    assert ours(Schedule(warmup_tokens=error.value.nearest), tokens_per_row=1024)[0] == 1 / 49
 
 
 def test_the_schedule_may_end_before_the_run():

@@ -1,0 +1,114 @@
+"""From tokens or images to the residual stream.
+
+Shapes: B batch, S sequence, E hidden size, N patches, C channels, P side of a patch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from headway.pretrain import config
+from headway.pretrain.models.inputs import Inputs
+from headway.pretrain.models.layers import Dropout, Embedding, Linear, Noise, build_norm
+from headway.pretrain.models.positions import LearnedPositions, SinusoidalGrid, SinusoidalPositions
+
+
+class TokenEmbedding(nn.Module):
+    """Token rows, plus position and segment rows if the model has them; then norm, projection, dropout.
+
+    `tokens.weight` is [V, E], or [V, embedding size] where the table is factorised (ALBERT).
+    """
+
+    def __init__(self, model: config.Model, inputs: Inputs) -> None:
+        super().__init__()
+        width = model.embedding_size or model.hidden
+        rows = model.max_positions or max(inputs.length, inputs.target_length)
+        self.tokens = Embedding(inputs.vocab, width)
+        self.scale = math.sqrt(model.hidden) if model.embedding_scale else None
+        self.positions = LearnedPositions(rows, width) if model.positions == "learned" else None
+        self.sines = SinusoidalPositions(width) if model.positions == "sinusoidal" else None
+        self.segments = Embedding(model.segments, width) if model.segments else None
+        self.norm = build_norm(model, width) if model.embedding_norm else None
+        self.dropout = Dropout(model.dropout)
+        self.project = Linear(width, model.hidden) if model.embedding_size else None
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        positions_S: Tensor,
+        noise: Noise | None,
+        segments_BS: Tensor | None = None,
+    ) -> Tensor:
+        """[B, S, E]; segment 0 where the model has segments and none are given."""
+        x_BSE: Tensor = self.tokens(tokens_BS)
+        if self.scale is not None:
+            x_BSE = x_BSE * self.scale
+        if self.positions is not None:
+            x_BSE = x_BSE + self.positions(positions_S)
+        if self.sines is not None:
+            x_BSE = x_BSE + self.sines(positions_S, x_BSE.dtype)
+        if self.segments is not None:
+            x_BSE = x_BSE + self.segments(torch.zeros_like(tokens_BS) if segments_BS is None else segments_BS)
+        if self.norm is not None:
+            x_BSE = self.norm(x_BSE)
+        x_BSE = self.dropout(x_BSE, noise)
+        return x_BSE if self.project is None else self.project(x_BSE)
+
+
+class PatchEmbedding(nn.Module):
+    """A linear layer over the pixels of each patch, plus positions, behind a class token if the model has one.
+
+    Positions are counted from the class token: patches begin at 1, or at 0 without one.
+    """
+
+    def __init__(self, model: config.Model, inputs: Inputs) -> None:
+        super().__init__()
+        self.side = model.vision.patch
+        self.grid = inputs.image // self.side
+        self.patches = Linear(inputs.channels * self.side**2, model.hidden)
+        self.first = int(model.vision.class_token)
+        self.class_token = nn.Parameter(torch.empty(1, model.hidden)) if self.first else None
+        rows = self.first + self.grid**2
+        self.positions = LearnedPositions(rows, model.hidden) if model.positions == "learned" else None
+        self.sines = SinusoidalGrid(model.hidden) if model.positions == "sinusoidal" else None
+        self.norm = build_norm(model) if model.embedding_norm else None
+        self.dropout = Dropout(model.dropout)
+
+    def forward(self, pixels_BCHW: Tensor, noise: Noise | None, visible_BK: Tensor | None = None) -> Tensor:
+        """[B, 1 + N, E], or [B, 1 + K, E] of the patches whose numbers are given; the 1 is the class token."""
+        x_BNE = self.patches(patchify(pixels_BCHW, self.side))
+        positions_NE = self._positions(x_BNE)
+        if positions_NE is not None:
+            x_BNE = x_BNE + positions_NE[self.first :]
+        if visible_BK is not None:
+            x_BNE = x_BNE.gather(1, visible_BK.unsqueeze(-1).expand(-1, -1, x_BNE.shape[-1]))
+        if self.class_token is not None:
+            first = self.class_token if positions_NE is None else self.class_token + positions_NE[:1]
+            x_BNE = torch.cat((first.to(x_BNE.dtype).expand(x_BNE.shape[0], 1, -1), x_BNE), 1)
+        if self.norm is not None:
+            x_BNE = self.norm(x_BNE)
+        dropped: Tensor = self.dropout(x_BNE, noise)
+        return dropped
+
+    def _positions(self, x_BNE: Tensor) -> Tensor | None:
+        """Of the class token, if there is one, and of all patches."""
+        if self.sines is not None:
+            return self.sines(self.grid, self.grid, x_BNE.dtype, x_BNE.device, bool(self.first))
+        if self.positions is None:
+            return None
+        places = torch.arange(self.positions.num_embeddings, device=x_BNE.device)
+        return self.positions(places).to(x_BNE.dtype)
+
+
+def patchify(pixels_BCHW: Tensor, side: int) -> Tensor:
+    """Pixels of non-overlapping patches, row by row: [B, N, C P P], in the order of a convolution's weight."""
+    return torch.nn.functional.unfold(pixels_BCHW, side, stride=side).transpose(1, 2)
+
+
+def unpatchify(patches_BNP: Tensor, side: int, channels: int) -> Tensor:
+    """The images that `patchify` cut: [B, C, H, W], square."""
+    size = math.isqrt(patches_BNP.shape[1]) * side
+    return torch.nn.functional.fold(patches_BNP.transpose(1, 2), (size, size), side, stride=side)

@@ -1,0 +1,69 @@
+"""T5: an encoder-decoder (Raffel et al. 2020); with absolute positions, the Transformer (Vaswani et al. 2017).
+
+Shapes: B batch, S encoder's sequence, T decoder's sequence, E hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from headway.kernels.attention.masks import Mask
+from headway.pretrain import config
+from headway.pretrain.models.embeddings import TokenEmbedding
+from headway.pretrain.models.hidden import Hidden
+from headway.pretrain.models.inputs import Inputs
+from headway.pretrain.models.layers import Noise
+from headway.pretrain.models.transformer import Tower
+
+
+class T5(nn.Module):
+    """One table of tokens, an encoder that sees all, a causal decoder that sees the encoder's output."""
+
+    def __init__(self, model: config.Model, inputs: Inputs) -> None:
+        super().__init__()
+        self.embed = TokenEmbedding(model, inputs)
+        self.encoder = Tower(model, causal=False)
+        self.decoder = Tower(model, layers=model.decoder_depth, causal=True, cross=True)
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        targets_BT: Tensor,
+        documents_BS: Tensor | None = None,
+        target_documents_BT: Tensor | None = None,
+        noise: Noise | None = None,
+    ) -> Hidden:
+        """
+        Args:
+            tokens_BS: int64, what the encoder reads.
+            targets_BT: int64, what the decoder reads: the targets, shifted right.
+            documents_BS: int, of the encoder's tokens (padding is document -1). None: all see all.
+            target_documents_BT: int, of the decoder's tokens, which see those of the same document here and there.
+            noise: what dropout depends on; None drops nothing.
+        """
+        memory_BSE, sides = self.encode(tokens_BS, documents_BS, noise)
+        positions_T = torch.arange(targets_BT.shape[1], device=targets_BT.device)
+        x_BTE = self.embed(targets_BT, positions_T, noise)
+        across = Mask(
+            False, _zeros(target_documents_BT, targets_BT, documents_BS), key_documents=documents_BS
+        )
+        final, more = self.decoder.run(
+            x_BTE, positions_T, Mask(True, target_documents_BT), noise, memory_BSE, across
+        )
+        return Hidden(final, sides + more)
+
+    def encode(
+        self, tokens_BS: Tensor, documents_BS: Tensor | None = None, noise: Noise | None = None
+    ) -> tuple[Tensor, list]:
+        """The encoder's output [B, S, E], and what its blocks give beside."""
+        positions_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
+        x_BSE = self.embed(tokens_BS, positions_S, noise)
+        return self.encoder.run(x_BSE, positions_S, Mask(False, documents_BS), noise)
+
+
+def _zeros(documents: Tensor | None, tokens: Tensor, keys: Tensor | None) -> Tensor | None:
+    """Documents of the queries of cross-attention: all of document 0 if only the keys' are given."""
+    if documents is not None or keys is None:
+        return documents if keys is not None else None
+    return torch.zeros_like(tokens, dtype=keys.dtype)

@@ -1,0 +1,40 @@
+"""ViT: an encoder of image patches (Dosovitskiy et al. 2021).
+
+Shapes: B batch, C channels, N patches, E hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headway.kernels.attention.masks import Mask
+from headway.pretrain import config
+from headway.pretrain.models.embeddings import PatchEmbedding
+from headway.pretrain.models.hidden import Hidden
+from headway.pretrain.models.inputs import Inputs
+from headway.pretrain.models.layers import Noise
+from headway.pretrain.models.transformer import Tower
+
+
+class ViT(Tower):
+    """Patches, a stack of blocks, a final norm (pre-norm models only)."""
+
+    def __init__(self, model: config.Model, inputs: Inputs) -> None:
+        super().__init__(model, causal=False, embed=PatchEmbedding(model, inputs))
+
+    def forward(
+        self, pixels_BCHW: Tensor, visible_BK: Tensor | None = None, noise: Noise | None = None
+    ) -> Hidden:
+        """
+        Args:
+            pixels_BCHW: normalised images.
+            visible_BK: int64, numbers of the patches that are read; all if None.
+            noise: what dropout depends on; None drops nothing.
+
+        Returns:
+            `final` [B, 1 + N, E]: the class token, if there is one, and the patches that are read, in their order.
+        """
+        x_BNE = self.embed(pixels_BCHW, noise, visible_BK)
+        places = torch.arange(x_BNE.shape[1], device=x_BNE.device)
+        return Hidden(*self.run(x_BNE, places, Mask(False), noise))

@@ -1,0 +1,176 @@
+"""What every objective is: head and loss around a model, and the shaping of rows into batches.
+
+Shapes: B batch, S sequence, E hidden size, V vocabulary, X experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from headway.kernels.cross_entropy import IGNORE, Losses, Options, linear_cross_entropy, row_loss
+from headway.pretrain import config
+from headway.pretrain.data.samples import Rows
+from headway.pretrain.engine import Batch
+from headway.pretrain.models.layers import Noise
+from headway.pretrain.models.moe import MoE
+from headway.pretrain.models.routing import Side
+from headway.pretrain.models.spectral import SpectralLinear
+from headway.pretrain.optim.sharded import local, whole
+
+
+class Mean(NamedTuple):
+    """Sum of a metric and what it is divided by, without gradient; engines add up both. Sums may be vectors."""
+
+    sum: Tensor
+    over: Tensor
+
+
+class LossOutput(NamedTuple):
+    """Sums over a batch; engines add them up over micro-batches and ranks.
+
+    Attributes:
+        terms: name of a count (see `Objective.counts`) -> summed loss, 0-dim, in nats. The loss is the sum of each
+            term over its count in the global batch; that is what is differentiated.
+        metrics: what else is reported.
+    """
+
+    terms: dict[str, Tensor]
+    metrics: dict[str, Mean]
+
+
+class Objective(nn.Module):
+    """Base of all objectives.
+
+    Attributes:
+        model: returns hidden states.
+        scored: name of the count and term that held-out loss is about.
+        weights: weight in the loss of what blocks give beside, by name.
+    """
+
+    scored = "tokens"
+
+    def __init__(self, model: nn.Module, shape: config.Model) -> None:
+        super().__init__()
+        self.model = model
+        self.weights = {
+            "balance": shape.experts.balance,
+            "router_z": shape.experts.z_loss,
+            "attention_entropy": shape.attention.entropy_penalty,
+        }
+
+    def forward(self, batch: Batch, noise: Noise | None = None) -> LossOutput:
+        """
+        Args:
+            batch: what `collate` made, or a slice of its rows.
+            noise: what dropout depends on; None drops nothing.
+        """
+        raise NotImplementedError
+
+    def collate(self, rows: Rows) -> Batch:
+        """A batch from rows of samples; `scored` bool [n] or [n, S], if it is there, says what counts."""
+        raise NotImplementedError
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """What the terms of the loss are divided by, and `read`: the tokens (patches) that the model reads."""
+        raise NotImplementedError
+
+    def attention_maps(self, batch: Batch) -> Tensor:
+        """Attention weights of every layer and head, [layers, B, H, S, S]."""
+        raise NotImplementedError
+
+    def with_sides(self, terms: dict[str, Tensor], metrics: dict[str, Mean], sides: list[Side]) -> LossOutput:
+        """The output with the losses and statistics of routing and attention: means over rows and layers."""
+        named = [(i, name) for i, side in enumerate(sides) for name in side]
+        for name in dict.fromkeys(name for _, name in named):
+            layers = [i for i, other in named if other == name]
+            if name in self.weights:
+                mean_B = torch.stack([sides[i][name] for i in layers]).mean(0)
+                metrics[name] = Mean(mean_B.sum().detach(), _count(mean_B))
+                if self.weights[name]:
+                    terms["rows"] = terms.get("rows", 0) + self.weights[name] * mean_B.sum()
+                continue
+            for i in layers:
+                value_B = sides[i][name].detach()
+                metrics[f"{name}/{i}"] = Mean(value_B.sum(0), _count(value_B))
+        return LossOutput(terms, metrics)
+
+    def after_update(self, metrics: Mapping[str, Tensor]) -> None:
+        """What follows an optimizer step: experts are balanced, spectral norms are followed.
+
+        Args:
+            metrics: means over the global batch; `load/LAYER` is the load of the experts [X].
+        """
+        blocks = [m for m in self.modules() if isinstance(m, MoE)]
+        loads = [value for name, value in metrics.items() if name.startswith("load/")]
+        for moe, load_X in zip(blocks, loads, strict=False):
+            moe.rebalance(load_X.to(moe.router.weight.device))
+        self.iterate(1)
+
+    def iterate(self, times: int) -> None:
+        """Power iterations of spectral norms: one a step, some more before the first."""
+        for module in self.modules():
+            if isinstance(module, SpectralLinear):
+                module.iterate(whole(local(module.weight.detach()), module.weight), times)
+
+
+class ChunkedLoss(nn.Module):
+    """Head and cross-entropy in chunks of rows.
+
+    `compile()` compiles the work on one chunk's logits; the loop over chunks stays in Python, so compiling
+    takes as long for a large batch as for a small one.
+    """
+
+    def __init__(self, objective: config.Objective, accuracy: bool = False) -> None:
+        super().__init__()
+        self.options = Options(objective.z_loss, objective.label_smoothing, accuracy)
+        self.chunk = objective.chunk
+        self.compute = row_loss
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        self.compute = torch.compile(row_loss, *args, **kwargs)
+
+    def forward(
+        self, hidden: Tensor, weight_VE: Tensor, labels: Tensor, bias_V: Tensor | None = None
+    ) -> Losses:
+        """Sums over labels that are not IGNORE; hidden states [..., E] and labels [...] alike in shape."""
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        compute: Callable[..., Any] = self.compute
+        return linear_cross_entropy(
+            rows, weight_VE, labels.reshape(-1), self.options, self.chunk, compute, bias_V
+        )
+
+
+def token_metrics(losses: Losses, options: Options, count: Tensor) -> dict[str, Mean]:
+    """What a loss over tokens reports beside itself."""
+    metrics = {}
+    if options.z_loss:
+        metrics["z_loss"] = Mean(losses.z, count)
+    if options.accuracy:
+        metrics["accuracy"] = Mean(losses.correct, count)
+    return metrics
+
+
+def valid(labels: Tensor) -> Tensor:
+    """Number of labels that count, 0-dim."""
+    return (labels != IGNORE).sum()
+
+
+def real_rows(rows: Rows) -> Tensor:
+    """Which rows count at all, bool [n]: fillers of an evaluation have nothing that is scored."""
+    if "scored" not in rows:
+        return torch.ones(len(next(iter(rows.values()))), dtype=torch.bool)
+    scored = torch.from_numpy(rows["scored"])
+    return scored if scored.dim() == 1 else scored.any(1)
+
+
+def passed(rows: Rows) -> Batch:
+    """What every batch keeps of its rows: `sample` and `slot`, integers of shape [n]."""
+    return {name: torch.from_numpy(rows[name]) for name in ("sample", "slot") if name in rows}
+
+
+def _count(values: Tensor) -> Tensor:
+    return torch.tensor(values.shape[0], device=values.device)

@@ -1,0 +1,80 @@
+"""Supervised classification of images.
+
+Shapes: B batch, N patches, E hidden size, Y classes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from headway.kernels.cross_entropy import IGNORE
+from headway.pretrain.config import Job
+from headway.pretrain.data.samples import Rows
+from headway.pretrain.engine import Batch
+from headway.pretrain.models.attention import attention_maps
+from headway.pretrain.models.inputs import Inputs
+from headway.pretrain.models.layers import Linear, Noise
+from headway.pretrain.models.vit import ViT
+from headway.pretrain.objectives.base import LossOutput, Mean, Objective, passed, real_rows, valid
+
+
+class Classifier(Objective):
+    """A ViT and a linear layer over its class token or the mean of its patches.
+
+    Labels may be mixtures of two (mixup, cutmix): `partner` has the share 1 - `share`.
+    """
+
+    scored = "rows"
+
+    def __init__(self, job: Job, inputs: Inputs) -> None:
+        shape = job.model
+        super().__init__(ViT(shape, inputs), shape)
+        self.head = Linear(shape.hidden, inputs.classes)
+        self.pool, self.first = job.objective.pool, int(shape.vision.class_token)
+        self.smoothing = job.objective.label_smoothing
+        self.read = inputs.length
+
+    def forward(self, batch: Batch, noise: Noise | None = None) -> LossOutput:
+        """Loss of a batch: `pixels` [B, C, H, W], `labels` int64 [B]; `partner` [B] and `share` [B] if mixed."""
+        labels_B = batch["labels"]
+        hidden = self.model(batch["pixels"], None, noise)
+        logits_BY = self._logits(hidden.final)
+        smoothing = self.smoothing if noise is not None else 0.0
+        loss_B = F.cross_entropy(
+            logits_BY, labels_B, ignore_index=IGNORE, reduction="none", label_smoothing=smoothing
+        )
+        if "partner" in batch:
+            other_B = F.cross_entropy(
+                logits_BY, batch["partner"], ignore_index=IGNORE, reduction="none", label_smoothing=smoothing
+            )
+            share_B = batch["share"].to(loss_B.dtype)
+            loss_B = share_B * loss_B + (1 - share_B) * other_B
+        metrics = {"accuracy": Mean((logits_BY.argmax(1) == labels_B).sum(), valid(labels_B))}
+        return self.with_sides({"rows": loss_B.sum()}, metrics, hidden.sides)
+
+    def logits(self, pixels_BCHW: Tensor) -> Tensor:
+        """[B, Y], fp32 or fp64."""
+        return self._logits(self.model(pixels_BCHW).final)
+
+    def _logits(self, final: Tensor) -> Tensor:
+        pooled_BE = final[:, 0] if self.pool == "first" else final[:, self.first :].mean(1)
+        logits = self.head(pooled_BE)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def attention_maps(self, batch: Batch) -> Tensor:
+        return attention_maps(self.model, batch["pixels"])
+
+    def collate(self, rows: Rows) -> Batch:
+        """A batch from rows of `ImageSamples`."""
+        batch = passed(rows) | {"pixels": torch.from_numpy(rows["pixels"])}
+        real = real_rows(rows)
+        batch["labels"] = torch.from_numpy(rows["label"]).masked_fill(~real, IGNORE)
+        if "partner" in rows:
+            batch["partner"] = torch.from_numpy(rows["partner"]).masked_fill(~real, IGNORE)
+            batch["share"] = torch.from_numpy(rows["share"])
+        return batch
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        return {"rows": int(valid(batch["labels"])), "read": len(batch["labels"]) * self.read}
