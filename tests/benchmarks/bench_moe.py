@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_moe.py [--rounds 5] [--batch 8] [--layers 2] [--precisions fp32 bf16]
 
-A step is the forward and backward of blocks, norm and head of GPT's shape: attention, and a feed-forward layer that is
+A step is the forward and backward of GPT's blocks and head, with attention and a feed-forward layer that is
 either dense or has experts whose widths, times the experts of a token, are the dense width. Prints median times of
 each and the ratio; 1.5 is the bound. Experts multiply the bytes of weights and gradients that a step touches, so the
 ratio falls as a batch grows.
@@ -18,40 +18,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from headway.kernels.attention.masks import Mask
 from headway.kernels.cross_entropy import linear_cross_entropy
 from headway.pretrain import config
-from headway.pretrain.models.attention import Attention
-from headway.pretrain.models.layers import MLP, build_norm
-from headway.pretrain.models.moe import MoE
+from headway.pretrain.models.transformer import Block, Context
 
 HIDDEN, HEADS, VOCAB, LENGTH = 512, 8, 16384, 512
 SHAPES = ((8, 2), (64, 2), (64, 8))  # experts, and experts of a token
-
-
-class Layer(nn.Module):
-    """Pre-norm attention, then a feed-forward layer of either kind."""
-
-    def __init__(self, model: config.Model) -> None:
-        super().__init__()
-        self.attention_norm, self.attention = build_norm(model), Attention(model)
-        self.mlp_norm = build_norm(model)
-        self.mlp = MoE(model) if model.experts.count else MLP(model)
-
-    def forward(self, x_BSE: Tensor) -> tuple[Tensor, Tensor]:
-        x_BSE = x_BSE + self.attention(self.attention_norm(x_BSE), Mask(causal=True), None, None)
-        h_BSE = self.mlp_norm(x_BSE)
-        if isinstance(self.mlp, MLP):
-            return x_BSE + self.mlp(h_BSE), x_BSE.new_zeros(())
-        y_BSE, side = self.mlp(h_BSE, None)
-        return x_BSE + y_BSE, 0.01 * side["balance"].sum() + 0.001 * side["router_z"].sum()
 
 
 def build(layers: int, experts: int, top_k: int) -> nn.ModuleDict:
     """A model with random weights; `experts` of 0 is dense."""
     settings = config.Experts(count=experts, top_k=top_k, ffn=4 * HIDDEN // top_k)
     model = config.Model(hidden=HIDDEN, heads=HEADS, experts=settings)
-    parts = nn.ModuleDict({"layers": nn.ModuleList(Layer(model) for _ in range(layers))})
+    parts = nn.ModuleDict({"layers": nn.ModuleList(Block(model) for _ in range(layers))})
     parts["head"] = nn.Linear(HIDDEN, VOCAB, bias=False)
     for p in parts.parameters():
         nn.init.normal_(p, std=0.02)
@@ -64,9 +43,10 @@ def stepper(parts: nn.ModuleDict, x_BSE: Tensor, labels: Tensor, precision: str)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             h_BSE, extra = x_BSE, x_BSE.new_zeros(())
             for layer in parts["layers"]:
-                h_BSE, more = layer(h_BSE)
-                extra = extra + more
-            loss, _ = linear_cross_entropy(h_BSE.flatten(0, 1), parts["head"].weight, labels)
+                h_BSE, side = layer(h_BSE, Context())
+                if side:
+                    extra = extra + 0.01 * side["balance"].sum() + 0.001 * side["router_z"].sum()
+            loss = linear_cross_entropy(h_BSE.flatten(0, 1), parts["head"].weight, labels)[0]
         (loss / len(labels) + extra).backward()
 
     return step
