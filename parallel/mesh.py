@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from headway.pretrain.config import Job, Parallel
+from headway.pretrain.data.ramp import BatchSizes
 from headway.pretrain.errors import JobError
 
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
@@ -76,6 +77,7 @@ def _nearest(sizes: dict[str, int], world: int) -> str:
 def rows_per_micro_batch(job: Job, data_ranks: int) -> int:
     """Rows of a micro-batch; raises JobError if the global batch cannot be cut that way."""
     rows, micro = job.train.global_batch, job.parallel.micro_batch
+    _check_ramp(job, data_ranks * (micro or 1))
     if rows % data_ranks:
         rule = f"must be a multiple of the {data_ranks} ranks that read different rows"
         raise JobError("train.global_batch", rows, rule, -(-rows // data_ranks) * data_ranks)
@@ -87,6 +89,17 @@ def rows_per_micro_batch(job: Job, data_ranks: int) -> int:
         rule = f"must divide the {mine} rows of a rank (train.global_batch {rows} over {data_ranks} ranks)"
         raise JobError("parallel.micro_batch", micro, rule, min(legal, key=lambda d: abs(d - micro)))
     return micro
+
+
+def _check_ramp(job: Job, share: int) -> None:
+    """A growing batch is at every size a multiple of what all ranks take at once."""
+    for stage in BatchSizes(job.train).stages[:-1]:
+        if stage.rows % share:
+            rule = f"makes a batch of {stage.rows} rows: must be a multiple of {share}, ranks x micro-batch"
+            nearest = f"train.ramp.start and train.ramp.increment of multiples of {share}"
+            raise JobError(
+                "train.ramp", f"{job.train.ramp.start} by {job.train.ramp.increment}", rule, nearest
+            )
 
 
 @dataclass
