@@ -105,7 +105,7 @@ def _attend(q, k, v, bias, scale, mask, drop, queries, keys):
     if seen is not None:
         scores = torch.where(seen, scores, torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, -1)
-    if mask.key_documents is not None:  # a row may see nothing
+    if seen is not None and mask.key_documents is not None:  # a row may see nothing
         weights = torch.where(seen, weights, 0)
     if drop is not None:
         weights = torch.where(_kept(drop, q, queries, keys), weights * random.kept_scale(drop.p), 0)

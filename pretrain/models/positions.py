@@ -96,22 +96,22 @@ class RelativeBias(nn.Module):
         if distance <= buckets // 2:
             rule = "must exceed half of model.relative_buckets, which hold one distance each"
             raise JobError("model.relative_distance", distance, rule, buckets // 2 + 1)
-        self.distance = distance
+        self.one_way, self.both_ways = (bucket_starts(count, distance) for count in (buckets, buckets // 2))
         self.table = Embedding(buckets, heads)
 
     def forward(self, queries_Q: Tensor, keys_K: Tensor, bidirectional: bool) -> Tensor:
         """Positions int64 [Q] and [K] -> bias [H, Q, K] of the table's dtype."""
         bias_QKH: Tensor = self.table(self.buckets(queries_Q, keys_K, bidirectional))
-        return bias_QKH.permute(2, 0, 1)
+        return bias_QKH.permute(2, 0, 1).contiguous()  # every layer reads it
 
     def buckets(self, queries_Q: Tensor, keys_K: Tensor, bidirectional: bool) -> Tensor:
         """Rows of the table, int64 [Q, K]."""
         ahead_QK = keys_K[None, :] - queries_Q[:, None]
-        count = self.table.num_embeddings // 2 if bidirectional else self.table.num_embeddings
-        starts = torch.tensor(bucket_starts(count, self.distance), device=ahead_QK.device)
+        starts = torch.tensor(self.both_ways if bidirectional else self.one_way, device=ahead_QK.device)
         if not bidirectional:
             return torch.bucketize(-ahead_QK, starts, right=True)
-        return torch.bucketize(ahead_QK.abs(), starts, right=True) + count * (ahead_QK > 0)
+        after_QK = (ahead_QK > 0) * (self.table.num_embeddings // 2)
+        return torch.bucketize(ahead_QK.abs(), starts, right=True) + after_QK
 
 
 def bucket_starts(count: int, distance: int) -> list[int]:
@@ -124,8 +124,7 @@ def bucket_starts(count: int, distance: int) -> list[int]:
     places = torch.arange(exact, distance + 1, device="cpu")
     growth = torch.log(places.float() / exact) / math.log(distance / exact) * (count - exact)
     bucket = (exact + growth.long()).clamp(max=count - 1)
-    bucket[-1] = count - 1  # fp32 may put `distance` itself just below
-    first = torch.searchsorted(bucket, torch.arange(exact, count)) + exact
+    first = torch.searchsorted(bucket, torch.arange(exact, count, device="cpu")) + exact
     return [*range(1, exact), *first.tolist()]
 
 
