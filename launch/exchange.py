@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from headway.launch.companions import find_specials, special_ids, write_companions
@@ -24,7 +25,7 @@ from headway.pretrain.hf.links import Lazy
 from headway.pretrain.hf.tokenizers import copy_tokenizer, find_tokenizer
 from headway.pretrain.hf.writing import inputs_of, write_folder
 from headway.pretrain.objectives import build_objective
-from headway.pretrain.recipe import Resolved, dump, leaves, validate
+from headway.pretrain.recipe import validate
 
 AVERAGE = "ema."
 """How names of averaged weights begin (optimizer.ema)."""
@@ -45,12 +46,13 @@ def import_model(kind: str, source: str, out: str | None) -> None:
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", place.resolve().name).strip("-.") or "imported"
     run = Path(out) if out else Path("runs") / name
     check_new("--out", run)
-    job, notes = imported_job(folder, run)
+    tree, notes = imported_recipe(folder, run)
+    job = validate(tree)
     tensors, more = imported_weights(folder, job)
     run.mkdir(parents=True, exist_ok=True)
     if job.data.tokenizer.path:
         copy_tokenizer(folder.path, run / "tokenizer")
-    publish_run(run, job, tensors, source=str(place.resolve()), settings=set(folder.settings))
+    publish_run(run, tree, tensors, source=str(place.resolve()))
     for note in [*notes, *more, *(f"{name} is not used" for name in folder.left_over())]:
         print(f"  {note}")
     count = sum(t.numel() for t in tensors.values())
@@ -58,8 +60,8 @@ def import_model(kind: str, source: str, out: str | None) -> None:
     print(f"go on with: headway train {run / 'job.yaml'} YOUR.yaml --set train.start_from={run}")
 
 
-def imported_job(folder: Folder, run: Path) -> tuple[Job, list[str]]:
-    """The job of an imported model, whose tokenizer will lie in the run folder; what a person should know."""
+def imported_recipe(folder: Folder, run: Path) -> tuple[dict[str, Any], list[str]]:
+    """The recipe of an imported model, whose tokenizer will lie in the run folder; what a person should know."""
     tree: dict[str, Any] = tree_of(folder.settings)
     tree["run"] = {"name": run.resolve().name, "dir": str(run.parent)}
     data, notes = tree.setdefault("data", {}), []
@@ -75,7 +77,7 @@ def imported_job(folder: Folder, run: Path) -> tuple[Job, list[str]]:
         data["tokenizer"] = {"kind": tokenizer.kind, "path": str(path)}
     else:
         notes.append("no tokenizer.json and no SentencePiece model: give data.tokenizer before you train")
-    return validate(tree), notes
+    return tree, notes
 
 
 def imported_weights(folder: Folder, job: Job) -> tuple[dict[str, Tensor], list[str]]:
@@ -92,15 +94,13 @@ def imported_weights(folder: Folder, job: Job) -> tuple[dict[str, Tensor], list[
     return weights, fill(weights, found.items(), str(folder.path), job)
 
 
-def publish_run(run: Path, job: Job, tensors: dict[str, Tensor], source: str, settings: set[str]) -> None:
-    """Write the recipe and the checkpoint of step 0."""
-    origin = {
-        name: "import" for name, _ in leaves(job) if name in settings or name.startswith("data.tokenizer.")
-    }
-    publish(run / "job.yaml", dump(Resolved(job, origin)))
+def publish_run(run: Path, tree: dict[str, Any], tensors: dict[str, Tensor], source: str) -> None:
+    """Write the recipe, which holds what the folder says and leaves out the rest, and the checkpoint of step 0."""
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    publish(run / "job.yaml", f"# Imported from {source}.\n{text}")
     with Checkpointer(run / "checkpoints", background=False) as checkpointer:
         state = State(tensors, {"step": 0, "imported": source})
-        checkpointer.save(0, state, job.model_dump(mode="json"))
+        checkpointer.save(0, state, validate(tree).model_dump(mode="json"))
         if checkpointer.problems:
             raise checkpointer.problems[0]
 

@@ -112,7 +112,7 @@ def test_training_starts_from_a_folder_a_run_and_an_imported_run_alike(trained, 
     # an imported run is itself a run, at step 0, that goes on in place
     text = (tmp_path / "imported/job.yaml").read_text()
     sets = [f"data.sources=['{corpus}']", "train.steps=2", "train.global_batch=8", "train.compile=false"]
-    (tmp_path / "imported/job.yaml").write_text(text.replace("heldout: 0.05", "heldout: 0.2"))
+    (tmp_path / "imported/job.yaml").write_text(text.replace("data:\n", "data:\n  heldout: 0.2\n"))
     run.train([str(tmp_path / "imported/job.yaml")], [*sets, "precision=fp32", "tracking.wandb=off"])
     assert losses(tmp_path / "imported") == found["hf"]
     manifest = read_manifest(tmp_path / "imported/checkpoints/step_00000002")
