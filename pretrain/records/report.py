@@ -128,7 +128,10 @@ def facts(values: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
         found.append(f"{short(summary['parameters'])} parameters")
     if values.get("model.layers") and values.get("model.hidden"):
         found.append(f"{values['model.layers']} layers × {values['model.hidden']}")
-    if values.get("data.seq_len"):
+    if values.get("model.family") == "vit":
+        side = values.get("data.images.size")
+        found.append(f"images of {side} × {side}")
+    elif values.get("data.seq_len"):
         found.append(f"{values['data.seq_len']:,} tokens of context")
     if values.get("train.global_batch"):
         found.append(f"batches of {values['train.global_batch']} rows")
