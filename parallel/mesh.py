@@ -77,10 +77,10 @@ def _nearest(sizes: dict[str, int], world: int) -> str:
 def rows_per_micro_batch(job: Job, data_ranks: int) -> int:
     """Rows of a micro-batch; raises JobError if the global batch cannot be cut that way."""
     rows, micro = job.train.global_batch, job.parallel.micro_batch
-    _check_ramp(job, data_ranks * (micro or 1))
     if rows % data_ranks:
         rule = f"must be a multiple of the {data_ranks} ranks that read different rows"
         raise JobError("train.global_batch", rows, rule, -(-rows // data_ranks) * data_ranks)
+    _check_ramp(job, data_ranks)
     mine = rows // data_ranks
     if micro is None:
         return mine
@@ -91,15 +91,16 @@ def rows_per_micro_batch(job: Job, data_ranks: int) -> int:
     return micro
 
 
-def _check_ramp(job: Job, share: int) -> None:
-    """A growing batch is at every size a multiple of what all ranks take at once."""
-    for stage in BatchSizes(job.train).stages[:-1]:
-        if stage.rows % share:
-            rule = f"makes a batch of {stage.rows} rows: must be a multiple of {share}, ranks x micro-batch"
-            nearest = f"train.ramp.start and train.ramp.increment of multiples of {share}"
-            raise JobError(
-                "train.ramp", f"{job.train.ramp.start} by {job.train.ramp.increment}", rule, nearest
-            )
+def _check_ramp(job: Job, data_ranks: int) -> None:
+    """Ranks do as many micro-batches as each other, or they wait for one another for ever: also while a batch grows."""
+    ramp = job.train.ramp
+    if all(stage.rows % data_ranks == 0 for stage in BatchSizes(job.train).stages):
+        return
+    field, value = (
+        ("start", ramp.start or 0) if (ramp.start or 0) % data_ranks else ("increment", ramp.increment)
+    )
+    rule = f"must be a multiple of the {data_ranks} ranks that read different rows"
+    raise JobError(f"train.ramp.{field}", value, rule, -(-value // data_ranks) * data_ranks)
 
 
 @dataclass

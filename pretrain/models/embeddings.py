@@ -79,6 +79,7 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, pixels_BCHW: Tensor, noise: Noise | None, visible_BK: Tensor | None = None) -> Tensor:
         """[B, 1 + N, E], or [B, 1 + K, E] of the patches whose numbers are given; the 1 is the class token."""
+        pixels_BCHW = pixels_BCHW.to(self.patches.weight.dtype)  # images are fp32, models may be fp64
         x_BNE = self.patches(patchify(pixels_BCHW, self.side))
         positions_NE = self._positions(x_BNE)
         if positions_NE is not None:

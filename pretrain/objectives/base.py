@@ -19,6 +19,7 @@ from headway.pretrain.models.layers import Noise
 from headway.pretrain.models.moe import MoE
 from headway.pretrain.models.routing import Side
 from headway.pretrain.models.spectral import SpectralLinear
+from headway.pretrain.models.transformer import Stack
 from headway.pretrain.optim.sharded import local, whole
 
 
@@ -104,10 +105,13 @@ class Objective(nn.Module):
         Args:
             metrics: means over the global batch; `load/LAYER` is the load of the experts [X].
         """
-        blocks = [m for m in self.modules() if isinstance(m, MoE)]
-        loads = [value for name, value in metrics.items() if name.startswith("load/")]
-        for moe, load_X in zip(blocks, loads, strict=False):
-            moe.rebalance(load_X.to(moe.router.weight.device))
+        loads = [
+            value for name, value in metrics.items() if name.startswith("load/")
+        ]  # one for each use of a block
+        for stack in (m for m in self.modules() if isinstance(m, Stack)):
+            for moe in (block.mlp for block in stack if isinstance(block.mlp, MoE)):
+                load_X, loads = torch.stack(loads[: stack.repeats]).sum(0), loads[stack.repeats :]
+                moe.rebalance(load_X.to(moe.router.weight.device))
         self.iterate(1)
 
     def iterate(self, times: int) -> None:

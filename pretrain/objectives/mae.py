@@ -47,7 +47,7 @@ class MaskedAutoencoder(Objective):
         pixels, visible_BK = batch["pixels"], batch["visible"]
         hidden = self.model(pixels, visible_BK, noise)
         painted_BNP = self.decoder(hidden.final, visible_BK, noise)
-        target_BNP = self.target(pixels)
+        target_BNP = self.target(pixels.to(torch.promote_types(pixels.dtype, painted_BNP.dtype)))
         error_BN = (painted_BNP.to(target_BNP.dtype) - target_BNP).square().mean(-1)
         total = torch.where(batch["scored"], error_BN, 0).sum()
         return self.with_sides({"patches": total}, {}, hidden.sides)

@@ -72,6 +72,10 @@ class MaskedLM(Objective):
         super().__init__(BERT(shape, inputs), shape)
         self.head = MaskedHead(shape, inputs.vocab)
         self.pair = Linear(shape.hidden, 2) if job.objective.masking.pairs != "none" else None
+        if self.pair is None and self.model.pooler is not None:
+            self.model.pooler.requires_grad_(
+                False
+            )  # nothing reads it here, and DDP would wait for its gradient
         self.loss = ChunkedLoss(job.objective, accuracy=True)
         self.settings, self.specials, self.starts = job.objective.masking, specials, starts
         self.isolate = job.data.documents == "isolate"

@@ -52,6 +52,7 @@ class Seq2SeqLM(Objective):
         self.loss = ChunkedLoss(job.objective, accuracy=True)
         self.settings, self.specials = job.objective, specials
         self.lengths = inputs.length, inputs.target_length
+        self.routed = shape.experts.count > 0
 
     @property
     def head_weight(self) -> Tensor:
@@ -60,9 +61,10 @@ class Seq2SeqLM(Objective):
 
     def forward(self, batch: Batch, noise: Noise | None = None) -> LossOutput:
         """Loss of a batch: `tokens` int64 [B, S], `targets` (what the decoder reads) and `labels` int64 [B, T];
-        `documents` [B, S], -1 at padding, where rows are padded."""
+        `documents` [B, S] and `target_documents` [B, T], -1 at padding, where rows are padded."""
         labels_BT = batch["labels"]
-        hidden = self.model(batch["tokens"], batch["targets"], batch.get("documents"), None, noise)
+        documents, target_documents = batch.get("documents"), batch.get("target_documents")
+        hidden = self.model(batch["tokens"], batch["targets"], documents, target_documents, noise)
         losses = self.loss(self._scaled(hidden.final), self.head_weight, labels_BT)
         metrics = token_metrics(losses, self.loss.options, valid(labels_BT))
         return self.with_sides({"tokens": losses.total}, metrics, hidden.sides)
@@ -94,6 +96,8 @@ class Seq2SeqLM(Objective):
                 for tokens, length in zip((inputs, targets), lengths, strict=True)
             )
             batch["documents"] = read.int() - 1
+            if self.routed:  # what follows a target changes nothing but the load of experts
+                batch["target_documents"] = asked.int() - 1
             batch["labels"].masked_fill_(~asked, IGNORE)
         batch["labels"].masked_fill_(~real_rows(rows)[:, None], IGNORE)
         return batch
