@@ -83,20 +83,29 @@ class Objective(nn.Module):
         """Attention weights of every layer and head, [layers, B, H, S, S]."""
         raise NotImplementedError
 
-    def with_sides(self, terms: dict[str, Tensor], metrics: dict[str, Mean], sides: list[Side]) -> LossOutput:
-        """The output with the losses and statistics of routing and attention: means over rows and layers."""
+    def with_sides(
+        self,
+        terms: dict[str, Tensor],
+        metrics: dict[str, Mean],
+        sides: list[Side],
+        real_B: Tensor | None = None,
+    ) -> LossOutput:
+        """The output with the losses and statistics of routing and attention: means over rows and layers.
+
+        Args:
+            real_B: bool, false for rows that statistics leave out; all rows if not given.
+        """
         named = [(i, name) for i, side in enumerate(sides) for name in side]
         for name in dict.fromkeys(name for _, name in named):
             layers = [i for i, other in named if other == name]
             if name in self.weights:
                 mean_B = torch.stack([sides[i][name] for i in layers]).mean(0)
-                metrics[name] = Mean(mean_B.sum().detach(), _count(mean_B))
+                metrics[name] = _mean(mean_B, real_B)
                 if self.weights[name]:
                     terms["rows"] = terms.get("rows", 0) + self.weights[name] * mean_B.sum()
                 continue
             for i in layers:
-                value_B = sides[i][name].detach()
-                metrics[f"{name}/{i}"] = Mean(value_B.sum(0), _count(value_B))
+                metrics[f"{name}/{i}"] = _mean(sides[i][name], real_B)
         return LossOutput(terms, metrics)
 
     def after_update(self, metrics: Mapping[str, Tensor]) -> None:
@@ -172,9 +181,15 @@ def real_rows(rows: Rows) -> Tensor:
 
 
 def passed(rows: Rows) -> Batch:
-    """What every batch keeps of its rows: `sample` and `slot`, integers of shape [n]."""
-    return {name: torch.from_numpy(rows[name]) for name in ("sample", "slot") if name in rows}
+    """What every batch keeps of its rows: `sample` and `slot`, integers of shape [n], and `real` (see `real_rows`) if
+    some may not count."""
+    kept: Batch = {name: torch.from_numpy(rows[name]) for name in ("sample", "slot") if name in rows}
+    return kept | {"real": real_rows(rows)} if "scored" in rows else kept
 
 
-def _count(values: Tensor) -> Tensor:
-    return torch.tensor(values.shape[0], device=values.device)
+def _mean(values: Tensor, real_B: Tensor | None) -> Mean:
+    """Mean of numbers (or vectors) of rows."""
+    values = values.detach()
+    if real_B is None:
+        return Mean(values.sum(0), torch.tensor(values.shape[0], device=values.device))
+    return Mean(values[real_B].sum(0), real_B.sum())

@@ -66,7 +66,7 @@ class CausalLM(Objective):
         hidden = self.model(batch["tokens"], documents, positions, noise, batch.get("prefix"))
         losses = self.loss(self._scaled(hidden.final), self.head_weight, labels_BS)
         metrics = token_metrics(losses, self.loss.options, valid(labels_BS))
-        return self.with_sides({"tokens": losses.total}, metrics, hidden.sides)
+        return self.with_sides({"tokens": losses.total}, metrics, hidden.sides, batch.get("real"))
 
     def _scaled(self, final: Tensor) -> Tensor:
         return final if self.head_scale == 1 else final * self.head_scale
@@ -90,7 +90,8 @@ class CausalLM(Objective):
         tokens = torch.from_numpy(array)
         labels = tokens[:, 1:].clone()
         if not training:
-            labels.masked_fill_(~torch.from_numpy(rows["scored"]), IGNORE)
+            scored = torch.from_numpy(rows["scored"])  # of rows, or of their tokens
+            labels.masked_fill_(~scored.view(len(labels), -1), IGNORE)
         batch = passed(rows) | {"tokens": tokens[:, :-1].contiguous(), "labels": labels}
         if self.settings.name == "prefix":
             batch["prefix"] = torch.from_numpy(prefix_lengths(rows["key"], labels.shape[1]))

@@ -52,7 +52,7 @@ class Classifier(Objective):
             share_B = batch["share"].to(loss_B.dtype)
             loss_B = share_B * loss_B + (1 - share_B) * other_B
         metrics = {"accuracy": Mean((logits_BY.argmax(1) == labels_B).sum(), valid(labels_B))}
-        return self.with_sides({"rows": loss_B.sum()}, metrics, hidden.sides)
+        return self.with_sides({"rows": loss_B.sum()}, metrics, hidden.sides, batch.get("real"))
 
     def logits(self, pixels_BCHW: Tensor) -> Tensor:
         """[B, Y], fp32 or fp64."""

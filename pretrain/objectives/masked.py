@@ -98,7 +98,7 @@ class MaskedLM(Objective):
         metrics = token_metrics(losses, self.loss.options, chosen.sum())
         if self.pair is not None:
             terms["pairs"], metrics["pair_accuracy"] = self._pairs(hidden, batch["pair"])
-        return self.with_sides(terms, metrics, hidden.sides)
+        return self.with_sides(terms, metrics, hidden.sides, batch.get("real"))
 
     def _pairs(self, hidden: Hidden, labels_B: Tensor) -> tuple[Tensor, Mean]:
         assert self.pair is not None

@@ -67,7 +67,7 @@ class Seq2SeqLM(Objective):
         hidden = self.model(batch["tokens"], batch["targets"], documents, target_documents, noise)
         losses = self.loss(self._scaled(hidden.final), self.head_weight, labels_BT)
         metrics = token_metrics(losses, self.loss.options, valid(labels_BT))
-        return self.with_sides({"tokens": losses.total}, metrics, hidden.sides)
+        return self.with_sides({"tokens": losses.total}, metrics, hidden.sides, batch.get("real"))
 
     def _scaled(self, final: Tensor) -> Tensor:
         return final if self.head_scale == 1 else final * self.head_scale

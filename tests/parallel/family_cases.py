@@ -84,8 +84,8 @@ BERT = {
 }  # fmt: skip
 T5 = {
     "model": {"family": "t5", "decoder_layers": 3, "norm": "rmsnorm", "positions": "relative", "bias": False,
-              "relative_buckets": 8, "relative_distance": 12, "head_dim": 10, "attention": {"dropout": 0.2, "scale": 1.0},
-              "head_scale": 0.2, "init": {"scheme": "t5"}},
+              "relative_buckets": 8, "relative_distance": 12, "head_dim": 10,
+              "attention": {"dropout": 0.2, "scale": 1.0}, "head_scale": 0.2, "init": {"scheme": "t5"}},
     "objective": {"name": "spans"},
 }  # fmt: skip
 VIT = {

@@ -61,7 +61,7 @@ def test_shared_blocks_are_a_deep_model_of_equal_blocks():
 
 
 def test_shared_blocks_drop_anew_at_every_use():
-    ours, x = made(layers=4, unique_layers=2, dropout=0.3, attention=dict(dropout=0.3)), tokens()
+    ours, x = made(layers=4, unique_layers=2, dropout=0.3, attention={"dropout": 0.3}), tokens()
     keys = []
     for block in ours.blocks:
         for dropout in (block.attention_dropout, block.mlp_dropout, block.attention.dropout):

@@ -35,7 +35,7 @@ def rows(n=3):
 def test_collate():
     given = rows()
     batch = build("isolate").collate(given)
-    assert set(batch) == {"tokens", "labels", "documents", "sample", "slot"}
+    assert set(batch) == {"tokens", "labels", "documents", "real", "sample", "slot"}
     np.testing.assert_array_equal(batch["tokens"], given["tokens"][:, :-1])
     np.testing.assert_array_equal(batch["documents"], given["documents"][:, :-1])
     np.testing.assert_array_equal(batch["labels"], np.where(given["scored"], given["tokens"][:, 1:], IGNORE))
