@@ -1,6 +1,6 @@
 """A training step of BERT, T5 and ViT beside transformers and timm: same weights, shapes, precision and optimizer.
 
-    python tests/benchmarks/bench_families.py [bert t5 vit bert_dropout] [--rounds 9] [--modes eager] [--precisions bf16]
+    python tests/benchmarks/bench_families.py [bert t5 vit bert_dropout] [--modes eager] [--precisions bf16]
 
 A step is forward, backward, clipping to norm 1 and fused AdamW; theirs attend by SDPA where their code has it.
 Prints the median time of each and their ratio; above 1, ours is faster. No dropout, but in `bert_dropout`: 0.1, ours
@@ -77,7 +77,9 @@ def t5() -> Pair:
             use_cache=False,
         )
     )
-    theirs.lm_head.weight = nn.Parameter(0.02 * torch.randn(VOCAB, HIDDEN))  # transformers 5 ties what it makes
+    theirs.lm_head.weight = nn.Parameter(
+        0.02 * torch.randn(VOCAB, HIDDEN)
+    )  # transformers 5 ties what it makes
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, VOCAB, (BATCH, 128), generator=draw)
     labels = torch.randint(1, VOCAB, (BATCH, 32), generator=draw)
@@ -165,7 +167,9 @@ FAMILIES = {f.__name__: f for f in (bert, t5, vit, bert_dropout)}
 
 def main() -> None:
     parser = arguments(__doc__, rounds=9)
-    parser.add_argument("families", nargs="*", default=list(FAMILIES), metavar="family", help=", ".join(FAMILIES))
+    parser.add_argument(
+        "families", nargs="*", default=list(FAMILIES), metavar="family", help=", ".join(FAMILIES)
+    )
     args = parser.parse_args()
     print(f"medians of {args.rounds} rounds")
     for name in args.families:

@@ -67,6 +67,9 @@ class Pair(NamedTuple):
 
 def from_transformers(theirs: nn.Module, inputs: Inputs) -> Objective:
     """Our objective with shape and weights of a model of transformers, as `start_from` would load it."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     with tempfile.TemporaryDirectory() as place:
         theirs.save_pretrained(place)  # type: ignore[operator]
         folder = open_folder(Path(place))
@@ -82,9 +85,7 @@ def fill(ours: Objective, weights: dict[str, Tensor]) -> None:
     assert not unknown, f"no place for {unknown}"
 
 
-def stepper(
-    module: nn.Module, loss_of: Callable[[int], Tensor], precision: str
-) -> Callable[[int], float]:
+def stepper(module: nn.Module, loss_of: Callable[[int], Tensor], precision: str) -> Callable[[int], float]:
     """A function that takes step number n and returns its loss."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=3e-4, fused=True)
 
