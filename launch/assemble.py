@@ -140,7 +140,7 @@ LONG_ENOUGH_TO_COMPILE = 100
 
 def choose_hardware(job: Job, world: World) -> Hardware:
     """Precision and compilation, chosen on the first rank for all, with what people should know."""
-    rows = rows_per_micro_batch(job, world.layout.data) * job.data.seq_len
+    rows = rows_per_micro_batch(job, world.layout.data) * job.row_tokens
     names = list(devices.PRECISIONS)
     precision, reason = str(job.precision), "set in the job"
     if world.main or job.precision != "auto":

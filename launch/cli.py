@@ -162,12 +162,13 @@ def export(
     place: Annotated[str, typer.Argument(help="A run folder, or a checkpoint.", metavar="RUN_OR_CHECKPOINT")],
     folder: Annotated[str, typer.Argument(help="New folder to write.", metavar="DIR")],
     kind: Annotated[str, typer.Option("--to", help="Where it goes: hf (Hugging Face).")] = "hf",
+    average: Annotated[bool, typer.Option("--average", help="Averaged weights (optimizer.ema).")] = False,
     debug: Debug = False,
 ) -> None:
     """Write a checkpoint as a folder that `from_pretrained` of transformers loads."""
     from headway.launch import exchange
 
-    exchange.export_model(place, kind, folder)
+    exchange.export_model(place, kind, folder, average)
 
 
 @config.command("show")

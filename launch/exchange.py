@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
+from headway.launch.companions import find_specials, special_ids, write_companions
 from headway.launch.start_from import WEIGHTS, fill, find_checkpoint
 from headway.parallel.checkpoint.load import load
-from headway.parallel.checkpoint.manifest import read_manifest
+from headway.parallel.checkpoint.manifest import Manifest, read_manifest
 from headway.parallel.checkpoint.save import Checkpointer
-from headway.pretrain import config
 from headway.pretrain.config import Job
-from headway.pretrain.data.build import train_tokenizer
-from headway.pretrain.data.specials import Specials, assign
-from headway.pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from headway.pretrain.engine import State
-from headway.pretrain.errors import HeadwayError, JobError
+from headway.pretrain.errors import JobError
 from headway.pretrain.files import publish
 from headway.pretrain.hf import family_of_job
 from headway.pretrain.hf.folder import Folder, is_folder, open_folder, read_json, tree_of
 from headway.pretrain.hf.links import Lazy
-from headway.pretrain.hf.tokenizers import copy_tokenizer, find_tokenizer, write_tokenizer
+from headway.pretrain.hf.tokenizers import copy_tokenizer, find_tokenizer
 from headway.pretrain.hf.writing import inputs_of, write_folder
-from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.objectives import build_objective
-from headway.pretrain.recipe import Resolved, dump, leaves, validate
+from headway.pretrain.recipe import validate
+
+AVERAGE = "ema."
+"""How names of averaged weights begin (optimizer.ema)."""
 
 
 def import_model(kind: str, source: str, out: str | None) -> None:
@@ -47,9 +46,13 @@ def import_model(kind: str, source: str, out: str | None) -> None:
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", place.resolve().name).strip("-.") or "imported"
     run = Path(out) if out else Path("runs") / name
     check_new("--out", run)
-    job, notes = imported_job(folder, run)
+    tree, notes = imported_recipe(folder, run)
+    job = validate(tree)
     tensors, more = imported_weights(folder, job)
-    publish_run(run, job, tensors, source=str(place.resolve()), settings=set(folder.settings))
+    run.mkdir(parents=True, exist_ok=True)
+    if job.data.tokenizer.path:
+        copy_tokenizer(folder.path, run / "tokenizer")
+    publish_run(run, tree, tensors, source=str(place.resolve()))
     for note in [*notes, *more, *(f"{name} is not used" for name in folder.left_over())]:
         print(f"  {note}")
     count = sum(t.numel() for t in tensors.values())
@@ -57,24 +60,24 @@ def import_model(kind: str, source: str, out: str | None) -> None:
     print(f"go on with: headway train {run / 'job.yaml'} YOUR.yaml --set train.start_from={run}")
 
 
-def imported_job(folder: Folder, run: Path) -> tuple[Job, list[str]]:
-    """The job of an imported model; copies its tokenizer into the run folder."""
+def imported_recipe(folder: Folder, run: Path) -> tuple[dict[str, Any], list[str]]:
+    """The recipe of an imported model, whose tokenizer will lie in the run folder; what a person should know."""
     tree: dict[str, Any] = tree_of(folder.settings)
     tree["run"] = {"name": run.resolve().name, "dir": str(run.parent)}
     data, notes = tree.setdefault("data", {}), []
-    run.mkdir(parents=True, exist_ok=True)
+    if folder.source.read(min(folder.source.names)).dtype == torch.float64:
+        tree["precision"] = "fp64"
     if tree["model"]["family"] == "vit":
         if (folder.path / "preprocessor_config.json").is_file():
             found = read_json(folder.path / "preprocessor_config.json")
             pairs = (("mean", "image_mean"), ("std", "image_std"))
             data["images"] |= {ours: found[theirs] for ours, theirs in pairs if found.get(theirs)}
     elif tokenizer := find_tokenizer(folder.path):
-        copy_tokenizer(folder.path, run / "tokenizer")
         path = (run / "tokenizer" / tokenizer.file).resolve()
         data["tokenizer"] = {"kind": tokenizer.kind, "path": str(path)}
     else:
         notes.append("no tokenizer.json and no SentencePiece model: give data.tokenizer before you train")
-    return validate(tree), notes
+    return tree, notes
 
 
 def imported_weights(folder: Folder, job: Job) -> tuple[dict[str, Tensor], list[str]]:
@@ -88,108 +91,57 @@ def imported_weights(folder: Folder, job: Job) -> tuple[dict[str, Tensor], list[
     else:
         objective = objective.to_empty(device="cpu")
     weights = {name: p.detach() for name, p in objective.named_parameters()}
-    if any(t.dtype == torch.float64 for t in found.values()):
-        weights = {name: t.double() for name, t in weights.items()}
     return weights, fill(weights, found.items(), str(folder.path), job)
 
 
-def publish_run(run: Path, job: Job, tensors: dict[str, Tensor], source: str, settings: set[str]) -> None:
-    """Write the recipe and the checkpoint of step 0."""
-    origin = {
-        name: "import" for name, _ in leaves(job) if name in settings or name.startswith("data.tokenizer.")
-    }
-    publish(run / "job.yaml", dump(Resolved(job, origin)))
+def publish_run(run: Path, tree: dict[str, Any], tensors: dict[str, Tensor], source: str) -> None:
+    """Write the recipe, which holds what the folder says and leaves out the rest, and the checkpoint of step 0."""
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    publish(run / "job.yaml", f"# Imported from {source}.\n{text}")
     with Checkpointer(run / "checkpoints", background=False) as checkpointer:
         state = State(tensors, {"step": 0, "imported": source})
-        checkpointer.save(0, state, job.model_dump(mode="json"))
+        checkpointer.save(0, state, validate(tree).model_dump(mode="json"))
         if checkpointer.problems:
             raise checkpointer.problems[0]
 
 
-def export_model(place: str, kind: str, to: str) -> None:
+def export_model(place: str, kind: str, to: str, average: bool = False) -> None:
     """Write a run's newest checkpoint, or a given one, as a folder that `from_pretrained` loads.
 
+    Args:
+        average: write the averages of the weights (optimizer.ema) in their stead.
+
     Raises:
-        JobError: Hugging Face has no such model, or the folder exists.
-        CheckpointError: there is no whole checkpoint.
+        JobError: Hugging Face has no such model, there are no averages, or the folder exists.
+        CheckpointError: there is no whole checkpoint, or a tensor has no place there.
     """
     check_kind("--to", kind)
-    target = Path(to)
+    target, path = Path(to), find_checkpoint(place)
     check_new("DIR", target)
-    path = find_checkpoint(place)
     manifest = read_manifest(path)
     job = validate(manifest.job)
-    entries = {name: entry for name, entry in manifest.tensors.items() if name.startswith(WEIGHTS)}
-    tensors = {n: torch.empty(e.shape, dtype=getattr(torch, e.dtype)) for n, e in entries.items()}
-    load(path, State(tensors), strict=False)
-    family_of_job(job).to_hf(job, Inputs())  # says what does not fit before anything is written
-    ids, notes = write_companions(target, job)
-    shapes = {name: entry.shape for name, entry in entries.items()}
+    tensors = read_weights(path, manifest, AVERAGE if average else "")
+    if not tensors:
+        raise JobError("--average", True, "the checkpoint has no averages: optimizer.ema was not set")
+    specials, file, notes = find_specials(job)
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    ids = special_ids(job, specials) if specials else {}
     write_folder(target, job, Lazy(frozenset(tensors), tensors.__getitem__), shapes, ids)
+    notes += write_companions(target, job, specials, file)
+    if not average and any(name.startswith(AVERAGE) for name in manifest.tensors):
+        notes.append("these are the weights; evaluation uses their averages, which --average exports")
     for note in notes:
         print(f"  {note}")
-    print(f"{target}: {len(tensors)} tensors of {path}")
+    print(f"{target}: {family_of_job(job).model_type}, {len(tensors)} tensors of {path}")
 
 
-def find_job_tokenizer(job: Job) -> tuple[Path | None, Tokenizer]:
-    """The tokenizer of a job and its file, if it has one; found in the cache or trained, if none was named."""
-    settings = job.data.tokenizer
-    path = Path(settings.path).expanduser() if settings.path else None
-    if settings.kind == "sentencepiece" and path is None:
-        path = train_tokenizer(job.data, progress=False)
-    return path, load_tokenizer(settings, path)
-
-
-def write_companions(target: Path, job: Job) -> tuple[dict[str, Any], list[str]]:
-    """Write what stands beside the weights: the tokenizer, or how pixels are normalised.
-
-    Returns:
-        Keys of config.json that name special tokens, and what a person should know.
-    """
-    target.mkdir(parents=True, exist_ok=True)
-    if job.model.family == "vit":
-        write_json(target / "preprocessor_config.json", preprocessor(job.data.images))
-        return {}, []
-    try:
-        path, tokenizer = find_job_tokenizer(job)
-    except HeadwayError as fault:
-        return {}, [f"no tokenizer is written: {fault}"]
-    specials = assign(tokenizer, job.objective)
-    frame = {"bert": "pair", "t5": "end"}.get(job.model.family, "")
-    note = write_tokenizer(target, job.data.tokenizer.kind, path, specials, frame)
-    ids = special_ids(job, specials)
-    if job.model.family in ("gpt", "t5"):
-        write_json(target / "generation_config.json", ids)
-    return ids, [note] if note else []
-
-
-def special_ids(job: Job, specials: Specials) -> dict[str, Any]:
-    """Keys of config.json that name special tokens."""
-    if job.model.family == "gpt":
-        return {"bos_token_id": specials.separator, "eos_token_id": specials.separator}
-    ids = {"pad_token_id": specials.ids["pad"]}
-    if job.model.family == "t5":
-        ids |= {"eos_token_id": specials.separator, "decoder_start_token_id": specials.ids["bos"]}
-    return ids
-
-
-def preprocessor(images: config.Images) -> dict[str, Any]:
-    """The preprocessor_config.json of transformers' ViTImageProcessor."""
-    mean, std = (list(v) * (images.channels if len(v) == 1 else 1) for v in (images.mean, images.std))
-    return {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": images.size, "width": images.size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": mean,
-        "image_std": std,
-    }
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def read_weights(path: Path, manifest: Manifest, prefix: str) -> dict[str, Tensor]:
+    """All weights of a checkpoint, or what stands under `prefix` and their names."""
+    wanted = tuple(prefix + name for name in WEIGHTS)
+    found = {name: entry for name, entry in manifest.tensors.items() if name.startswith(wanted)}
+    tensors = {n: torch.empty(e.shape, dtype=getattr(torch, e.dtype)) for n, e in found.items()}
+    load(path, State(tensors), strict=False)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
 def check_kind(option: str, kind: str) -> None:

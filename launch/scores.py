@@ -13,11 +13,13 @@ from headway.kernels.cross_entropy import IGNORE
 from headway.launch.assemble import Parts
 from headway.pretrain.data.build import heldout_bytes
 from headway.pretrain.data.images.baselines import logistic_accuracy, mean_patch_error
+from headway.pretrain.data.images.samples import ImageSamples
 from headway.pretrain.data.samples import Rows
 from headway.pretrain.data.store import TokenStore
 from headway.pretrain.engine import Batch
 from headway.pretrain.evaluate import heldout_rows
 from headway.pretrain.records.records import read_events
+from headway.pretrain.records.report import OURS
 
 COUNTED = 20_000_000
 """Tokens of each store that are counted for the commonest one."""
@@ -57,7 +59,7 @@ def bits(parts: Parts, values: dict[str, float]) -> Score | None:
     text = heldout_bytes(prepared.heldout, prepared.tokenizer)
     note = f"What it takes to store one byte of the same {len(text):,} bytes of held-out text."
     entries = [
-        ("this model", values["bits_per_byte"]),
+        (OURS, values["bits_per_byte"]),
         ("zlib -9", 8 * len(zlib.compress(text, 9)) / len(text)),
         ("xz -9", 8 * len(lzma.compress(text, preset=9)) / len(text)),
     ]
@@ -77,13 +79,13 @@ def masked_accuracy(parts: Parts, values: dict[str, float]) -> Score:
     for batch in _batches(parts):
         labels = batch["labels"][batch["labels"] != IGNORE]
         hits, total = hits + int((labels == commonest).sum()), total + len(labels)
-    entries = [("this model", values["heldout_accuracy"]), ("the commonest token", hits / max(total, 1))]
+    entries = [(OURS, values["heldout_accuracy"]), ("the commonest token", hits / max(total, 1))]
     return Score("accuracy", "Share of masked tokens of held-out text that are guessed.", False, entries)
 
 
 def against_untrained(parts: Parts, values: dict[str, float]) -> Score:
     """Held-out loss beside that of the model before its first step."""
-    entries = [("this model", values["heldout_loss"])]
+    entries = [(OURS, values["heldout_loss"])]
     begun = [e for e in read_events(parts.folder) if e.get("kind") == "eval" and e.get("step") == 0]
     if begun:
         entries.append(("untrained", float(begun[-1]["heldout_loss"])))
@@ -92,9 +94,9 @@ def against_untrained(parts: Parts, values: dict[str, float]) -> Score:
 
 def image_accuracy(parts: Parts, values: dict[str, float]) -> Score:
     """Share of held-out images that are named rightly, beside logistic regression on their pixels."""
-    entries = [("this model", values["heldout_accuracy"])]
-    train, test = (_pixels_and_labels(rows) for rows in (_train_rows(parts), _heldout_rows(parts)))
-    baseline = logistic_accuracy(*train, *test)
+    entries = [(OURS, values["heldout_accuracy"])]
+    train, test = (_images(parts, heldout) for heldout in (False, True))
+    baseline = logistic_accuracy(train["pixels"], train["label"], test["pixels"], test["label"])
     if baseline is not None:
         entries.append(("logistic regression", baseline))
     return Score("accuracy", "Share of held-out images that are named rightly.", False, entries)
@@ -103,13 +105,10 @@ def image_accuracy(parts: Parts, values: dict[str, float]) -> Score:
 def patch_error(parts: Parts, values: dict[str, float]) -> Score:
     """Squared error of hidden patches, beside predicting the mean patch."""
     job = parts.job
-    train, test = (
-        np.concatenate([part["pixels"] for part in rows])
-        for rows in (_train_rows(parts), _heldout_rows(parts))
-    )
+    train, test = (_images(parts, heldout)["pixels"] for heldout in (False, True))
     means = mean_patch_error(train, test, job.model.vision.patch, job.objective.mae.normalise)
     entries = [
-        ("this model", values["heldout_loss"]),
+        (OURS, values["heldout_loss"]),
         ("mean image", means.placed),
         ("mean patch", means.one),
     ]
@@ -139,18 +138,18 @@ def _heldout_rows(parts: Parts) -> Iterator[Rows]:
             yield heldout_rows(samples, np.arange(first, min(first + _CHUNK, count)))
 
 
-def _train_rows(parts: Parts) -> Iterator[Rows]:
-    """Training samples as they come in the first epoch, augmented as they are."""
-    stream = parts.loader.stream
-    count = min(sum(stream.counts), _MOST)
-    for first in range(0, count, _CHUNK):
-        yield stream.rows(np.arange(first, min(first + _CHUNK, count)))
-
-
 def _batches(parts: Parts) -> Iterator[Batch]:
     return (parts.engine.objective.collate(rows) for rows in _heldout_rows(parts))
 
 
-def _pixels_and_labels(rows: Iterator[Rows]) -> tuple[np.ndarray, np.ndarray]:
-    parts = [(part["pixels"], part["label"]) for part in rows]
-    return np.concatenate([p for p, _ in parts]), np.concatenate([y for _, y in parts])
+def _images(parts: Parts, heldout: bool) -> Rows:
+    """Images of one side, as they are: neither augmented nor mixed."""
+    job, found = parts.job, []
+    labelled = job.objective.name == "classify"
+    for source in parts.dataset.images:
+        numbers = source.side(heldout, labelled)[:_MOST]
+        indices = np.arange(numbers.size)
+        if numbers.size:
+            samples = ImageSamples(source, numbers, job.data.images, None, labelled)
+            found.append(samples.rows(indices, indices))
+    return {name: np.concatenate([rows[name] for rows in found]) for name in found[0]}

@@ -19,7 +19,7 @@ def show(recipes: Sequence[str], sets: Sequence[str]) -> None:
     useless = inert(resolved)
     table = Table(box=None, header_style="bold")
     for title in ("setting", "value", "origin", "note"):
-        table.add_column(title, no_wrap=title != "note")
+        table.add_column(title, no_wrap=title in ("setting", "origin"), overflow="fold")
     for name, value in leaves(resolved.job):
         origin = resolved.origins.get(name, DEFAULT)
         plain = [as_plain(v) for v in value] if isinstance(value, list) else value

@@ -14,6 +14,8 @@ FOLDER = Path(sys.prefix) / "oracles"
 def timm():
     """timm. It imports torchvision, whose wheel asks for operators that torch's CPU build lacks."""
     _open()
+    if "timm" in sys.modules:  # imported through this file's other name
+        return sys.modules["timm"]
     library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

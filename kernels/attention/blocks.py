@@ -101,21 +101,24 @@ def _attend(q, k, v, bias, scale, mask, drop, queries, keys):
         return _flash(q_part, k_part, v_part, 0.0, False, attn_mask=added.to(wide), scale=scale)
     scores = _scores(q_part, k_part.mT, scale)
     if bias is not None:
-        scores = scores + bias[:, queries, keys]
+        scores += bias[:, queries, keys]
     if seen is not None:
         scores = torch.where(seen, scores, torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, -1)
     if seen is not None and mask.key_documents is not None:  # a row may see nothing
         weights = torch.where(seen, weights, 0)
     if drop is not None:
-        weights = torch.where(_kept(drop, q, queries, keys), weights * random.kept_scale(drop.p), 0)
-    return weights.to(v.dtype) @ v_part, scores.logsumexp(-1)
+        weights = torch.where(_kept(drop, q, queries, keys), weights, 0)
+    out = weights.to(v.dtype) @ v_part
+    return out if drop is None else out * random.kept_scale(drop.p), scores.logsumexp(-1)
 
 
 def _backward(d_out, q, k, v, bias, out, lse, scale, mask, drop, wants_bias):
     """Gradients of q, k, v and of the bias. Names ending in _T are transposed: keys (or features) by queries."""
     length, total, rows, wide = q.shape[2], k.shape[2], block_rows(k.shape[2]), lse.dtype
     lse, delta = lse.unsqueeze(2), (d_out.to(wide) * out.to(wide)).sum(-1).unsqueeze(2)
+    if drop is not None:  # what is kept is scaled here, and not in every weight
+        d_out = d_out * random.kept_scale(drop.p)
     q_T, k_T, d_out_T = q.mT.contiguous(), k.mT.contiguous(), d_out.mT.contiguous()
     dks, dvs, d_biases, pieces = [], [], [], []
     for start in range(0, total, rows):
@@ -123,17 +126,17 @@ def _backward(d_out, q, k, v, bias, out, lse, scale, mask, drop, wants_bias):
         queries = slice(start if mask.triangular else 0, length)
         scores_T = _scores(k[:, :, keys], q_T[..., queries], scale)
         if bias is not None:
-            scores_T = scores_T + bias[:, queries, keys].mT
-        weights_T = torch.exp(scores_T - lse[..., queries])
+            scores_T += bias[:, queries, keys].mT
+        weights_T = scores_T.sub_(lse[..., queries]).exp_()
         seen = lower(mask, length, total, q.device, queries, keys)
         if seen is not None:
             weights_T = torch.where(seen.mT, weights_T, 0)
         d_weights_T = (v[:, :, keys] @ d_out_T[..., queries]).to(wide)
         dropped_T = weights_T
         if drop is not None:
-            kept_T, factor = _kept(drop, q, queries, keys).mT, random.kept_scale(drop.p)
-            dropped_T, d_weights_T = (torch.where(kept_T, x * factor, 0) for x in (weights_T, d_weights_T))
-        d_scores_T = weights_T * (d_weights_T - delta[..., queries])
+            kept_T = _kept(drop, q, queries, keys).mT
+            dropped_T, d_weights_T = (torch.where(kept_T, x, 0) for x in (weights_T, d_weights_T))
+        d_scores_T = d_weights_T.sub_(delta[..., queries]).mul_(weights_T)
         if wants_bias:
             d_biases.append(F.pad(d_scores_T.sum(0), (queries.start, 0)).mT)
         d_scores_T = d_scores_T.to(q.dtype)
@@ -150,8 +153,10 @@ def _backward(d_out, q, k, v, bias, out, lse, scale, mask, drop, wants_bias):
 
 
 def _scores(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Scaled products in a tensor of its own, which may be written to."""
     scores = left @ right
-    return scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return scores if scale == 1 else scores.mul_(scale)
 
 
 def _kept(drop: WeightDropout, q_BHQD: Tensor, queries: slice, keys: slice) -> Tensor:

@@ -51,7 +51,7 @@ class NativeEngine:
         self.named = dict(objective.named_parameters())
         self.optimizers = build_optimizers(self.named.items(), job.optimizer, MUON.get(precision))
         self.scale = LossScale() if precision == "fp16" else None
-        self.schedule = in_steps(job.schedule, job.train, job.data.seq_len)
+        self.schedule = in_steps(job.schedule, job.train, job.row_tokens)
         self.rows = rows_per_micro_batch(job, world.layout.data)
         self.average: Average | None = None
         self.weights_changed()

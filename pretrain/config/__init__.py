@@ -70,5 +70,13 @@ class Job(Section):
     checkpoint: Checkpoint = Checkpoint()
     tracking: Tracking = Tracking()
 
+    @property
+    def row_tokens(self) -> int:
+        """Tokens that the model reads in a row: of text, or patches and the class token."""
+        if self.model.family != "vit":
+            return self.data.seq_len
+        vision = self.model.vision
+        return (self.data.images.size // vision.patch) ** 2 + int(vision.class_token)
+
     def model_post_init(self, _: Any) -> None:
         rules.check(self)

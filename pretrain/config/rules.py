@@ -31,15 +31,7 @@ POSITIONS_OF = {
 
 def check(job: Job) -> None:
     """Raise JobError for the first rule that the job breaks."""
-    for rule in (
-        check_family,
-        check_heads,
-        check_positions,
-        check_experts,
-        check_vision,
-        check_batch,
-        check_schedule,
-    ):
+    for rule in RULES:
         rule(job)
 
 
@@ -111,9 +103,20 @@ def check_experts(job: Job) -> None:
     if e.top_k > e.count:
         rule = f"must not exceed model.experts.count = {e.count}"
         raise JobError("model.experts.top_k", e.top_k, rule, e.count)
+    if e.bias_rate and e.routing == "experts":
+        rule = "experts that choose their tokens are balanced as they are"
+        raise JobError("model.experts.bias_rate", e.bias_rate, rule, 0)
     if e.routing == "experts" and job.model.family in ("gpt", "t5"):
         rule = "experts that choose among a row's tokens look ahead, so not in decoders"
         raise JobError("model.experts.routing", e.routing, rule, "tokens")
+
+
+def check_masking(job: Job) -> None:
+    """Shares of masked tokens add up to one at most."""
+    masking = job.objective.masking
+    if masking.mask + masking.random > 1:
+        rule = f"with objective.masking.mask = {masking.mask}, must not exceed 1"
+        raise JobError("objective.masking.random", masking.random, rule, 1 - masking.mask)
 
 
 def check_vision(job: Job) -> None:
@@ -160,3 +163,15 @@ def check_schedule(job: Job) -> None:
         raise JobError(
             "schedule.warmup", s.warmup, f"must be less than the {steps} steps of the schedule", steps - 1
         )
+
+
+RULES = (
+    check_family,
+    check_heads,
+    check_positions,
+    check_experts,
+    check_masking,
+    check_vision,
+    check_batch,
+    check_schedule,
+)

@@ -146,8 +146,7 @@ def _heldout(
 
 
 def _images(job: Job) -> Dataset:
-    images, patch = job.data.images, job.model.vision.patch
-    labelled = job.objective.name == "classify"
+    images, labelled = job.data.images, job.objective.name == "classify"
     found = Dataset(Inputs(), [], [])
     for source in job.data.sources:
         opened = open_images(source, job.data)
@@ -166,6 +165,6 @@ def _images(job: Job) -> Dataset:
             raise DataError(
                 f"{opened.name}: has other classes than {found.images[0].name}; blend alike sources"
             )
-    length = (images.size // patch) ** 2 + int(job.model.vision.class_token)
-    found.inputs = Inputs(length=length, image=images.size, channels=images.channels, classes=len(names))
+    size, channels = images.size, images.channels
+    found.inputs = Inputs(length=job.row_tokens, image=size, channels=channels, classes=len(names))
     return found

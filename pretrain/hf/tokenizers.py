@@ -85,8 +85,8 @@ def write_tokenizer(
         return f"tokenizer.json has other ids than the model for {', '.join(wrong)}"
     if came and not new:
         return None  # as it came
-    names = {role: library.id_to_token(i) for role, i in specials.ids.items()}
-    ends = library.id_to_token(specials.separator)
+    names = {role: str(library.id_to_token(i)) for role, i in specials.ids.items()}
+    ends = str(library.id_to_token(specials.separator))
     if frame and not came:
         library.post_processor = _framed(frame, library, names, ends)
     (to / "tokenizer.json").write_text(library.to_str(), encoding="utf-8")

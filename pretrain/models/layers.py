@@ -149,12 +149,13 @@ class MLP(nn.Module):
     """down(activation(up(x))), or down(activation(gate(x)) * up(x)) for gated activations."""
 
     def __init__(self, model: config.Model, width: int | None = None) -> None:
+        """`width`: of the hidden layer; the model's feed-forward width if not given."""
         super().__init__()
         width = width or model.ffn_width
         self.activation = model.activation
-        self.gate = Linear(model.hidden, width, model.bias) if model.gated else None
-        self.up = Linear(model.hidden, width, model.bias)
-        self.down = Linear(width, model.hidden, model.bias)
+        self.gate = build_linear(model, model.hidden, width) if model.gated else None
+        self.up = build_linear(model, model.hidden, width)
+        self.down = build_linear(model, width, model.hidden)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
         x_BSE = narrowed(x_BSE)

@@ -108,7 +108,7 @@ def bert(weight: Weight, model: config.Model) -> Fill:
 
 
 def t5(weight: Weight, model: config.Model) -> Fill:
-    """Normal by fan-in, embeddings and an untied head of deviation 1 (Raffel et al. 2020, mesh-tensorflow).
+    """Normal by fan-in, embeddings and an untied head of deviation 1 (Raffel et al. 2020, as T5X does).
 
     Queries take over the factor 1 / sqrt(D) that T5's scores lack: (E D)^-1/2; where `attention.scale` keeps
     some of it, they take the rest. Tables of relative positions get E^-1/2.

@@ -21,6 +21,8 @@ from headway.pretrain.records.metrics import plain, read_metrics
 from headway.pretrain.records.progress import clock, short
 from headway.pretrain.records.records import read_events
 
+OURS = "this model"
+"""Name of the trained model among the entries of a score."""
 _DERIVED = {"status", "steps", "tokens", "tokens_per_second", "mfu", "memory_gib"}
 _LASTING = {"parameters", "device", "devices", "precision", "precision_reason", "peak_flops", "peak_source",
             "environment"}  # fmt: skip
@@ -50,7 +52,7 @@ def write_report(
     if saved.get("steps") != derived.get(
         "steps"
     ):  # the run went on: measurements of its earlier end are stale
-        saved = {k: saved[k] for k in _LASTING & saved.keys()}
+        saved = {k: saved[k] for k in _LASTING & saved.keys()} | _baselines(saved)
     saved = {k: v for k, v in saved.items() if k not in _DERIVED}
     known = {"environment": environment(), **derived, **saved}
     known |= {k: v for k, v in (summary or {}).items() if v is not None}
@@ -126,7 +128,10 @@ def facts(values: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
         found.append(f"{short(summary['parameters'])} parameters")
     if values.get("model.layers") and values.get("model.hidden"):
         found.append(f"{values['model.layers']} layers × {values['model.hidden']}")
-    if values.get("data.seq_len"):
+    if values.get("model.family") == "vit":
+        side = values.get("data.images.size")
+        found.append(f"images of {side} × {side}")
+    elif values.get("data.seq_len"):
         found.append(f"{values['data.seq_len']:,} tokens of context")
     if values.get("train.global_batch"):
         found.append(f"batches of {values['train.global_batch']} rows")
@@ -139,12 +144,20 @@ def bars(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The entries of the score, with lengths in proportion."""
     entries = (summary.get("score") or {}).get("entries", [])
     found = [
-        {"name": name, "value": value, "ours": i == 0}
-        for i, (name, value) in enumerate(entries)
+        {"name": name, "value": value, "ours": name == OURS}
+        for name, value in entries
         if isinstance(value, int | float) and math.isfinite(value)
     ]
     longest = max((bar["value"] for bar in found), default=1) or 1
     return [{**bar, "share": 100 * bar["value"] / longest} for bar in found]
+
+
+def _baselines(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The score less this model's own number: baselines belong to the data, and stay."""
+    if not saved.get("score"):
+        return {}
+    entries = [entry for entry in saved["score"]["entries"] if entry[0] != OURS]
+    return {"score": {**saved["score"], "entries": entries}}
 
 
 def loss_chart(rows: list[dict[str, Any]]) -> Any:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from headway.launch import exchange, run
+from headway.launch import companions, run
 from headway.launch.cli import app
 from headway.launch.start_from import fill, find_checkpoint
 from headway.parallel.checkpoint.load import load
@@ -32,7 +32,7 @@ def call(*arguments: object) -> str:
 def trained(small_job, tmp_path_factory):
     """A run folder with a checkpoint of step 3."""
     place = tmp_path_factory.mktemp("runs")
-    sets = ["train.steps=3", "model.bias=false", "model.kv_heads=1"]
+    sets = ["train.steps=3", "model.bias=false", "model.kv_heads=1", "optimizer.ema=0.5"]
     run.train([str(small_job)], [f"run.dir={place}", "run.name=small", *sets])
     return place / "small"
 
@@ -112,11 +112,24 @@ def test_training_starts_from_a_folder_a_run_and_an_imported_run_alike(trained, 
     # an imported run is itself a run, at step 0, that goes on in place
     text = (tmp_path / "imported/job.yaml").read_text()
     sets = [f"data.sources=['{corpus}']", "train.steps=2", "train.global_batch=8", "train.compile=false"]
-    (tmp_path / "imported/job.yaml").write_text(text.replace("heldout: 0.05", "heldout: 0.2"))
+    (tmp_path / "imported/job.yaml").write_text(text.replace("data:\n", "data:\n  heldout: 0.2\n"))
     run.train([str(tmp_path / "imported/job.yaml")], [*sets, "precision=fp32", "tracking.wandb=off"])
     assert losses(tmp_path / "imported") == found["hf"]
     manifest = read_manifest(tmp_path / "imported/checkpoints/step_00000002")
     assert manifest.numbers["step"] == 2
+
+
+def test_averages_are_exported_where_they_are_asked_for(trained, exported, tmp_path):
+    assert "--average" in call("export", trained, tmp_path / "weights")
+    call("export", trained, tmp_path / "averages", "--average")
+    path = find_checkpoint(str(trained))
+    average = {"ema.model.embed.tokens.weight": torch.empty(260, 32)}
+    load(path, State(average), strict=False)
+    found = dict(open_folder(tmp_path / "averages").tensors())
+    assert torch.equal(found["model.embed.tokens.weight"], average["ema.model.embed.tokens.weight"])
+    call("checkpoint", "import", exported, "--out", tmp_path / "run")
+    with pytest.raises(JobError, match="has no averages"):
+        call("export", tmp_path / "run", tmp_path / "none", "--average")
 
 
 def start(exported, tmp_path, small_job, *sets: str) -> None:
@@ -173,6 +186,7 @@ def test_what_cannot_be_exchanged_says_why(trained, exported, tmp_path):
         call("export", tmp_path, "--to", "hf", tmp_path / "x")
     with pytest.raises(JobError, match=r"config\.json"):
         call("checkpoint", "import", "--from", "hf", tmp_path)
+    assert not (tmp_path / "x").exists()
     (tmp_path / "odd").mkdir()
     config = json.loads((exported / "config.json").read_text())
     shutil.copy(exported / "model.safetensors", tmp_path / "odd")
@@ -208,7 +222,7 @@ def test_a_model_that_hugging_face_lacks_names_the_setting(model, message):
 
 def test_images_are_normalised_as_the_job_says():
     job = validate({"data": {"images": {"size": 32, "channels": 3, "mean": [0.4], "std": [0.2]}}})
-    found = exchange.preprocessor(job.data.images)
+    found = companions.preprocessor(job.data.images)
     assert found["image_mean"] == [0.4] * 3
     assert found["size"] == {"height": 32, "width": 32}
 
@@ -240,3 +254,8 @@ def test_a_classifier_begins_with_the_encoder_of_mae_and_a_head_of_its_own():
     _, other = vision(7)
     notes = fill(target, other.items(), "there", job)
     assert any("head.weight has 7 rows for 5 classes" in note for note in notes)
+
+
+@pytest.mark.parametrize("command", [["checkpoint", "import"], ["export"]])
+def test_commands_have_help(command):
+    assert "Usage" in call(*command, "--help")

@@ -77,7 +77,7 @@ def test_a_run_leaves_everything(train, capsys):
     assert (folder / "checkpoints/LATEST").read_text().strip() == "step_00000020"
     summary = json.loads((folder / "summary.json").read_text())
     assert 0 < summary["bits_per_byte"] < 8
-    assert summary["zlib_bits_per_byte"] > 0
+    assert [name for name, _ in summary["score"]["entries"]] == ["this model", "zlib -9", "xz -9"]
     said = capsys.readouterr().out
     for word in ("precision fp32", "bits per byte", "zlib -9", "xz -9", "report.html"):
         assert word in said

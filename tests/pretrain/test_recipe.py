@@ -121,5 +121,6 @@ def test_settings_without_effect_are_flagged_and_refused_on_the_command_line():
 
 def test_inert_rules_name_real_settings_and_defaults_are_never_flagged():
     known = dict(recipe.leaves(Job()))
-    assert all(field in known for field, _, _ in inert.RULES)
+    for field, _, _ in inert.RULES:
+        assert field in known or any(name.startswith(field) for name in known if field.endswith(".")), field
     assert inert.inert(recipe.Resolved(Job(), {})) == {}

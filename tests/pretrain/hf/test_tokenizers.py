@@ -1,6 +1,6 @@
 """Tokenizers as `AutoTokenizer` loads them: the same ids, the same text, special tokens where the model has them."""
 
-import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -24,9 +24,7 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def library() -> list[str]:
     """Sources of Python's library: real text with indentation."""
-    files = sorted((Path(sys.base_prefix) / "lib/python3.11").glob("*.py")) or sorted(
-        Path(pytest.__file__).parent.glob("*.py")
-    )
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     return [path.read_text(encoding="utf-8", errors="ignore") for path in files[:30]]
 
 

@@ -44,7 +44,9 @@ def test_a_step_has_the_promised_keys_and_numbers():
     assert list(values) == [*promised, "z_loss"]
     assert values["tokens_per_second"] == 2048
     assert values["mfu"] == 0.25  # 3e12 operations in 2 s, of 6e12 a second
-    skipped = step_values(7, StepResult(2.5, 0.7, 1, True), lr=0, seconds=1, flops=1, peak=1, memory_gib=0)
+    skipped = step_values(
+        7, StepResult(2.5, 0.7, 1, skipped=True), lr=0, seconds=1, flops=1, peak=1, memory_gib=0
+    )
     assert skipped["skipped"] is True
 
 

@@ -15,16 +15,19 @@ from headway.pretrain.config import Job
 from headway.pretrain.records.attention_maps import AttentionMaps
 from headway.pretrain.records.metrics import MetricsFile
 from headway.pretrain.records.records import Records
-from headway.pretrain.records.report import compression, flatten, write_report
+from headway.pretrain.records.report import bars, flatten, write_report
 
 VOID = {"meta", "img", "br", "input", "link"}
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
 SUMMARY = {
     "heldout_loss": 2.731,
     "bits_per_byte": 1.634,
-    "zlib_bits_per_byte": 1.913,
-    "xz_bits_per_byte": 1.571,
-    "heldout_bytes": 612_334,
+    "score": {
+        "title": "bits per byte",
+        "note": "What it takes to store one byte of 612,334 bytes.",
+        "lower": True,
+        "entries": [("this model", 1.634), ("zlib -9", 1.913), ("xz -9", 1.571)],
+    },
     "parameters": 4_934_144,
     "device": "a CPU",
     "precision": "bf16",
@@ -250,15 +253,15 @@ def test_origins_of_settings(tmp_path):
     assert "data.cache null" in squeeze(page.text)
 
 
-def test_compression_bars_are_in_proportion():
-    bars = compression(SUMMARY)
-    assert [(b["name"], b["ours"]) for b in bars] == [
+def test_bars_are_in_proportion():
+    found = bars(SUMMARY)
+    assert [(b["name"], b["ours"]) for b in found] == [
         ("this model", True),
         ("zlib -9", False),
         ("xz -9", False),
     ]
-    assert [b["share"] for b in bars] == pytest.approx([100 * v / 1.913 for v in (1.634, 1.913, 1.571)])
-    assert compression({"bits_per_byte": math.nan}) == []
+    assert [b["share"] for b in found] == pytest.approx([100 * v / 1.913 for v in (1.634, 1.913, 1.571)])
+    assert bars({"score": {"entries": [("this model", math.nan)]}}) == []
 
 
 def test_the_page_stays_small(tmp_path):
