@@ -11,16 +11,23 @@ from headway.launch.console import console
 from headway.pretrain import config
 from headway.pretrain.data.build import prepare_data
 from headway.pretrain.data.build import train_tokenizer as train_on
+from headway.pretrain.data.dataset import open_dataset
 from headway.pretrain.data.store import TokenStore, summary
 from headway.pretrain.data.tokenizer import load_tokenizer
 from headway.pretrain.recipe import resolve, validate
 
 
 def build(recipes: Sequence[str], sets: Sequence[str]) -> None:
-    """Build what a recipe reads, or find it in the cache, and say where it lies."""
-    prepared = prepare_data(resolve(recipes, sets).job.data)
+    """Build what a recipe reads, or find it in the cache, and say what it is and where it lies."""
+    job = resolve(recipes, sets).job
+    if job.model.family == "vit":
+        print(*open_dataset(job).notes, sep="\n")
+        return
+    prepared = prepare_data(job.data)
     prefixes = [("train", prefix) for prefix, _ in prepared.train]
+    prefixes += [("train targets", prefix) for prefix in prepared.train_targets if prefix]
     prefixes += [("held-out", prefix) for prefix in prepared.heldout]
+    prefixes += [("held-out targets", prefix) for prefix in prepared.heldout_targets if prefix]
     for kind, prefix in prefixes:
         store = TokenStore(prefix)
         print(f"{kind}: {store.documents:,} documents, {store.tokens:,} tokens  {prefix}")

@@ -264,3 +264,16 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(small_job, tmp_path):
     assert "BROKEN" not in done.stdout
     assert done.stdout.splitlines()[-1].startswith("step_")
     assert len(losses(tmp_path / "run")) == 20
+
+
+def test_lsuv_an_average_and_a_growing_batch_in_one_run(train):
+    ramp = "train.ramp={start: 4, increment: 4, samples: 40}"
+    folder = train("model.init={scheme: orthogonal, lsuv: true}", "optimizer.ema=0.9", ramp)
+    rows = read_metrics(folder)
+    assert [row["tokens"] for row in rows] == [4 * 32] * 10 + [8 * 32] * 10
+    saved = weights(folder, 20)
+    averages = {name.removeprefix("ema."): t for name, t in saved.items() if name.startswith("ema.")}
+    assert averages
+    for name, average in averages.items():
+        assert average.shape == saved[name].shape
+        assert not torch.equal(average, saved[name])

@@ -140,7 +140,16 @@ def _work(pipe: Connection, port: int) -> None:
         finally:
             with contextlib.suppress(Exception):
                 dist.destroy_process_group()
+            _forget_meshes()
         pipe.send(answer)
+
+
+def _forget_meshes() -> None:
+    """DTensor remembers results by mesh, and meshes of two calls are equal though their groups are not the same."""
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import debug
+
+        debug._clear_sharding_prop_cache()
 
 
 def _module(path: str) -> Any:
