@@ -84,6 +84,12 @@ def finish(parts: Parts, folder: Path, recorder: Recorder) -> Finished:
     values: dict = heldout_values(parts, None)
     if values:
         recorder.event("eval", **values)
+    for source in parts.dataset.images:
+        if source.skipped:
+            first = "; ".join(source.skipped_first)
+            recorder.event(
+                "warning", message=f"left out {source.skipped} broken images of {source.name}: {first}"
+            )
     if parts.world.main and (found := score(parts, values)):
         values["score"] = found.plain()
     return Finished(folder, report(parts, folder, {**values, "status": "done"}))

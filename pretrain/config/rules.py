@@ -103,6 +103,9 @@ def check_experts(job: Job) -> None:
     if e.top_k > e.count:
         rule = f"must not exceed model.experts.count = {e.count}"
         raise JobError("model.experts.top_k", e.top_k, rule, e.count)
+    if e.top_k == 1 and e.normalise and e.routing == "tokens":
+        rule = "the weight of a single expert would always be 1, and the router would learn nothing from the loss"
+        raise JobError("model.experts.normalise", True, rule, False)
     if e.bias_rate and e.routing == "experts":
         rule = "experts that choose their tokens are balanced as they are"
         raise JobError("model.experts.bias_rate", e.bias_rate, rule, 0)

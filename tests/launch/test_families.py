@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from headway.launch import run
+from headway.pretrain.errors import DataError
 from headway.pretrain.records.metrics import read_metrics
+from headway.pretrain.records.records import read_events
 
 SHORT = ["train.steps=4", "train.compile=false", "precision=fp32", "train.eval_every=2", "train.eval_rows=8",
          "train.global_batch=4", "schedule.warmup=1", "checkpoint.every=2", "tracking.wandb=off"]  # fmt: skip
@@ -59,3 +61,20 @@ def test_an_interrupted_run_draws_the_same_bits(name, corpus, tmp_path):
     resumed = start(name, corpus, tmp_path / "parts", "schedule.steps=4")
     losses = [[row["loss"] for row in read_metrics(folder)] for folder in (straight, resumed)]
     assert losses[0] == losses[1]
+
+
+def test_broken_images_are_left_out_counted_and_named(tmp_path, capsys):
+    from PIL import Image
+
+    for i in range(12):
+        folder = tmp_path / "images" / f"class{i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 20 * i).save(folder / f"{i}.png")
+    (tmp_path / "images/class0/torn.png").write_bytes((tmp_path / "images/class0/0.png").read_bytes()[:40])
+    sets = [*SHORT, *SMALL, f"data.sources=['{tmp_path / 'images'}']", f"run.dir={tmp_path}", "run.name=run"]
+    with pytest.raises(DataError, match=r"torn\.png.*data\.on_error=skip"):
+        run.train(["vit/tiny"], [*sets, "data.heldout=0.0"])
+    run.train(["vit/tiny"], [*sets, "data.heldout=0.0", "data.on_error=skip"], fresh=True)
+    (warning,) = (event["message"] for event in read_events(tmp_path / "run") if event["kind"] == "warning")
+    assert "left out 1 broken images" in warning
+    assert "torn.png" in warning

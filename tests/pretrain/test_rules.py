@@ -1,0 +1,59 @@
+"""Rules that bind several settings: each names field, value, rule and the nearest legal choice."""
+
+import pytest
+
+from headway.pretrain.config import Job
+from headway.pretrain.errors import JobError
+
+VIT = {"family": "vit"}
+CASES = [
+    ({"objective": {"name": "masked"}}, r"objective\.name = 'masked': trains bert.*causal"),
+    (
+        {"model": {"family": "t5", "positions": "relative"}},
+        r"objective\.name = 'causal': .*t5 takes prefix, spans, ul2, pairs",
+    ),
+    ({"model": {"positions": "relative"}}, r"model\.positions = 'relative': the family gpt has learned"),
+    ({"model": {"layers": 12, "unique_layers": 5}}, r"model\.unique_layers = 5: must divide.*4"),
+    (
+        {"model": {"family": "bert"}, "objective": {"name": "masked", "masking": {"pairs": "next"}}},
+        r"model\.segments = 0: two segments.*2",
+    ),
+    ({"model": {"hidden": 100, "heads": 7}}, r"model\.heads = 7: must divide model\.hidden = 100.*5"),
+    ({"model": {"experts": {"count": 4, "top_k": 5}}}, r"model\.experts\.top_k = 5: must not exceed.*4"),
+    (
+        {"model": {"experts": {"count": 4, "top_k": 1}}},
+        r"model\.experts\.normalise = True: .*learn nothing.*False",
+    ),
+    (
+        {"model": {"experts": {"count": 4, "routing": "experts"}}},
+        r"model\.experts\.routing.*look ahead.*tokens",
+    ),
+    (
+        {"objective": {"masking": {"mask": 0.8, "random": 0.3}}},
+        r"objective\.masking\.random = 0\.3: .*must not exceed 1",
+    ),
+    (
+        {"model": VIT, "objective": {"name": "classify"}, "data": {"images": {"size": 30}}},
+        r"model\.vision\.patch = 16: must divide data\.images\.size = 30.*15",
+    ),
+    (
+        {"model": VIT | {"vision": {"class_token": False}}, "objective": {"name": "classify"}},
+        r"objective\.pool = 'first': the model has no class token.*mean",
+    ),
+    (
+        {"model": VIT, "objective": {"name": "mae", "mae": {"hidden": 100, "heads": 16}}},
+        r"objective\.mae\.heads = 16: must divide objective\.mae\.hidden = 100.*20",
+    ),
+    (
+        {"train": {"ramp": {"start": 64}}},
+        r"train\.ramp\.start = 64: must not exceed train\.global_batch = 32",
+    ),
+    ({"train": {"ramp": {"start": 8, "increment": 5, "samples": 100}}}, r"train\.ramp\.increment = 5: .*4"),
+    ({"train": {"ramp": {"start": 8, "increment": 8}}}, r"train\.ramp\.samples = None: must be given"),
+]
+
+
+@pytest.mark.parametrize(("tree", "said"), CASES)
+def test_a_broken_rule_names_the_nearest_legal_choice(tree, said):
+    with pytest.raises(JobError, match=said):
+        Job.model_validate(tree)
