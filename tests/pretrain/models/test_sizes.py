@@ -73,7 +73,7 @@ CASES = {
     "t5": t5(),
     "t5 1.1": t5(activation="geglu_tanh", tied=False),
     "transformer": t5(positions="learned", norm="layernorm", norm_position="post", bias=True),
-    "switch": t5(experts=config.Experts(count=4, top_k=1, pattern="DE", kernel="reference")),
+    "switch": t5(experts=config.Experts(count=4, top_k=1, normalise=False, pattern="DE", kernel="reference")),
     "vit": vit(),
     "deit": vit(layer_scale=1e-4, stochastic_depth=0.1, class_token=False, positions="sinusoidal"),
     "mae": vit(MAE, ffn=50),
