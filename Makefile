@@ -14,11 +14,15 @@ env: $(VENV)/.ready
 train: env
 	$(BIN)/headway train gpt/tiny
 
+# The tests of a file stay in one process, and share its fixtures and its pool of ranks. PROCESSES=0 runs all in one.
+PROCESSES ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile
+
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 fast: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

@@ -93,7 +93,7 @@ def _attend(q, k, v, bias, scale, mask, drop, queries, keys):
     """Output and log-sum-exp of a block of queries."""
     seen = lower(mask, q.shape[2], k.shape[2], q.device, queries, keys)
     q_part, k_part, v_part = q[:, :, queries], k[:, :, keys], v[:, :, keys]
-    if q.device.type == "cpu" and drop is None and bias is not None:
+    if q.device.type == "cpu" and drop is None and bias is not None and not torch.compiler.is_compiling():
         # A bias costs another pass over the scores, which PyTorch's kernel does not need: a third of the time.
         added = bias[None, :, queries, keys]
         added = added if seen is None else torch.where(seen, added, -math.inf)

@@ -6,6 +6,9 @@ import torch
 
 from headway.kernels.attention.registry import MECHANISMS, Kernel
 
+SHORT = 192
+"""Keys up to which row blocks beat PyTorch's kernel in bf16 on CPU, without a compiler."""
+
 
 class KernelUnavailable(ValueError):
     """A kernel that was asked for cannot compute what was asked.
@@ -30,6 +33,7 @@ def choose(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     compiled: bool = False,
+    keys: int | None = None,
 ) -> Kernel:
     """The kernel that computes `mechanism` here.
 
@@ -40,13 +44,14 @@ def choose(
         bias: whether a bias that learns is added to the scores.
         device, dtype: where the queries live and what they are.
         compiled: whether torch.compile traces this call.
+        keys: that a query may see at most; many, if not given.
 
     Raises:
         KernelUnavailable: the request is unknown or cannot do what is asked.
     """
     kernels = MECHANISMS[mechanism].kernels
     if request == "auto":
-        return kernels[_fastest(dropout, bias, device, dtype, compiled)]
+        return kernels[_fastest(dropout, bias, device, dtype, compiled, keys)]
     if request not in kernels:
         raise KernelUnavailable(
             request, f"{mechanism} attention has the kernels {', '.join(kernels)}", "auto"
@@ -61,11 +66,16 @@ def choose(
     return kernels[request]
 
 
-def _fastest(dropout: bool, bias: bool, device: str, dtype: torch.dtype, compiled: bool) -> str:
+def _fastest(
+    dropout: bool, bias: bool, device: str, dtype: torch.dtype, compiled: bool, keys: int | None
+) -> str:
     # PyTorch's path for a bias that learns is not fused on CPU and holds S^2; row blocks take 0.5 to 1.1 of its time
     # there (32 heads x 512 x 64, causal or not, documents or not) and hold S.
     if dropout or (bias and device == "cpu"):
         return "blocks"
-    # The flash kernel's bf16 backward on CPU is slow; row blocks, once fused by the compiler, take 0.75 of its time
-    # (64 heads x 512 x 64). In fp32, and not compiled, SDPA wins.
-    return "blocks" if compiled and device == "cpu" and dtype == torch.bfloat16 else "sdpa"
+    # The flash kernel's bf16 backward on CPU is slow. Row blocks take 0.25 to 0.5 of its time for a block of keys
+    # (192 heads x 65 x 64, 128 heads x 128 x 64), as much for two; once fused by the compiler 0.75 of it for longer
+    # rows too (64 heads x 512 x 64). In fp32 SDPA wins.
+    if device == "cpu" and dtype == torch.bfloat16 and (compiled or (keys or SHORT + 1) <= SHORT):
+        return "blocks"
+    return "sdpa"

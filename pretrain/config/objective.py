@@ -76,6 +76,10 @@ class Augment(Section):
     """Least share of an image's area that a random crop keeps; 1 does not crop."""
     shift: NotNegative = 0.0
     """Pad by this share of the side, then crop back at random: small translations."""
+    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Turn by up to so many degrees either way."""
+    shear: Annotated[float, Field(ge=0, lt=90)] = 0.0
+    """Slant along rows by up to so many degrees either way, as handwriting is."""
     flip: bool = False
     """Mirror half of the images left to right."""
     mixup: NotNegative = 0.0

@@ -50,6 +50,7 @@ class Core(nn.Module):
             device=q_BHSD.device.type,
             dtype=q_BHSD.dtype,
             compiled=torch.compiler.is_compiling(),
+            keys=k_BKMD.shape[2],
         )
         return kernel.compute(q_BHSD, k_BKMD, v_BKMD, mask, dropout, self.scale, bias_HSM)
 

@@ -166,7 +166,7 @@ FAMILIES = {f.__name__: f for f in (bert, t5, vit, bert_dropout)}
 
 
 def main() -> None:
-    parser = arguments(__doc__, rounds=9)
+    parser = arguments(__doc__, rounds=15)
     parser.add_argument(
         "families", nargs="*", default=list(FAMILIES), metavar="family", help=", ".join(FAMILIES)
     )

@@ -1,6 +1,6 @@
 """A training step with experts beside the dense model of equal active parameters, interleaved.
 
-    python tests/benchmarks/bench_moe.py [--rounds 5] [--batch 8] [--layers 2] [--precisions fp32 bf16]
+    python tests/benchmarks/bench_moe.py [--rounds 5] [--batch 16] [--layers 2] [--precisions fp32 bf16]
 
 A step is the forward and backward of GPT's blocks and head, with attention and a feed-forward layer that is
 either dense or has experts whose widths, times the experts of a token, are the dense width. Prints median times of
@@ -55,7 +55,7 @@ def stepper(parts: nn.ModuleDict, x_BSE: Tensor, labels: Tensor, precision: str)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="measured steps of each")
-    parser.add_argument("--batch", type=int, default=8, help="rows of 512 tokens")
+    parser.add_argument("--batch", type=int, default=16, help="rows of 512 tokens")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     args = parser.parse_args()

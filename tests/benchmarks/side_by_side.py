@@ -115,10 +115,10 @@ def race(pair: Pair, mode: str, precision: str, rounds: int, clock: str = "wall"
     first = [step(number) for number in range(2) for step in steps][:2]  # compiles and warms up
     times: list[list[float]] = [[], []]
     for number in range(2, 2 + rounds):
-        for step, taken in zip(steps, times, strict=True):
+        for which in (0, 1) if number % 2 else (1, 0):  # neither always follows the other
             start = now()
-            step(number)
-            taken.append(now() - start)
+            steps[which](number)
+            times[which].append(now() - start)
     ours, theirs = map(statistics.median, times)
     return (
         f"{mode:8} {precision}: ours {ours * 1e3:7.1f} ms, {pair.rival:12} {theirs * 1e3:7.1f} ms, "

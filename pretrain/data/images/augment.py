@@ -1,4 +1,4 @@
-"""Crops, shifts, flips, mixup and cutmix as functions of uniform numbers, which are functions of a sample's key.
+"""Crops, turns, shifts, flips, mixup and cutmix as functions of uniform numbers, which are functions of a sample's key.
 
 Nothing here holds a generator: the caller draws with `draws` and hands the numbers in, so an augmented image
 depends on its key alone, whatever else is in the batch.
@@ -102,6 +102,28 @@ def _resize(image: Image, width: int, height: int) -> Image:
     from PIL.Image import Resampling
 
     return image if image.size == (width, height) else image.resize((width, height), Resampling.BICUBIC)
+
+
+def turned(image: Image, u: Floats, rotate: float, shear: float) -> Image:
+    """Slant along rows and turn around the centre, each by an angle uniform within its bounds; black comes in.
+
+    This is torchvision's RandomAffine (bicubic here), whose angles turn clockwise.
+
+    Args:
+        u: [2] uniform numbers: angle of turning, angle of slanting.
+        rotate, shear: bounds in degrees.
+    """
+    from PIL.Image import Resampling, Transform
+
+    angle, slant = np.radians((2 * u - 1) * (rotate, shear))
+    # From a place in the output to its source, both around the centre: turn back, then slant back.
+    cos, sin, tan = np.cos(angle), np.sin(angle), np.tan(slant)
+    matrix = np.array([[1, tan], [0, 1]]) @ np.array([[cos, sin], [-sin, cos]])
+    centre = np.array(image.size) / 2
+    offset = centre - matrix @ centre
+    (a, b), (c, d) = matrix.tolist()
+    inverse = (a, b, float(offset[0]), c, d, float(offset[1]))
+    return image.transform(image.size, Transform.AFFINE, inverse, Resampling.BICUBIC)
 
 
 def shift_and_flip(pixels: NDArray[np.uint8], u: Floats, pad: int, flip: bool) -> NDArray[np.uint8]:

@@ -22,7 +22,7 @@ from headway.pretrain.errors import DataError, JobError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-OWN_CROP, OWN_SHIFT, PARTNER_CROP, PARTNER_SHIFT, CHOICE, MIXING = range(6)
+OWN_CROP, OWN_SHIFT, PARTNER_CROP, PARTNER_SHIFT, CHOICE, MIXING, OWN_TURN, PARTNER_TURN = range(8)
 """Purposes of a key's random numbers. They are part of every run's curve: add at the end."""
 MOST_BROKEN = 1000
 """Broken images in a row that are passed over."""
@@ -32,9 +32,9 @@ class ImageSamples:
     """Samples of one side of a source; see `headway.pretrain.data.samples.Samples`.
 
     Training images are cropped at random if `augment.crop` < 1, else resized as held-out ones are: shorter side to
-    S, centre cropped, and bitwise untouched if they are S x S already. Then follow shift, flip, normalisation, and
-    mixing with a partner: another sample of the same side, chosen and augmented by the sample's own key, so that
-    no sample depends on its neighbours in the batch.
+    S, centre cropped, and bitwise untouched if they are S x S already. Then follow turn, shift, flip, normalisation,
+    and mixing with a partner: another sample of the same side, chosen and augmented by the sample's own key, so
+    that no sample depends on its neighbours in the batch.
 
     Args:
         source: where images come from.
@@ -90,22 +90,23 @@ class ImageSamples:
             DataError: an image is broken or cannot be read; names it.
         """
         indices, keys = np.asarray(indices, np.int64), np.asarray(keys, np.int64)
-        pixels, labels = self._augmented(indices, keys, OWN_CROP, OWN_SHIFT)
+        pixels, labels = self._augmented(indices, keys, OWN_CROP, OWN_TURN, OWN_SHIFT)
         if not (self.augment.mixup or self.augment.cutmix):
             return {"pixels": pixels, "label": labels} if self.labelled else {"pixels": pixels}
         others = (make.draws(keys, CHOICE, 1)[:, 0] * len(self)).astype(np.int64)
-        partner, partner_labels = self._augmented(others, keys, PARTNER_CROP, PARTNER_SHIFT)
+        partner, partner_labels = self._augmented(others, keys, PARTNER_CROP, PARTNER_TURN, PARTNER_SHIFT)
         u = make.draws(keys, MIXING, make.MIX_DRAWS)
         mixed, share = make.mix(pixels, partner, u, self.augment.mixup, self.augment.cutmix)
         return {"pixels": mixed, "label": labels, "partner": partner_labels, "share": share}
 
     def _augmented(
-        self, indices: Ints, keys: Ints, crop: int, shift: int
+        self, indices: Ints, keys: Ints, crop: int, turn: int, shift: int
     ) -> tuple[NDArray[np.float32], Ints]:
         """Normalised pixels [n, C, S, S] before mixing, and classes [n]."""
         crops = make.draws(keys, crop, make.CROP_DRAWS if self.augment.crop < 1 else 0)
+        turns = make.draws(keys, turn, 2 if self.augment.rotate or self.augment.shear else 0)
         shifts = make.draws(keys, shift, 3 if self.pad or self.augment.flip else 0)
-        jobs = (indices.tolist(), crops, shifts)
+        jobs = (indices.tolist(), crops, turns, shifts)
         done = list(self._pool.map(self._square, *jobs) if self._pool else map(self._square, *jobs))
         channels = self.levels.shape[0]
         squares = np.empty((len(done), self.size, self.size, channels), np.uint8)
@@ -116,14 +117,16 @@ class ImageSamples:
             np.take(levels, squares[..., c], out=pixels[:, c])
         return pixels, np.array([label for _, label in done], np.int64)
 
-    def _square(self, index: int, crop: Any, shift: Any) -> tuple[NDArray[np.uint8], int]:
-        """One image as uint8 [S, S, C], cropped, shifted and flipped, and its class."""
+    def _square(self, index: int, crop: Any, turn: Any, shift: Any) -> tuple[NDArray[np.uint8], int]:
+        """One image as uint8 [S, S, C], cropped, turned, shifted and flipped, and its class."""
         image, label = self._whole(index)
         if self.augment.crop < 1:
             box = make.crop_box(crop, image.height, image.width, self.augment.crop)
             image = make.resized_crop(image, box, self.size)
         else:
             image = make.resized_centre(image, self.size)
+        if len(turn):
+            image = make.turned(image, turn, self.augment.rotate, self.augment.shear)
         pixels = np.asarray(image).reshape(self.size, self.size, -1)
         return make.shift_and_flip(pixels, shift, self.pad, self.augment.flip), label
 

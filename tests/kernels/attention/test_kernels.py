@@ -290,6 +290,8 @@ def test_choice():
     assert choose("dense").name == "sdpa"
     assert choose("dense", dropout=True).name == "blocks"
     assert choose("dense", dtype=torch.bfloat16, compiled=True).name == "blocks"
+    assert choose("dense", dtype=torch.bfloat16, keys=65).name == "blocks"
+    assert choose("dense", dtype=torch.bfloat16, keys=512).name == "sdpa"
     assert choose("dense", bias=True).name == "blocks"
     assert choose("dense", bias=True, device="cuda").name == "sdpa"
     for name in MECHANISMS["dense"].kernels:

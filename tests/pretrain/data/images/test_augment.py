@@ -1,4 +1,4 @@
-"""Crops, shifts, mixup and cutmix against torchvision, timm and SciPy."""
+"""Crops, turns, shifts, mixup and cutmix against torchvision, timm and SciPy."""
 
 import math
 
@@ -83,6 +83,17 @@ def test_resizing_is_torchvisions(torchvision, files, height, width, size):
 def test_an_image_of_the_right_size_is_untouched(files):
     pixels = files.pixels(0, 24, 24)
     assert np.array_equal(np.asarray(augment.resized_centre(Image.fromarray(pixels), 24)), pixels)
+
+
+@pytest.mark.parametrize(("rotate", "shear"), [(180, 0), (0, 40), (30, 20)])
+def test_turns_are_torchvisions(torchvision, files, rotate, shear):
+    image, bicubic = Image.fromarray(files.pixels(0, 16, 16)), torchvision.InterpolationMode.BICUBIC
+    for u in np.random.default_rng(0).random((8, 2)):
+        angle, slant = ((2 * u - 1) * (rotate, shear)).tolist()
+        theirs = torchvision.functional.affine(image, angle, [0, 0], 1.0, [slant, 0.0], bicubic)
+        ours = augment.turned(image, u, rotate, shear)
+        # One call of Pillow; matrices that differ in the last bit may round a level the other way.
+        assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max() <= 1
 
 
 def test_shift_and_flip_are_torchvisions(torchvision, files, keys):

@@ -11,7 +11,7 @@ from headway.pretrain.data.samples import make_keys
 from headway.pretrain.errors import DataError, JobError
 from headway.tests import oracles
 
-EVERYTHING = config.Augment(crop=0.3, shift=0.125, flip=True, mixup=0.8, cutmix=1.0)
+EVERYTHING = config.Augment(crop=0.3, shift=0.125, rotate=30, shear=10, flip=True, mixup=0.8, cutmix=1.0)
 
 
 @pytest.fixture
