@@ -12,14 +12,17 @@ FOLDER = Path(sys.prefix) / "oracles"
 
 @cache
 def timm():
-    """timm. It imports torchvision, whose wheel asks for operators that torch's CPU build lacks."""
+    """timm. It imports torchvision, whose wheel loads beside torch's CUDA build only, and asks for its operators."""
     _open()
     if "timm" in sys.modules:  # imported through this file's other name
         return sys.modules["timm"]
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    timm.library = library  # operators live as long as this does
+    try:
+        torch.ops.load_library(FOLDER / "torchvision" / "_C.so")
+    except OSError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        timm.library = library  # operators live as long as this does
     import timm as module
 
     return module
