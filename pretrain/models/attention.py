@@ -88,10 +88,18 @@ class Attention(nn.Module):
         noise: Noise | None = None,
         bias_HSM: Tensor | None = None,
         memory_BME: Tensor | None = None,
+        queries: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns [B, S, E], and the mean entropy of attention rows [B] in nats if the loss wants it."""
+        """Returns [B, S, E], and the mean entropy of attention rows [B] in nats if the loss wants it.
+
+        `queries`: how many places ask, from the first on; all if None. Then S is their number, and the mask has no
+        documents.
+        """
         x_BSE = narrowed(x_BSE)
         source = x_BSE if memory_BME is None else narrowed(memory_BME)
+        if queries is not None:
+            x_BSE = x_BSE[:, :queries]
+            bias_HSM = None if bias_HSM is None else bias_HSM[:, :queries]
         q_BHSD, k_BKMD, v_BKMD = (
             self._heads(self.q(x_BSE)),
             self._heads(self.k(source)),
@@ -100,7 +108,8 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q_BHSD, k_BKMD = self.q_norm(q_BHSD), self.k_norm(k_BKMD)
         if turn is not None:
-            q_BHSD, k_BKMD = rotate(q_BHSD, turn), rotate(k_BKMD, turn)
+            asking = turn if queries is None else Rotation(*(t[..., :queries, :] for t in turn))
+            q_BHSD, k_BKMD = rotate(q_BHSD, asking), rotate(k_BKMD, turn)
         dropout = self._weight_dropout(noise, x_BSE.shape[1])
         y_BHSD = self.core(q_BHSD, k_BKMD, v_BKMD, mask, dropout, bias_HSM)
         entropy = row_entropy(q_BHSD, k_BKMD, mask, self.core.scale, bias_HSM) if self.wants_entropy else None

@@ -31,6 +31,7 @@ class Context(NamedTuple):
         bias_HSS: added to the scores of self-attention, or None.
         memory_BME: the encoder's output, for decoders of an encoder-decoder.
         memory_mask: which of its places a query sees.
+        outputs: how many places, from the first on, anything reads after this block; None for all.
     """
 
     mask: Mask = Mask()
@@ -39,6 +40,7 @@ class Context(NamedTuple):
     bias_HSS: Tensor | None = None
     memory_BME: Tensor | None = None
     memory_mask: Mask = Mask(causal=False)
+    outputs: int | None = None
 
 
 class Block(nn.Module):
@@ -79,7 +81,10 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.empty(model.hidden)) if scaled else None
 
     def forward(self, x_BSE: Tensor, context: Context) -> tuple[Tensor, Side]:
-        """Returns [B, S, E] in the residual stream's dtype, and what the loss or the records want of this block."""
+        """Returns [B, S, E] in the residual stream's dtype, and what the loss or the records want of this block.
+
+        Where the context asks for fewer `outputs`, S is their number: every place is still a key and a value.
+        """
         side: Side = {}
         x_BSE = self._attend(x_BSE, context, side)
         if context.memory_BME is not None:
@@ -87,9 +92,12 @@ class Block(nn.Module):
         return self._feed_forward(x_BSE, context, side), side
 
     def _attend(self, x_BSE: Tensor, context: Context, side: Side) -> Tensor:
-        mask, turn, noise, bias, _, _ = context
+        noise = context.noise
         inputs = self.attention_norm(x_BSE) if self.pre else x_BSE
-        added, entropy = self.attention(inputs, mask, turn, noise, bias)
+        added, entropy = self.attention(
+            inputs, context.mask, context.turn, noise, context.bias_HSS, queries=context.outputs
+        )
+        x_BSE = x_BSE[:, : context.outputs]
         if entropy is not None:
             side["attention_entropy"] = entropy
         added = self._finish("attention", added, self.attention_scale, self.attention_dropout, noise)
@@ -137,10 +145,13 @@ class Stack(nn.ModuleList):
     def forward(self, x_BSE: Tensor, context: Context) -> tuple[Tensor, list[Side]]:
         """Returns [B, S, E], and what each block (each use of a block) gives beside."""
         sides = []
-        for block in self:
+        last = len(self) * self.repeats - 1
+        for i, block in enumerate(self):
             for time in range(self.repeats):
                 noise = context.noise
                 here = context if time == 0 or noise is None else context._replace(noise=noise.again(time))
+                if i * self.repeats + time < last:
+                    here = here._replace(outputs=None)
                 x_BSE, side = block(x_BSE, here)
                 sides.append(side)
         return x_BSE, sides
@@ -191,10 +202,11 @@ class Tower(nn.Module):
         noise: Noise | None = None,
         memory_BME: Tensor | None = None,
         memory_mask: Mask | None = None,
+        outputs: int | None = None,
     ) -> tuple[Tensor, list[Side]]:
-        """Blocks and final norm: [B, S, E], and what the blocks give beside."""
+        """Blocks and final norm: [B, S, E], or of the first `outputs` places; and what the blocks give beside."""
         turn = None if self.rotary is None else self.rotary(positions_S, x_BSE.dtype)
         bias = None if self.relative is None else self.relative(positions_S, positions_S, not self.causal)
-        context = Context(mask, turn, noise, bias, memory_BME, memory_mask or Mask(causal=False))
+        context = Context(mask, turn, noise, bias, memory_BME, memory_mask or Mask(causal=False), outputs)
         x_BSE, sides = self.blocks(x_BSE, context)
         return self.norm(x_BSE), sides

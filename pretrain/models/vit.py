@@ -24,17 +24,23 @@ class ViT(Tower):
         super().__init__(model, causal=False, embed=PatchEmbedding(model, inputs))
 
     def forward(
-        self, pixels_BCHW: Tensor, visible_BK: Tensor | None = None, noise: Noise | None = None
+        self,
+        pixels_BCHW: Tensor,
+        visible_BK: Tensor | None = None,
+        noise: Noise | None = None,
+        outputs: int | None = None,
     ) -> Hidden:
         """
         Args:
             pixels_BCHW: normalised images.
             visible_BK: int64, numbers of the patches that are read; all if None.
             noise: what dropout depends on; None drops nothing.
+            outputs: how many places of the result are wanted, from the first on; all if None.
 
         Returns:
-            `final` [B, 1 + N, E]: the class token, if there is one, and the patches that are read, in their order.
+            `final` [B, 1 + N, E]: the class token, if there is one, and the patches that are read, in their order;
+            or as many of these as are wanted.
         """
         x_BNE = self.embed(pixels_BCHW, noise, visible_BK)
         places = torch.arange(x_BNE.shape[1], device=x_BNE.device)
-        return Hidden(*self.run(x_BNE, places, Mask(False), noise))
+        return Hidden(*self.run(x_BNE, places, Mask(False), noise, outputs=outputs))

@@ -16,6 +16,7 @@ from headway.pretrain.engine import Batch
 from headway.pretrain.models.attention import attention_maps
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Linear, Noise
+from headway.pretrain.models.moe import MoE
 from headway.pretrain.models.vit import ViT
 from headway.pretrain.objectives.base import LossOutput, Mean, Objective, passed, real_rows, valid
 
@@ -35,11 +36,15 @@ class Classifier(Objective):
         self.pool, self.first = job.objective.pool, int(shape.vision.class_token)
         self.smoothing = job.objective.label_smoothing
         self.read = inputs.length
+        # Only the class token is read, so the last block computes nothing else; what balances experts or holds
+        # entropies is about all patches.
+        whole = isinstance(self.model.blocks[-1].mlp, MoE) or shape.attention.entropy_penalty
+        self.outputs = 1 if self.pool == "first" and not whole else None
 
     def forward(self, batch: Batch, noise: Noise | None = None) -> LossOutput:
         """Loss of a batch: `pixels` [B, C, H, W], `labels` int64 [B]; `partner` [B] and `share` [B] if mixed."""
         labels_B = batch["labels"]
-        hidden = self.model(batch["pixels"], None, noise)
+        hidden = self.model(batch["pixels"], None, noise, self.outputs)
         logits_BY = self._logits(hidden.final)
         smoothing = self.smoothing if noise is not None else 0.0
         loss_B = F.cross_entropy(
@@ -56,7 +61,7 @@ class Classifier(Objective):
 
     def logits(self, pixels_BCHW: Tensor) -> Tensor:
         """[B, Y], fp32 or fp64."""
-        return self._logits(self.model(pixels_BCHW).final)
+        return self._logits(self.model(pixels_BCHW, outputs=self.outputs).final)
 
     def _logits(self, final: Tensor) -> Tensor:
         pooled_BE = final[:, 0] if self.pool == "first" else final[:, self.first :].mean(1)

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from headway.kernels.attention.masks import Mask
 from headway.pretrain import config
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Noise
+from headway.pretrain.models.transformer import Tower
 from headway.pretrain.objectives import build_objective
 
 VOCAB, LENGTH = 61, 16
@@ -101,3 +103,21 @@ def test_bf16_weights_without_autocast():
     out = built(batch_of(built))
     out.terms["tokens"].backward()
     assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in built.parameters())
+
+
+@pytest.mark.parametrize("positions", ["rotary", "relative", "none"])
+def test_fewer_outputs_are_the_first_of_all(positions):
+    """The last block answers the places that are asked, by keys and values of all; earlier blocks answer all."""
+    torch.manual_seed(0)
+    shape = config.Model(
+        family="t5", layers=3, hidden=32, heads=4, dropout=0.2, positions=positions, norm="rmsnorm"
+    )
+    tower = Tower(shape, causal=False).double()
+    for p in tower.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    x, noise = torch.randn(4, LENGTH, 32, dtype=torch.float64), Noise.at(0, 1, torch.arange(4))
+    every, some = (
+        tower.run(x, torch.arange(LENGTH), Mask(False), noise, outputs=outputs)[0] for outputs in (None, 3)
+    )
+    assert some.shape == (4, 3, 32)
+    torch.testing.assert_close(some, every[:, :3], rtol=1e-12, atol=1e-12)  # fp64, other shapes of products

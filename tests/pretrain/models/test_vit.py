@@ -127,3 +127,28 @@ def test_samples_are_left_out_as_often_as_asked_and_the_mean_stays():
     torch.testing.assert_close(out.unique(), torch.tensor([0.0, 1 / 0.7]))
     x = torch.ones(2, 2, 3)
     assert depth(x, None) is x
+
+
+def test_the_last_block_computes_what_is_read():
+    """The class token alone gives the loss, dropout and gradients of all tokens."""
+    made = ours(dropout=0.2, stochastic_depth=0.3, attention={"dropout": 0.2})
+    assert made.outputs == 1
+    noise = Noise.at(seed=3, step=5, slots_B=torch.arange(3))
+    batch = {"pixels": pictures(), "labels": torch.tensor([0, 3, 4])}
+    found = {}
+    for outputs in (1, None):
+        made.outputs = outputs
+        made.zero_grad()
+        total = made(batch, noise).terms["rows"]
+        total.backward()
+        found[outputs] = [total, *(p.grad for p in made.parameters())]
+    # fp64, sums of at most 96 products in another order
+    for some, every in zip(found[1], found[None], strict=True):
+        torch.testing.assert_close(some, every, rtol=1e-10, atol=1e-11)
+
+
+def test_all_places_are_computed_where_the_loss_is_about_all():
+    assert ours(pool="mean").outputs is None
+    assert ours(attention={"entropy_penalty": 0.1}).outputs is None
+    assert ours(experts={"count": 2, "top_k": 2}).outputs is None
+    assert ours(experts={"count": 2, "top_k": 2, "pattern": "ED"}).outputs == 1
