@@ -148,7 +148,7 @@ def choose_hardware(job: Job, world: World) -> Hardware:
             job.precision, world.device, hidden=job.model.hidden, rows=rows, ffn=job.model.ffn_width
         )
     if job.precision == "auto":
-        precision = names[int(world.sum(names.index(precision) if world.main else 0)[0])]
+        precision = names[int(world.sum(names.index(precision) if world.main else 0, along=mesh.AXES)[0])]
     compiled, why = choose_compile(job, world.device)
     peak, source = devices.peak_rate(world.device, devices.PRECISIONS[precision])
     notes = [

@@ -14,7 +14,7 @@ from headway.parallel.checkpoint.manifest import read_manifest
 from headway.parallel.checkpoint.retention import folder_name, list_checkpoints, step_of
 from headway.parallel.checkpoint.save import Checkpointer
 from headway.parallel.checkpoint.verify import newest_good
-from headway.parallel.mesh import World
+from headway.parallel.mesh import AXES, World
 from headway.pretrain.engine import State
 from headway.pretrain.errors import CheckpointError
 from headway.pretrain.records.records import Recorder
@@ -65,7 +65,7 @@ def choose(folder: Path, world: World) -> tuple[Path | None, list[str]]:
         path, problems = newest_good(folder)
         warnings = [f"checkpoint passed over: {problem}" for problem in problems]
         step = step_of(path.name) or 0 if path else -2
-    step = int(world.sum(step if world.main else 0)[0])
+    step = int(world.sum(step if world.main else 0, along=AXES)[0])
     if step == -2:
         found = "; ".join(warnings) or "see the first rank's message"
         raise CheckpointError(f"{folder} holds no checkpoint that is whole: {found}. Begin anew with --fresh")

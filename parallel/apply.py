@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -22,13 +23,15 @@ def apply(objective: Objective, job: Job, world: World, *, compiled: bool) -> nn
 
     Returns the module to call: the objective itself, or DDP around it. Names of parameters do not change.
     """
+    layout = world.layout
     if compiled:
         compile_blocks(objective)
-    if world.layout.shard > 1:
+    split = layout.pipeline * layout.context * layout.tensor > 1
+    if layout.shard * layout.context > 1 or (split and layout.replicate > 1):
         shard(objective, world, reshard=job.parallel.reshard)
     objective.to_empty(device=world.device)
     initialise(objective, job.model, job.train.seed, slice_of=local_slice)
-    if world.layout.replicate > 1 and world.layout.shard == 1:
+    if layout.replicate > 1 and layout.shard == 1 and not split:
         return replicate(objective, world)
     return objective
 
@@ -51,8 +54,7 @@ def shard(objective: Objective, world: World, *, reshard: bool) -> None:
 
     Gradients are summed, not averaged: the loss is divided by the global count of tokens already.
     """
-    assert world.mesh is not None
-    mesh = world.mesh["replicate", "shard"] if world.layout.replicate > 1 else world.mesh["shard"]
+    mesh = data_mesh(world)
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float64 if _is_double(objective) else torch.float32)
     for block in blocks_of(objective):
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
@@ -64,6 +66,17 @@ def shard(objective: Objective, world: World, *, reshard: bool) -> None:
     for method in ("logits", "attention_maps", "reconstruct"):  # they gather parameters as the forward does
         if hasattr(objective, method):
             register_fsdp_forward_method(objective, method)
+
+
+def data_mesh(world: World) -> DeviceMesh:
+    """Along which gradients are reduced: shard and context folded into one axis, replicate outside it if there is one."""
+    assert world.mesh is not None
+    inner = world.mesh["shard"]
+    if world.layout.context > 1:
+        inner = world.mesh["shard", "context"]._flatten("shard_context")
+    if world.layout.replicate == 1:
+        return inner
+    return DeviceMesh._concatenate([world.mesh["replicate"], inner])
 
 
 def replicate(objective: Objective, world: World) -> nn.Module:

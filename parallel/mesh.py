@@ -6,6 +6,7 @@ Axes, outermost first: pipeline, replicate, shard, context, tensor.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -18,6 +19,10 @@ from headway.pretrain.data.ramp import BatchSizes
 from headway.pretrain.errors import JobError
 
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
+ROWS = ("replicate", "shard")
+"""Axes along which ranks read different rows."""
+PARTS = ("replicate", "shard", "context")
+"""Axes along which ranks compute different parts of the loss; what is reduced along them is a sum."""
 
 
 @dataclass(frozen=True)
@@ -120,25 +125,37 @@ class World:
         """Whether this rank writes logs and reports."""
         return self.rank == 0
 
+    def place(self, axis: str) -> int:
+        """This rank's number along an axis, from 0."""
+        coordinate = None if self.mesh is None else self.mesh.get_coordinate()
+        return 0 if coordinate is None else int(coordinate[AXES.index(axis)])
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        """The ranks that differ from this one along an axis only."""
+        assert self.mesh is not None
+        return self.mesh.get_group(axis)
+
     @property
     def data_rank(self) -> int:
         """Which slice of the global batch is this rank's."""
-        if self.mesh is None:
-            return 0
-        here = dict(zip(AXES, self.mesh.get_coordinate() or [0] * len(AXES), strict=True))
-        return here["replicate"] * self.layout.shard + here["shard"]
+        return self.place("replicate") * self.layout.shard + self.place("shard")
 
-    def sum(self, *values: float) -> list[float]:
-        """Sums over the ranks that read different rows, in fp64."""
+    def sum(self, *values: float, along: Sequence[str] = ROWS) -> list[float]:
+        """Sums along some axes, in fp64, the same on all ranks.
+
+        Ranks that differ along other axes only hold the same values; those of the first are taken.
+        """
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if any(self.place(axis) for axis in AXES if axis not in along):
+            total.zero_()
         dist.all_reduce(total)
         return total.tolist()
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says so; all ranks learn the same answer."""
-        return flag if self.size == 1 else self.sum(float(flag))[0] > 0
+        return flag if self.size == 1 else self.sum(float(flag), along=AXES)[0] > 0
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from headway.parallel.apply import apply
-from headway.parallel.mesh import World, rows_per_micro_batch
+from headway.parallel.mesh import PARTS, World, rows_per_micro_batch
 from headway.pretrain.config import Job
 from headway.pretrain.engine import Batch, State, StepResult, Sums, Watch
 from headway.pretrain.errors import NonFiniteError
@@ -182,7 +182,7 @@ class NativeEngine:
             self.objective(batch)
             self._forget_gathered()
 
-        lsuv(self.objective, forward, lambda values: self.world.sum(*values))
+        lsuv(self.objective, forward, lambda values: self.world.sum(*values, along=PARTS))
         self.weights_changed()
 
     # -- pieces --------------------------------------------------------------------------------------------
@@ -211,7 +211,10 @@ class NativeEngine:
 
 
 class Totals:
-    """Sums of a loss's terms and metrics over micro-batches, then over ranks, with one copy from the device."""
+    """Sums of a loss's terms and metrics over micro-batches, then over ranks, with one copy from the device.
+
+    Along the axes of PARTS every rank has its share of each sum; along the others they have the same.
+    """
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -230,7 +233,7 @@ class Totals:
         """Sums of the terms; sum (a tensor on CPU) and count of each metric."""
         pieces = [*self.terms.values(), *(piece for mean in self.metrics.values() for piece in mean)]
         flat = torch.cat([piece.detach().reshape(-1).double() for piece in pieces])
-        reduced = torch.tensor(self.world.sum(*flat.tolist()), dtype=torch.float64)
+        reduced = torch.tensor(self.world.sum(*flat.tolist(), along=PARTS), dtype=torch.float64)
         whole = [
             part.reshape(piece.shape)
             for part, piece in zip(reduced.split([p.numel() for p in pieces]), pieces, strict=True)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from headway.pretrain.config.base import AxisSize, Count, Fraction, Positive, Section
+from headway.pretrain.config.base import AboveZero, AxisSize, Count, Fraction, Positive, Section
 
 
 class Run(Section):
@@ -32,10 +32,27 @@ class Parallel(Section):
     context: AxisSize = 1
     tensor: AxisSize = 1
     expert: AxisSize = 1
+    context_method: Literal["ring", "ulysses"] = "ring"
+    """How attention reaches keys of other context ranks: they go round, or heads are exchanged for columns."""
+    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"] = "1f1b"
+    """Order of micro-batches in the pipeline."""
+    virtual: Positive | None = None
+    """Stages of a pipeline rank; what the schedule needs at least if not given."""
     micro_batch: Positive | None = None
     """Rows of a micro-batch on one rank; all of the rank's rows at once if not given."""
     reshard: bool = True
     """Free gathered parameters after the forward (ZeRO-3); false keeps them for the backward (ZeRO-2)."""
+    recompute: Literal["none", "full", "attention", "products", "budget"] = "none"
+    """What the backward computes again: nothing; whole blocks; the attention core; all but matrix products; or as
+    little as `recompute_budget` allows."""
+    recompute_every: Positive = 1
+    """With `full`: every so many blocks one is computed again."""
+    recompute_budget: AboveZero | None = None
+    """With `budget`: GiB that activations of a micro-batch may take on a rank."""
+    offload: bool = False
+    """Keep what the backward needs of blocks in host memory, and fetch it in time."""
+    check_every: Count = 0
+    """Steps between checks that replicas hold the same bits; 0 makes none."""
     timeout: Positive = 600
     """Seconds that a collective may take."""
 

@@ -32,7 +32,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-SIZE = 4
+SIZE = 8
 """Ranks at most."""
 
 
