@@ -11,6 +11,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn.parallel import DistributedDataParallel
 
 from headway.parallel.mesh import World
+from headway.parallel.tensor.split import split
 from headway.pretrain.config import Job
 from headway.pretrain.models.init import Slice, initialise, whole
 from headway.pretrain.models.transformer import Block
@@ -24,14 +25,16 @@ def apply(objective: Objective, job: Job, world: World, *, compiled: bool) -> nn
     Returns the module to call: the objective itself, or DDP around it. Names of parameters do not change.
     """
     layout = world.layout
+    if layout.tensor > 1:
+        split(objective, job, world)
     if compiled:
         compile_blocks(objective)
-    split = layout.pipeline * layout.context * layout.tensor > 1
-    if layout.shard * layout.context > 1 or (split and layout.replicate > 1):
+    modelled = layout.pipeline * layout.context * layout.tensor > 1
+    if layout.shard * layout.context > 1 or (modelled and layout.replicate > 1):
         shard(objective, world, reshard=job.parallel.reshard)
     objective.to_empty(device=world.device)
     initialise(objective, job.model, job.train.seed, slice_of=local_slice)
-    if layout.replicate > 1 and layout.shard == 1 and not split:
+    if layout.replicate > 1 and layout.shard == 1 and not modelled:
         return replicate(objective, world)
     return objective
 

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from headway.parallel.apply import apply
-from headway.parallel.mesh import PARTS, World, rows_per_micro_batch
+from headway.parallel.mesh import AXES, PARTS, World, rows_per_micro_batch
 from headway.pretrain.config import Job
 from headway.pretrain.engine import Batch, State, StepResult, Sums, Watch
 from headway.pretrain.errors import NonFiniteError
@@ -24,6 +24,7 @@ from headway.pretrain.optim.average import Average
 from headway.pretrain.optim.build import build_optimizers, set_rate
 from headway.pretrain.optim.clipping import global_norm, scale_gradients_
 from headway.pretrain.optim.scaler import LossScale
+from headway.pretrain.optim.sharded import reduced
 from headway.pretrain.optim.schedules import factor, in_steps
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -114,6 +115,9 @@ class NativeEngine:
                 parts = [total * (weight / max(counts[name], 1)) for name, total in out.terms.items()]
                 torch.stack(parts).sum().backward() if len(parts) > 1 else parts[0].backward()
             sums.add(out)
+        for parameter in self.named.values():
+            if parameter.grad is not None:
+                parameter.grad = reduced(parameter.grad)
         terms, metrics = sums.over_ranks()
         loss = sum(total / max(counts[name], 1) for name, total in terms.items())
         return loss, {name: total / max(count, 1) for name, (total, count) in metrics.items()}
@@ -182,7 +186,7 @@ class NativeEngine:
             self.objective(batch)
             self._forget_gathered()
 
-        lsuv(self.objective, forward, lambda values: self.world.sum(*values, along=PARTS))
+        lsuv(self.objective, forward, lambda values: self.world.sum(*values, along=AXES))
         self.weights_changed()
 
     # -- pieces --------------------------------------------------------------------------------------------

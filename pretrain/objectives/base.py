@@ -127,7 +127,8 @@ class Objective(nn.Module):
         """Power iterations of spectral norms: one a step, some more before the first."""
         for module in self.modules():
             if isinstance(module, SpectralLinear):
-                module.iterate(whole(local(module.weight.detach()), module.weight), times)
+                weight = dict(module.named_parameters())["weight"].detach()  # the whole one, where it is spread
+                module.iterate(whole(local(weight), weight), times)
 
 
 class ChunkedLoss(nn.Module):
@@ -144,7 +145,7 @@ class ChunkedLoss(nn.Module):
         self.compute = row_loss
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        self.compute = torch.compile(row_loss, *args, **kwargs)
+        self.compute = torch.compile(self.compute, *args, **kwargs)
 
     def forward(
         self, hidden: Tensor, weight_VE: Tensor, labels: Tensor, bias_V: Tensor | None = None

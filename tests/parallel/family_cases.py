@@ -157,11 +157,13 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def job_of(name: str, parallel: dict[str, Any], steps: int, rows: int) -> Job:
-    """A case as a job in fp64: narrow, two blocks, dropout on, clipping on."""
+def job_of(
+    name: str, parallel: dict[str, Any], steps: int, rows: int, model: dict[str, Any] | None = None
+) -> Job:
+    """A case as a job in fp64: narrow, two blocks, dropout on, clipping on; `model` changes its shape."""
     case = CASES[name]
     tree: dict[str, Any] = {
-        "model": {"layers": 2, "hidden": 24, "heads": 3, "dropout": 0.1} | case["model"],
+        "model": {"layers": 2, "hidden": 24, "heads": 3, "dropout": 0.1} | case["model"] | (model or {}),
         "data": {"seq_len": LENGTH, "tokenizer": {"kind": "bytes"}} | case.get("data", {}),
         "objective": case.get("objective", {}),
         "optimizer": {"lr": 1e-2, "clip": 0.5} | case.get("optimizer", {}),

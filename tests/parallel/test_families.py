@@ -26,8 +26,8 @@ GOLDENS = Path(__file__).parents[1] / "goldens" / "families.json"
 class Running:
     """A case under way on one rank."""
 
-    def __init__(self, name, rank, world, parallel):
-        self.job = job_of(name, parallel, STEPS, ROWS)
+    def __init__(self, name, rank, world, parallel, model=None):
+        self.job = job_of(name, parallel, STEPS, ROWS, model)
         layout = mesh.lay_out(self.job.parallel, world)
         self.here = mesh.start(self.job, layout, rank, world, rank, torch.device("cpu"), "gloo")
         self.objective, samples = build(self.job)
@@ -49,11 +49,11 @@ class Running:
         }
 
 
-def curves(rank, world, parallel, names):
+def curves(rank, world, parallel, names, model=None):
     """Name -> losses, gradient norms, metrics and the whole state after some steps at a layout."""
     found = {}
     for name in names:
-        running = Running(name, rank, world, parallel)
+        running = Running(name, rank, world, parallel, model)
         results = [running.step(step) for step in range(STEPS)]
         metrics = [{k: np.array(v) for k, v in r.metrics.items()} for r in results]
         found[name] = [r.loss for r in results], [r.grad_norm for r in results], metrics, running.whole()

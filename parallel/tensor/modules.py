@@ -1,0 +1,149 @@
+"""Modules of the model under tensor parallelism: each is the class of the model with a part of its parameters.
+
+`become` changes a module's class in place, so names, hooks and code that reads the module stay as they are.
+Shapes: B batch, S sequence, E hidden size, V vocabulary, N tokens, X experts.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
+
+from headway.kernels.experts import Pairs, Weights
+from headway.parallel.tensor.collectives import enter, leave, total
+from headway.pretrain.models.spectral import SpectralLinear
+
+
+class Local:
+    """Parameters read as this rank's part; gradients flow back to the whole.
+
+    Attributes:
+        shares: names of whole parameters whose gradient is a sum over ranks.
+    """
+
+    mesh: Any
+    group: str
+    rank: int
+    shares: frozenset[str]
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)  # type: ignore[misc]
+        if isinstance(value, DTensor) and value.device_mesh == self.mesh:
+            return value.to_local(grad_placements=[Partial()] if name in self.shares else None)
+        return value  # not gathered by FSDP: nothing computes with it
+
+
+class Columns(Local):
+    """A linear layer whose outputs are cut; what enters it was told by `enter` before."""
+
+
+class Copies(Local):
+    """A linear layer for keys or values, of which there are fewer heads than ranks: whole, and each rank computes
+    the head that its queries read.
+
+    Attributes:
+        rows: of the weight.
+    """
+
+    rows: slice
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias
+        return F.linear(x, matrix(self)[self.rows], None if bias is None else bias[self.rows])
+
+
+class Rows(Local):
+    """A linear layer whose inputs are cut: partial outputs are summed, the bias is added once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = leave(F.linear(x, matrix(self)), self.group)
+        bias = self.bias
+        return y if bias is None else y + bias.to(y.dtype)
+
+
+class SpectralPart:
+    """sigmaReparam of a weight that is cut: u^T W v is a sum over ranks."""
+
+    def sigma(self) -> Tensor:
+        u_O, weight_OI, cut = self.direction, self.weight, self.cut
+        with torch.autocast(weight_OI.device.type, enabled=False):
+            if cut == 0:
+                u_O = u_O.tensor_split(self.starts)[self.rank]
+            v_I = u_O @ weight_OI.detach()
+            if cut == 0:
+                v_I = F.normalize(total(v_I, self.group), dim=0)
+            else:
+                v_I = v_I / total(v_I.square().sum(), self.group).sqrt()
+            return enter(leave(torch.dot(u_O, weight_OI @ v_I), self.group), self.group)
+
+
+class Inner(Local):
+    """A feed-forward layer: its input is what every rank has, and each computes a part of the width."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(enter(x, self.group))  # type: ignore[misc]
+
+
+class Heads(Local):
+    """Attention by this rank's heads."""
+
+    ranks: int
+
+    def forward(self, x_BSE, mask, turn=None, noise=None, bias_HSM=None, memory_BME=None, queries=None):
+        if memory_BME is not None:
+            memory_BME = enter(memory_BME, self.group)
+        y_BSE, entropy_B = super().forward(
+            enter(x_BSE, self.group), mask, turn, noise, bias_HSM, memory_BME, queries
+        )
+        if entropy_B is not None:  # a mean over heads
+            entropy_B = leave(entropy_B / self.ranks, self.group)
+        return y_BSE, entropy_B
+
+
+class Words(Local):
+    """A table of words of which each rank has some rows: the others' rows are zeros in the sum."""
+
+    first: int
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        weight = self.weight
+        here = tokens - self.first
+        mine = (here >= 0) & (here < weight.shape[0])
+        rows = F.embedding(torch.where(mine, here, 0), weight)
+        return leave(torch.where(mine.unsqueeze(-1), rows, 0), self.group)
+
+
+class Widths(nn.Module):
+    """A dispatcher in front of experts whose width is cut: the weights of pairs are used by every rank."""
+
+    def __init__(self, inner: nn.Module, group: str, rank: int) -> None:
+        super().__init__()
+        self.inner, self.group, self.rank = inner, group, rank
+
+    def forward(self, x_NE: Tensor, pairs: Pairs, weights: Weights) -> Tensor:
+        pairs = pairs._replace(weight_P=enter(pairs.weight_P, self.group))
+        if weights.down_bias_XE is not None:  # one rank adds it
+            weights = weights._replace(down_bias_XE=weights.down_bias_XE * float(self.rank == 0))
+        return leave(self.inner(enter(x_NE, self.group), pairs, weights), self.group)
+
+
+def matrix(linear: Any) -> Tensor:
+    """What a linear layer multiplies by, this rank's part."""
+    weight: Tensor = linear.weight
+    return weight * (linear.gain / linear.sigma()) if isinstance(linear, SpectralLinear) else weight
+
+
+def become(module: nn.Module, role: type, **facts: Any) -> None:
+    """Make a module play a role beside what it is; `facts` are the attributes that the role reads."""
+    module.__class__ = _played(role, type(module))
+    module.__dict__.update(facts)
+
+
+@cache
+def _played(role: type, kind: type) -> type:
+    return type(f"{role.__name__}{kind.__name__}", (role, kind), {})

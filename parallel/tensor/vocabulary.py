@@ -1,0 +1,61 @@
+"""Cross-entropy where each rank has the logits of some words: the logits of all are never gathered.
+
+Shapes: N rows (tokens), V words of this rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headway.kernels.cross_entropy import IGNORE, RowLoss
+from headway.parallel.tensor.collectives import Group, total
+
+
+def row_loss_over(first: int, vocabulary: int, group: Group) -> RowLoss:
+    """`kernels.cross_entropy.row_loss` for words [first, first + V) of `vocabulary`; sums are equal on all ranks.
+
+    Three reductions of numbers a row: the largest logit, then sums, and with `accuracy` the place of the largest.
+    """
+
+    def compute(
+        logits_NV: Tensor,
+        labels_N: Tensor,
+        z_loss: float,
+        gradients: bool,
+        smoothing: float = 0.0,
+        accuracy: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+        valid = (labels_N != IGNORE).unsqueeze(1)
+        here = labels_N.unsqueeze(1) - first
+        mine = (here >= 0) & (here < wide.shape[1]) & valid
+        target = torch.where(mine, here, 0)
+        own_top = wide.amax(1, keepdim=True)
+        top = total(own_top, group, "max")
+        parts = [
+            (wide - top).exp().sum(1, keepdim=True),
+            torch.where(mine, wide.gather(1, target), 0),
+            wide.sum(1, keepdim=True) if smoothing else torch.zeros_like(top),
+        ]
+        exponentials, picked, every = total(torch.cat(parts, 1), group).split(1, 1)
+        lse = exponentials.log() + top
+        chosen = picked - lse
+        if smoothing:
+            chosen = (1 - smoothing) * chosen + smoothing * (every / vocabulary - lse)
+        nll = -torch.where(valid, chosen, 0).sum()
+        z = torch.where(valid, lse.square(), 0).sum() * z_loss
+        correct = valid.new_zeros(())
+        if accuracy:
+            place = torch.where(own_top == top, wide.argmax(1, keepdim=True) + first, vocabulary)
+            correct = ((total(place, group, "min") == labels_N.unsqueeze(1)) & valid).sum()
+        if gradients:
+            slope = torch.where(valid, 1 + 2 * z_loss * lse, 0)
+            gradient = (wide - lse).exp_().mul_(slope)
+            if smoothing:
+                gradient = gradient - valid.to(wide.dtype) * (smoothing / vocabulary)
+            gradient.scatter_add_(1, target, (smoothing - 1) * mine.to(wide.dtype))
+            logits_NV.copy_(gradient)
+        return nll, z, correct.to(wide.dtype)
+
+    return compute
