@@ -1,33 +1,113 @@
-"""Sums over the tensor axis, as functions with gradients (Shoeybi et al. 2019, figure 3: f and g).
+"""Sums and exchanges over the tensor axis, as functions with gradients.
 
-The functional collectives under them can be traced by the compiler.
+Without sequence parallelism a region that is cut is entered by f and left by g (Shoeybi et al. 2019, figure 3); with
+it, by an all-gather and a reduce-scatter along the sequence (Korthikanti et al. 2022, section 4.2.2). The functional
+collectives under them can be traced by the compiler.
+
+Shapes: S places of a sequence, s of a rank: S over the ranks, rounded up; the last ones may be padding.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-Group = str
-"""Name of a process group: what compiled graphs can hold."""
+_ops = torch.ops._c10d_functional
 
 
-def total(x: Tensor, group: Group, op: str = "sum") -> Tensor:
+@dataclass
+class Columns:
+    """How a tower's sequence is cut: along dim 1, into equal parts.
+
+    Attributes:
+        group: name of the tensor axis' process group, what compiled graphs can hold.
+        ranks, rank: of the axis, and this one's number.
+        length: S of the tower's present forward.
+        positions: the columns' places in the sequence, int64 [S], in a forward with noise.
+    """
+
+    group: str
+    ranks: int
+    rank: int
+    length: int = 0
+    positions: Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        """s"""
+        return -(-self.length // self.ranks)
+
+
+def total(x: Tensor, group: str, op: str = "sum") -> Tensor:
     """The sum (`max`, `min`) over ranks, without gradient; the same bits on all of them."""
-    ops = torch.ops._c10d_functional
-    out: Tensor = ops.wait_tensor(ops.all_reduce(x.contiguous(), op, group))
+    out: Tensor = _ops.wait_tensor(_ops.all_reduce(x.contiguous(), op, group))
     return out
 
 
-def enter(x: Tensor, group: Group) -> Tensor:
+def enter(x: Tensor, group: str) -> Tensor:
     """x, which all ranks have alike and each uses for its share: the gradient is the sum of theirs (f)."""
     out: Tensor = _Enter.apply(x, group)
     return out
 
 
-def leave(x: Tensor, group: Group) -> Tensor:
+def leave(x: Tensor, group: str) -> Tensor:
     """The sum of x over ranks, which all go on with alike: its gradient is that of each (g)."""
     out: Tensor = _Leave.apply(x, group)
+    return out
+
+
+def enter_columns(x_BsE: Tensor, columns: Columns) -> Tensor:
+    """All columns, of which each rank computes its share: the gradient is the sum of theirs, cut."""
+    out: Tensor = _EnterColumns.apply(x_BsE, columns)
+    return out
+
+
+def leave_columns(x_BSE: Tensor, columns: Columns) -> Tensor:
+    """This rank's columns of the sum over ranks."""
+    out: Tensor = _LeaveColumns.apply(x_BSE, columns)
+    return out
+
+
+def whole(x_BsE: Tensor, columns: Columns) -> Tensor:
+    """All columns, with which all ranks go on alike: so is the gradient, of which this rank's columns are taken."""
+    out: Tensor = _Whole.apply(x_BsE, columns)
+    return out
+
+
+def part(x_BSE: Tensor, columns: Columns) -> Tensor:
+    """This rank's columns of what all have alike; the gradient is put together again."""
+    out: Tensor = _Part.apply(x_BSE, columns)
+    return out
+
+
+def _padded(x_BSE: Tensor, columns: Columns) -> Tensor:
+    return F.pad(x_BSE, (0, 0, 0, columns.width * columns.ranks - columns.length))
+
+
+def _cut(x_BSE: Tensor, columns: Columns) -> Tensor:
+    return _padded(x_BSE, columns)[:, columns.rank * columns.width :][:, : columns.width].contiguous()
+
+
+def _gather(x_BsE: Tensor, columns: Columns) -> Tensor:
+    """[B, s, E] of every rank -> [B, S, E]. The collective joins along dim 0."""
+    rows, width, size = x_BsE.shape
+    stacked = _ops.wait_tensor(
+        _ops.all_gather_into_tensor(x_BsE.contiguous(), columns.ranks, columns.group)
+    )
+    joined = stacked.view(columns.ranks, rows, width, size).transpose(0, 1).flatten(1, 2)
+    return joined[:, : columns.length].contiguous()
+
+
+def _reduce(x_BSE: Tensor, columns: Columns) -> Tensor:
+    """Partial [B, S, E] -> this rank's columns of the sum."""
+    stacked = _padded(x_BSE, columns).unflatten(1, (columns.ranks, columns.width)).transpose(0, 1)
+    flat = stacked.flatten(0, 1).contiguous()
+    out: Tensor = _ops.wait_tensor(
+        _ops.reduce_scatter_tensor(flat, "sum", columns.ranks, columns.group)
+    )
     return out
 
 
@@ -50,3 +130,47 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         return g, None
+
+
+class _EnterColumns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, columns):
+        ctx.columns = columns
+        return _gather(x, columns)
+
+    @staticmethod
+    def backward(ctx, g):
+        return _reduce(g, ctx.columns), None
+
+
+class _LeaveColumns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, columns):
+        ctx.columns = columns
+        return _reduce(x, columns)
+
+    @staticmethod
+    def backward(ctx, g):
+        return _gather(g, ctx.columns), None
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, columns):
+        ctx.columns = columns
+        return _gather(x, columns)
+
+    @staticmethod
+    def backward(ctx, g):
+        return _cut(g, ctx.columns), None
+
+
+class _Part(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, columns):
+        ctx.columns = columns
+        return _cut(x, columns)
+
+    @staticmethod
+    def backward(ctx, g):
+        return _gather(g, ctx.columns), None

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
 from headway.kernels.experts import Pairs, Weights
-from headway.parallel.tensor.collectives import enter, leave, total
+from headway.parallel.tensor.collectives import (
+    Columns,
+    enter,
+    enter_columns,
+    leave,
+    leave_columns,
+    part,
+    total,
+    whole,
+)
 from headway.pretrain.models.spectral import SpectralLinear
 
 
@@ -24,12 +33,14 @@ class Local:
 
     Attributes:
         shares: names of whole parameters whose gradient is a sum over ranks.
+        columns: how the sequence is cut where this module is called; None where all ranks have all of it.
     """
 
     mesh: Any
     group: str
     rank: int
     shares: frozenset[str]
+    columns: Columns | None
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)  # type: ignore[misc]
@@ -37,9 +48,13 @@ class Local:
             return value.to_local(grad_placements=[Partial()] if name in self.shares else None)
         return value  # not gathered by FSDP: nothing computes with it
 
+    def into(self, x: Tensor) -> Tensor:
+        """What all ranks are to compute their shares of."""
+        return enter(x, self.group) if self.columns is None else enter_columns(x, self.columns)
 
-class Columns(Local):
-    """A linear layer whose outputs are cut; what enters it was told by `enter` before."""
+    def out(self, x: Tensor) -> Tensor:
+        """The sum of the shares."""
+        return leave(x, self.group) if self.columns is None else leave_columns(x, self.columns)
 
 
 class Copies(Local):
@@ -61,7 +76,7 @@ class Rows(Local):
     """A linear layer whose inputs are cut: partial outputs are summed, the bias is added once."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = leave(F.linear(x, matrix(self)), self.group)
+        y = self.out(F.linear(x, matrix(self)))
         bias = self.bias
         return y if bias is None else y + bias.to(y.dtype)
 
@@ -86,7 +101,33 @@ class Inner(Local):
     """A feed-forward layer: its input is what every rank has, and each computes a part of the width."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(enter(x, self.group))  # type: ignore[misc]
+        return super().forward(self.into(x))  # type: ignore[misc]
+
+
+class Experts(Local):
+    """A layer of experts where the sequence is cut: rows are routed whole."""
+
+    def forward(self, x_BSE, noise, valid_BS=None):
+        columns = self.columns
+        if noise is not None:
+            noise = noise._replace(positions_S=columns.positions)
+        y_BSE, side = super().forward(whole(x_BSE, columns), noise, valid_BS)
+        return part(y_BSE, columns), side
+
+
+class Cut(Local):
+    """A stack of blocks that hold a part of the sequence each, but where they mix columns."""
+
+    def forward(self, x_BSE, context):
+        columns, noise, outputs = self.columns, context.noise, context.outputs
+        columns.length = x_BSE.shape[1]
+        if noise is not None:
+            columns.positions = noise.places(columns.length)
+            padded = F.pad(columns.positions, (0, columns.width * columns.ranks - columns.length))
+            mine = padded[columns.rank * columns.width :][: columns.width]
+            context = context._replace(noise=noise._replace(positions_S=mine))
+        x_BSE, sides = super().forward(part(x_BSE, columns), context._replace(outputs=None))
+        return whole(x_BSE, columns)[:, :outputs], sides
 
 
 class Heads(Local):
@@ -97,8 +138,10 @@ class Heads(Local):
     def forward(self, x_BSE, mask, turn=None, noise=None, bias_HSM=None, memory_BME=None, queries=None):
         if memory_BME is not None:
             memory_BME = enter(memory_BME, self.group)
+        if noise is not None and self.columns is not None:
+            noise = noise._replace(positions_S=self.columns.positions)
         y_BSE, entropy_B = super().forward(
-            enter(x_BSE, self.group), mask, turn, noise, bias_HSM, memory_BME, queries
+            self.into(x_BSE), mask, turn, noise, bias_HSM, memory_BME, queries
         )
         if entropy_B is not None:  # a mean over heads
             entropy_B = leave(entropy_B / self.ranks, self.group)
@@ -140,7 +183,8 @@ def matrix(linear: Any) -> Tensor:
 
 def become(module: nn.Module, role: type, **facts: Any) -> None:
     """Make a module play a role beside what it is; `facts` are the attributes that the role reads."""
-    module.__class__ = _played(role, type(module))
+    if not isinstance(module, role):
+        module.__class__ = _played(role, type(module))
     module.__dict__.update(facts)
 
 

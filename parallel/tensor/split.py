@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from headway.kernels.cross_entropy import chunk_rows
 from headway.parallel.mesh import World
 from headway.parallel.tensor import modules as roles
-from headway.parallel.tensor.collectives import enter
+from headway.parallel.tensor.collectives import Columns, enter
 from headway.parallel.tensor.vocabulary import row_loss_over
 from headway.pretrain.config import Job
 from headway.pretrain.errors import JobError
@@ -20,6 +20,7 @@ from headway.pretrain.models.layers import MLP
 from headway.pretrain.models.moe import MoE
 from headway.pretrain.models.plan import cut_of, per_head
 from headway.pretrain.models.spectral import SpectralLinear
+from headway.pretrain.models.transformer import Stack
 from headway.pretrain.objectives import Objective
 from headway.pretrain.objectives.base import ChunkedLoss
 
@@ -33,6 +34,8 @@ def split(objective: Objective, job: Job, world: World) -> None:
     assert world.mesh is not None
     cutter = Cutter(objective, world, spread_experts=job.parallel.expert > 1)
     words = isinstance(getattr(objective, "loss", None), ChunkedLoss)
+    if job.parallel.sequence:
+        cutter.cut_sequences(objective)
     for name, module in list(objective.named_modules()):
         cutter.parameters(module, name, words)
     for module in list(objective.modules()):
@@ -55,6 +58,15 @@ class Cutter:
             layer for m in self.attentions for layer in (m.k, m.v) if _heads(m, m.k) % self.ranks
         }
         self.whole_heads = _heads(self.attentions[0], self.attentions[0].q)
+        self.columns: dict[nn.Module, Columns] = {}  # of what stands in a block and is called on a part of the sequence
+
+    def cut_sequences(self, objective: Objective) -> None:
+        """Say which modules see a part of the sequence: those of blocks, but for what experts own."""
+        for stack in [m for m in objective.modules() if isinstance(m, Stack)]:
+            columns = Columns(self.group, self.ranks, self.rank)
+            self.columns[stack] = columns
+            experts = {m for moe in stack.modules() if isinstance(moe, MoE) for m in moe.modules() if m is not moe}
+            self.columns |= {m: columns for m in stack.modules() if m not in experts}
 
     def parameters(self, module: nn.Module, prefix: str, words: bool) -> None:
         """Make a module's own parameters DTensors, and the module one that reads its parts."""
@@ -65,8 +77,11 @@ class Cutter:
         for key, parameter in own.items():
             name = f"{prefix}.{key}" if prefix else key
             whole = module in self.copied or (isinstance(module, MoE) and self.spread_experts)
-            setattr(module, key, self._spread(name, parameter, None if whole else cut_of(name, words)))
-            if per_head(name) or module in self.copied:
+            dim = None if whole else cut_of(name, words)
+            setattr(module, key, self._spread(name, parameter, dim))
+            on_part = dim is None and module in self.columns and not isinstance(module, MoE)
+            gain = isinstance(module, SpectralLinear) and key == "gain"  # of the rank's part of the product
+            if per_head(name) or module in self.copied or on_part or gain:
                 shares.add(key)
         self._become(module, roles.Local, shares=frozenset(shares))
 
@@ -77,10 +92,14 @@ class Cutter:
         elif isinstance(module, MLP):
             self._become(module, roles.Inner)
             self._linears(module.gate, module.up, rows=module.down)
-        elif isinstance(module, MoE) and not self.spread_experts:
-            shares = {key for key in ("down_bias",) if getattr(module, key, None) is not None}
-            module.__dict__["shares"] = frozenset(shares)
-            module.dispatcher = roles.Widths(module.dispatcher, self.group, self.rank)
+        elif isinstance(module, Stack) and module in self.columns:
+            self._become(module, roles.Cut)
+        elif isinstance(module, MoE):
+            if module in self.columns:
+                self._become(module, roles.Experts)
+            if not self.spread_experts:
+                module.__dict__["shares"] = frozenset({"down_bias"})
+                module.dispatcher = roles.Widths(module.dispatcher, self.group, self.rank)
 
     def words(self, objective: Any, job: Job) -> None:
         """The table of words, the head and the loss."""
@@ -118,7 +137,7 @@ class Cutter:
 
     def _linears(self, *columns: Any, rows: Any) -> None:
         for layer in (layer for layer in columns if layer is not None):
-            self._linear(layer, roles.Columns, 0)
+            self._linear(layer, roles.Local, 0)
         self._linear(rows, roles.Rows, 1)
 
     def _linear(self, layer: Any, role: type, cut: int) -> None:
@@ -126,7 +145,7 @@ class Cutter:
         if isinstance(layer, SpectralLinear):
             step = -(-layer.out_features // self.ranks)
             starts = [step * i for i in range(1, self.ranks)]
-            self._become(layer, roles.SpectralPart, cut=cut, starts=starts, shares=frozenset({"gain"}))
+            self._become(layer, roles.SpectralPart, cut=cut, starts=starts)
 
     def _spread(self, name: str, parameter: nn.Parameter, dim: int | None) -> nn.Parameter:
         if dim is not None and -(-parameter.shape[dim] // self.ranks) * (self.ranks - 1) >= parameter.shape[dim]:
@@ -146,7 +165,10 @@ class Cutter:
         )
 
     def _become(self, module: nn.Module, role: type, **facts: Any) -> None:
-        roles.become(module, role, mesh=self.mesh, group=self.group, rank=self.rank, **facts)
+        columns = self.columns.get(module)
+        roles.become(
+            module, role, mesh=self.mesh, group=self.group, rank=self.rank, columns=columns, **facts
+        )
 
     def _gathered(self, method: Any, dim: int, size: int) -> Any:
         """The method with its result's parts put together along a dim of `size`."""

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from headway.kernels.cross_entropy import IGNORE, RowLoss
-from headway.parallel.tensor.collectives import Group, total
+from headway.parallel.tensor.collectives import total
 
 
-def row_loss_over(first: int, vocabulary: int, group: Group) -> RowLoss:
+def row_loss_over(first: int, vocabulary: int, group: str) -> RowLoss:
     """`kernels.cross_entropy.row_loss` for words [first, first + V) of `vocabulary`; sums are equal on all ranks.
 
     Three reductions of numbers a row: the largest logit, then sums, and with `accuracy` the place of the largest.

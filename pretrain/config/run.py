@@ -31,6 +31,8 @@ class Parallel(Section):
     """Ranks over which parameters, gradients and optimizer state are sharded (FSDP2)."""
     context: AxisSize = 1
     tensor: AxisSize = 1
+    sequence: bool = True
+    """Between attention and feed-forward layers every tensor rank holds a part of the sequence."""
     expert: AxisSize = 1
     context_method: Literal["ring", "ulysses"] = "ring"
     """How attention reaches keys of other context ranks: they go round, or heads are exchanged for columns."""

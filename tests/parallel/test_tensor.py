@@ -19,9 +19,12 @@ def alone():
     return curves(0, 1, {}, list(CASES), EVEN)
 
 
+FAMILIES = sorted(CASES)
 LAYOUTS = [
-    (2, {"tensor": 2, "micro_batch": 4}, list(CASES)),
-    (4, {"tensor": 2, "shard": 2}, list(CASES)),
+    *((2, {"tensor": 2, "micro_batch": 4}, [name]) for name in FAMILIES),
+    *((4, {"tensor": 2, "shard": 2}, FAMILIES[i : i + 3]) for i in range(0, len(FAMILIES), 3)),
+    (2, {"tensor": 2, "sequence": False}, ["bert", "experts", "vit"]),
+    (4, {"tensor": 2, "sequence": False, "shard": 2}, ["spectral", "ul2"]),
     (4, {"tensor": 2, "replicate": 2, "shard": 1}, ["bert", "experts"]),
     (4, {"tensor": 4}, ["bert", "ul2", "experts", "vit"]),
     (8, {"tensor": 2, "shard": 2, "replicate": 2}, ["t5", "experts"]),
