@@ -24,8 +24,8 @@ from headway.pretrain.optim.average import Average
 from headway.pretrain.optim.build import build_optimizers, set_rate
 from headway.pretrain.optim.clipping import global_norm, scale_gradients_
 from headway.pretrain.optim.scaler import LossScale
-from headway.pretrain.optim.sharded import reduced
 from headway.pretrain.optim.schedules import factor, in_steps
+from headway.pretrain.optim.sharded import reduced
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MUON = {"fp32": torch.float32, "fp64": torch.float64}

@@ -94,9 +94,7 @@ def _cut(x_BSE: Tensor, columns: Columns) -> Tensor:
 def _gather(x_BsE: Tensor, columns: Columns) -> Tensor:
     """[B, s, E] of every rank -> [B, S, E]. The collective joins along dim 0."""
     rows, width, size = x_BsE.shape
-    stacked = _ops.wait_tensor(
-        _ops.all_gather_into_tensor(x_BsE.contiguous(), columns.ranks, columns.group)
-    )
+    stacked = _ops.wait_tensor(_ops.all_gather_into_tensor(x_BsE.contiguous(), columns.ranks, columns.group))
     joined = stacked.view(columns.ranks, rows, width, size).transpose(0, 1).flatten(1, 2)
     return joined[:, : columns.length].contiguous()
 
@@ -105,9 +103,7 @@ def _reduce(x_BSE: Tensor, columns: Columns) -> Tensor:
     """Partial [B, S, E] -> this rank's columns of the sum."""
     stacked = _padded(x_BSE, columns).unflatten(1, (columns.ranks, columns.width)).transpose(0, 1)
     flat = stacked.flatten(0, 1).contiguous()
-    out: Tensor = _ops.wait_tensor(
-        _ops.reduce_scatter_tensor(flat, "sum", columns.ranks, columns.group)
-    )
+    out: Tensor = _ops.wait_tensor(_ops.reduce_scatter_tensor(flat, "sum", columns.ranks, columns.group))
     return out
 
 

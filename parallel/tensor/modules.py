@@ -40,7 +40,7 @@ class Local:
     group: str
     rank: int
     shares: frozenset[str]
-    columns: Columns | None
+    columns: Any  # Columns or None
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)  # type: ignore[misc]
@@ -111,7 +111,7 @@ class Experts(Local):
         columns = self.columns
         if noise is not None:
             noise = noise._replace(positions_S=columns.positions)
-        y_BSE, side = super().forward(whole(x_BSE, columns), noise, valid_BS)
+        y_BSE, side = super().forward(whole(x_BSE, columns), noise, valid_BS)  # type: ignore[misc]
         return part(y_BSE, columns), side
 
 
@@ -119,14 +119,15 @@ class Cut(Local):
     """A stack of blocks that hold a part of the sequence each, but where they mix columns."""
 
     def forward(self, x_BSE, context):
-        columns, noise, outputs = self.columns, context.noise, context.outputs
+        columns: Columns = self.columns
+        noise, outputs = context.noise, context.outputs
         columns.length = x_BSE.shape[1]
         if noise is not None:
             columns.positions = noise.places(columns.length)
             padded = F.pad(columns.positions, (0, columns.width * columns.ranks - columns.length))
             mine = padded[columns.rank * columns.width :][: columns.width]
             context = context._replace(noise=noise._replace(positions_S=mine))
-        x_BSE, sides = super().forward(part(x_BSE, columns), context._replace(outputs=None))
+        x_BSE, sides = super().forward(part(x_BSE, columns), context._replace(outputs=None))  # type: ignore[misc]
         return whole(x_BSE, columns)[:, :outputs], sides
 
 
@@ -140,9 +141,8 @@ class Heads(Local):
             memory_BME = enter(memory_BME, self.group)
         if noise is not None and self.columns is not None:
             noise = noise._replace(positions_S=self.columns.positions)
-        y_BSE, entropy_B = super().forward(
-            self.into(x_BSE), mask, turn, noise, bias_HSM, memory_BME, queries
-        )
+        inputs = self.into(x_BSE), mask, turn, noise, bias_HSM, memory_BME, queries
+        y_BSE, entropy_B = super().forward(*inputs)  # type: ignore[misc]
         if entropy_B is not None:  # a mean over heads
             entropy_B = leave(entropy_B / self.ranks, self.group)
         return y_BSE, entropy_B
@@ -189,5 +189,5 @@ def become(module: nn.Module, role: type, **facts: Any) -> None:
 
 
 @cache
-def _played(role: type, kind: type) -> type:
+def _played(role: type, kind: Any) -> Any:
     return type(f"{role.__name__}{kind.__name__}", (role, kind), {})

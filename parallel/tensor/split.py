@@ -54,18 +54,20 @@ class Cutter:
         self.group = self.mesh.get_group().group_name
         self.spread_experts = spread_experts
         self.attentions = [m for m in objective.modules() if isinstance(m, Attention)]
-        self.copied = {
-            layer for m in self.attentions for layer in (m.k, m.v) if _heads(m, m.k) % self.ranks
-        }
+        self.copied = {layer for m in self.attentions for layer in (m.k, m.v) if _heads(m, m.k) % self.ranks}
         self.whole_heads = _heads(self.attentions[0], self.attentions[0].q)
-        self.columns: dict[nn.Module, Columns] = {}  # of what stands in a block and is called on a part of the sequence
+        self.columns: dict[
+            nn.Module, Columns
+        ] = {}  # of what stands in a block and is called on a part of the sequence
 
     def cut_sequences(self, objective: Objective) -> None:
         """Say which modules see a part of the sequence: those of blocks, but for what experts own."""
         for stack in [m for m in objective.modules() if isinstance(m, Stack)]:
             columns = Columns(self.group, self.ranks, self.rank)
             self.columns[stack] = columns
-            experts = {m for moe in stack.modules() if isinstance(moe, MoE) for m in moe.modules() if m is not moe}
+            experts = {
+                m for moe in stack.modules() if isinstance(moe, MoE) for m in moe.modules() if m is not moe
+            }
             self.columns |= {m: columns for m in stack.modules() if m not in experts}
 
     def parameters(self, module: nn.Module, prefix: str, words: bool) -> None:
@@ -99,7 +101,7 @@ class Cutter:
                 self._become(module, roles.Experts)
             if not self.spread_experts:
                 module.__dict__["shares"] = frozenset({"down_bias"})
-                module.dispatcher = roles.Widths(module.dispatcher, self.group, self.rank)
+                module.dispatcher = roles.Widths(module.dispatcher, self.group, self.rank)  # type: ignore[assignment]
 
     def words(self, objective: Any, job: Job) -> None:
         """The table of words, the head and the loss."""
@@ -148,13 +150,18 @@ class Cutter:
             self._become(layer, roles.SpectralPart, cut=cut, starts=starts)
 
     def _spread(self, name: str, parameter: nn.Parameter, dim: int | None) -> nn.Parameter:
-        if dim is not None and -(-parameter.shape[dim] // self.ranks) * (self.ranks - 1) >= parameter.shape[dim]:
+        if (
+            dim is not None
+            and -(-parameter.shape[dim] // self.ranks) * (self.ranks - 1) >= parameter.shape[dim]
+        ):
             rule = f"{name} has {parameter.shape[dim]} rows to cut: a rank would have none"
             raise JobError("parallel.tensor", self.ranks, rule, 1)
         placement = Replicate() if dim is None else Shard(dim)
         local = parameter.data if dim is None else parameter.data.chunk(self.ranks, dim)[self.rank]
         return nn.Parameter(
-            self._dtensor(torch.empty_like(local, memory_format=torch.contiguous_format), placement, parameter),
+            self._dtensor(
+                torch.empty_like(local, memory_format=torch.contiguous_format), placement, parameter
+            ),
             parameter.requires_grad,
         )
 
@@ -166,9 +173,7 @@ class Cutter:
 
     def _become(self, module: nn.Module, role: type, **facts: Any) -> None:
         columns = self.columns.get(module)
-        roles.become(
-            module, role, mesh=self.mesh, group=self.group, rank=self.rank, columns=columns, **facts
-        )
+        roles.become(module, role, mesh=self.mesh, group=self.group, rank=self.rank, columns=columns, **facts)
 
     def _gathered(self, method: Any, dim: int, size: int) -> Any:
         """The method with its result's parts put together along a dim of `size`."""

@@ -127,7 +127,9 @@ class Objective(nn.Module):
         """Power iterations of spectral norms: one a step, some more before the first."""
         for module in self.modules():
             if isinstance(module, SpectralLinear):
-                weight = dict(module.named_parameters())["weight"].detach()  # the whole one, where it is spread
+                weight = dict(module.named_parameters())[
+                    "weight"
+                ].detach()  # the whole one, where it is spread
                 module.iterate(whole(local(weight), weight), times)
 
 

@@ -5,6 +5,8 @@ Shapes: B batch, N patches, E hidden size, Y classes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,7 +40,8 @@ class Classifier(Objective):
         self.read = inputs.length
         # Only the class token is read, so the last block computes nothing else; what balances experts or holds
         # entropies is about all patches.
-        whole = isinstance(self.model.blocks[-1].mlp, MoE) or shape.attention.entropy_penalty
+        last: Any = self.model.blocks[-1]
+        whole = isinstance(last.mlp, MoE) or shape.attention.entropy_penalty
         self.outputs = 1 if self.pool == "first" and not whole else None
 
     def forward(self, batch: Batch, noise: Noise | None = None) -> LossOutput:
