@@ -72,7 +72,7 @@ def shard(objective: Objective, world: World, *, reshard: bool) -> None:
 
 
 def data_mesh(world: World) -> DeviceMesh:
-    """Along which gradients are reduced: shard and context, folded into one axis; replicate, if there is one, outside."""
+    """Along which gradients are reduced: shard and context, folded into one; replicate, if there is one, outside."""
     assert world.mesh is not None
     inner = world.mesh["shard"]
     if world.layout.context > 1:
