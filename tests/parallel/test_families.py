@@ -26,8 +26,8 @@ GOLDENS = Path(__file__).parents[1] / "goldens" / "families.json"
 class Running:
     """A case under way on one rank."""
 
-    def __init__(self, name, rank, world, parallel, model=None):
-        self.job = job_of(name, parallel, STEPS, ROWS, model)
+    def __init__(self, name, rank, world, parallel, model=None, steps=STEPS):
+        self.job = job_of(name, parallel, steps, ROWS, model)
         layout = mesh.lay_out(self.job.parallel, world)
         self.here = mesh.start(self.job, layout, rank, world, rank, torch.device("cpu"), "gloo")
         self.objective, samples = build(self.job)

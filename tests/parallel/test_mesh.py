@@ -4,7 +4,7 @@ import pytest
 
 from headway.parallel.engines.capabilities import check
 from headway.parallel.mesh import Layout, lay_out, rows_per_micro_batch
-from headway.pretrain.config import Job, Parallel, Train
+from headway.pretrain.config import Job, Model, Parallel, Train
 from headway.pretrain.errors import JobError
 
 
@@ -37,12 +37,18 @@ def test_impossible_layouts_are_refused(axes, world, message):
 
 
 def test_the_engine_refuses_what_it_cannot_do():
+    with pytest.raises(JobError, match=r"parallel\.tensor = 5: must divide model\.heads = 12.*choice: 4"):
+        check(Job(parallel=Parallel(tensor=5)), Layout(tensor=5), "cpu")
+    grouped = Job(model=Model(heads=12, kv_heads=4), parallel=Parallel(tensor=6))
     with pytest.raises(
-        JobError, match=r"parallel\.tensor = 2: the native engine spreads along replicate, shard only"
+        JobError, match=r"parallel\.tensor = 6: must divide model\.kv_heads = 4, or be a mult"
     ):
-        check(Job(parallel=Parallel(tensor=2)), Layout(tensor=2), "cpu")
-    with pytest.raises(JobError, match=r"parallel\.context = 4"):
-        check(Job(parallel=Parallel(context=-1, shard=1)), Layout(context=4), "cpu")
+        check(grouped, Layout(tensor=6), "cpu")
+    narrow = Job(model=Model(heads=12, ffn=9), parallel=Parallel(tensor=6))
+    with pytest.raises(
+        JobError, match=r"parallel\.tensor = 6: model\.ffn = 9 leaves a rank without features"
+    ):
+        check(narrow, Layout(tensor=6), "cpu")
 
 
 def test_global_batch_must_split():

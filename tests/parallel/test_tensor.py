@@ -21,6 +21,11 @@ def alone():
 
 FAMILIES = sorted(CASES)
 LAYOUTS = [
+    (2, {"tensor": 2, "micro_batch": 4}, ["bert", "experts", "vit"]),
+    (4, {"tensor": 2, "shard": 2}, ["spectral", "ul2"]),
+    (2, {"tensor": 2, "sequence": False}, ["albert", "mae"]),
+]
+MATRIX = [
     *((2, {"tensor": 2, "micro_batch": 4}, [name]) for name in FAMILIES),
     *((4, {"tensor": 2, "shard": 2}, FAMILIES[i : i + 3]) for i in range(0, len(FAMILIES), 3)),
     (2, {"tensor": 2, "sequence": False}, ["bert", "experts", "vit"]),
@@ -31,7 +36,10 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize(("ranks", "parallel", "names"), LAYOUTS)
+@pytest.mark.parametrize(
+    ("ranks", "parallel", "names"),
+    [*LAYOUTS, *(pytest.param(*layout, marks=pytest.mark.matrix) for layout in MATRIX)],
+)
 def test_every_family_draws_the_curve_of_one_process(pool, alone, ranks, parallel, names):
     for found in pool(cut_curves, ranks=ranks, parallel=parallel, names=names):
         for name in names:
