@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from headway.parallel.apply import apply
 from headway.parallel.mesh import PARTS, World, rows_per_micro_batch
 from headway.pretrain.config import Job
+from headway.pretrain.data import used
 from headway.pretrain.engine import Batch, State, StepResult, Sums, Watch
 from headway.pretrain.errors import NonFiniteError
 from headway.pretrain.models.layers import Noise
@@ -88,11 +89,13 @@ class NativeEngine:
             self.scale.update(overflow=skipped)
             told["loss_scale"] = self.scale.scale
         self._forget_gradients()
-        return StepResult(loss, norm, int(counts["read"]), int(counts["rows"]), skipped, told)
+        return StepResult(
+            loss, norm, int(counts["read"]), int(counts["rows"]), skipped, told, used.from_sums(counts)
+        )
 
     def _global_counts(self, batch: Batch) -> dict[str, float]:
         """What the terms of the loss are divided by, over all ranks."""
-        local = self.objective.counts(batch)
+        local = self.objective.counts(batch) | used.shares(batch)
         return dict(zip(local, self.world.sum(*local.values()), strict=True))
 
     def _accumulate(
