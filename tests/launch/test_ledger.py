@@ -37,13 +37,13 @@ def change(folder, step, **values):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def die_in_step_14(monkeypatch):
+def die_at_step_13(monkeypatch):
     """The batch of a later step cannot be made, as if the process were killed."""
     make, calls = SampleStream.batch, []
 
     def batch(*args, **kwargs):
         calls.append(args)
-        if len(calls) > 16:  # step 14 trains while two more batches wait
+        if len(calls) > 12:
             raise KeyboardInterrupt
         return make(*args, **kwargs)
 
@@ -52,7 +52,7 @@ def die_in_step_14(monkeypatch):
 
 def test_a_killed_run_is_proved_and_a_changed_record_is_named(train, monkeypatch, corpus):
     with monkeypatch.context() as patch:
-        die_in_step_14(patch)
+        die_at_step_13(patch)
         with pytest.raises(KeyboardInterrupt):
             train()
     folder = train("parallel.micro_batch=4")
@@ -102,7 +102,11 @@ def test_a_blend_and_a_batch_that_change_on_the_way_are_proved(train, corpus, tm
 def test_images_and_a_ramp_are_proved(tmp_path):
     pytest.importorskip("sklearn")
     sets = ["train.steps=5", "train.global_batch=12", "train.compile=false", "tracking.wandb=off"]
-    sets += ["train.ramp={start: 4, increment: 4, samples: 20}", "model.family=vit", "objective.name=classify"]
+    sets += [
+        "train.ramp={start: 4, increment: 4, samples: 20}",
+        "model.family=vit",
+        "objective.name=classify",
+    ]
     sets += ["model={layers: 1, hidden: 16, heads: 2, vision: {patch: 4}}", "data.sources=['sklearn:digits']"]
     sets += ["data.images={size: 8, channels: 1}", f"run.dir={tmp_path}", "run.name=digits", "precision=fp32"]
     run.train([], sets)
@@ -124,6 +128,7 @@ def part(rank, world, recipe, folder, sets, layout):
             del os.environ[name]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_at_other_layouts_is_proved(pool, small_job, tmp_path):
     sets = ["train.global_batch=12", "checkpoint.every=0"]
     lives = [
