@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from headway.parallel.apply import apply
 from headway.parallel.mesh import PARTS, World, rows_per_micro_batch
+from headway.parallel.watch import divergence
 from headway.pretrain.config import Job
 from headway.pretrain.data import used
 from headway.pretrain.engine import Batch, State, StepResult, Sums, Watch
@@ -89,6 +90,8 @@ class NativeEngine:
             self.scale.update(overflow=skipped)
             told["loss_scale"] = self.scale.scale
         self._forget_gradients()
+        if (every := self.job.parallel.check_every) and (step + 1) % every == 0:
+            divergence.check(self.state().tensors, self.world, step + 1, every)
         return StepResult(
             loss, norm, int(counts["read"]), int(counts["rows"]), skipped, told, used.from_sums(counts)
         )
