@@ -111,6 +111,13 @@ def in_blocks(job: Job, inputs: Inputs, count: Parameters) -> int:
     return count.blocks
 
 
+def idle(job: Job) -> int:
+    """Parameters that take no gradient: BERT's pooler where nothing is asked of pairs."""
+    wide = job.model.hidden
+    used = job.model.family != "bert" or job.objective.masking.pairs != "none"
+    return 0 if used or not job.model.pooler else wide * wide + wide
+
+
 def data_parallel(job: Job, inputs: Inputs, layout: Layout, micro_batches: int = 1) -> list[Moved]:
     """Parameters and gradients of the native engine's DDP, FSDP2 and HSDP; exact where ranks divide every first dim.
 
@@ -118,13 +125,15 @@ def data_parallel(job: Job, inputs: Inputs, layout: Layout, micro_batches: int =
     """
     width, count = (8 if job.precision == "fp64" else 4), parameters(job, inputs)
     inner = layout.shard * layout.context
+    trained = width * (count.total - idle(job))
     if inner == 1:
-        return replicated(count.total * width) if layout.replicate > 1 else []
+        return replicated(trained) if layout.replicate > 1 else []
     blocks = width * in_blocks(job, inputs, count)
     rest = width * count.total - blocks
     axis = "+".join(name for name in ("shard", "context") if getattr(layout, name) > 1)
-    moves = sharded(blocks, rest, micro_batches, reshard=job.parallel.reshard, axis=axis)
-    return moves + (replicated((blocks + rest) / inner) if layout.replicate > 1 else [])
+    gathered = sharded(blocks, rest, micro_batches, reshard=job.parallel.reshard, gradients=0, axis=axis)
+    moves = [*gathered, Moved(axis, "reduce_scatter", trained)]
+    return moves + (replicated(trained / inner) if layout.replicate > 1 else [])
 
 
 # -- tensor parallelism ----------------------------------------------------------------------------------------

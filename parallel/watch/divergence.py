@@ -32,7 +32,8 @@ KINDS = 8
 """Most sets of ranks that a rank shares slices with: each subset of three axes, and one more beside."""
 TEXT = 512
 """Bytes of a sentence that one rank tells the others."""
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
+"""Bytes of an element -> what its bits are read as; 64 bits as two halves, so that changes of high bits do not cancel."""
 
 Rows = list[list[int]]
 Groups = dict[frozenset[int], list[str]]
@@ -43,8 +44,8 @@ def fingerprint(tensor: Tensor) -> Tensor:
     """A 64-bit sum over the bits of a tensor and their places: an int64 scalar on the tensor's device.
 
     Sum of (bits as an integer) x (odd weight of the place) modulo 2^64, by pieces of CHUNK elements, each times an odd
-    weight of its own. A single changed bit changes the sum by 2^b times an odd number, b < 64, which is never 0; any
-    other change goes unseen with a chance of about 2^-64. Floats are never added, so nothing is rounded.
+    weight of its own. A single changed bit changes the sum by 2^b times an odd number, b < 32, which is never 0; other
+    changes cancel by accident only. Floats are never added, so nothing is rounded.
     """
     flat = tensor.detach().reshape(-1)
     if flat.is_complex():
@@ -91,7 +92,9 @@ def check(tensors: Mapping[str, Tensor], world: World, step: int, every: int) ->
 def grouped(tensors: Mapping[str, Tensor], world: World) -> Groups:
     """Tensors by the ranks that hold the same slice of them; those that no other rank holds are left out."""
     groups: Groups = {}
-    for name in sorted(tensors):
+    for name in sorted(
+        tensors, key=lambda n: (n.startswith(("ema.", "optimizer.")), n)
+    ):  # parameters come first
         ranks = holders(tensors[name], world)
         if len(ranks) > 1:
             groups.setdefault(ranks, []).append(name)

@@ -41,7 +41,7 @@ def counted(rank, world, cases):
         objective, samples = build(job)
         engine = NativeEngine(job, objective, here, precision="fp64", compiled=False)
         stream = SampleStream([("memory", samples, 1.0)], seed=0)
-        for step in range(2):
+        for step in range(3):  # DDP arranges its buckets in the second one
             rows = stream.batch(step * ROWS, ROWS, here.data_rank, layout.data)
             with Traffic(here) as traffic:
                 engine.train_step(objective.collate(rows), step)
@@ -86,14 +86,17 @@ def expected(job, layout, shapes):
 
 
 NAMES = ["dropless", "roberta", "ul2", "transformer", "vit", "mae"]
+SLOW = pytest.mark.slow
 LAYOUTS = [
-    (2, {"replicate": 2, "shard": 1, "micro_batch": 2}, NAMES),
+    (2, {"replicate": 2, "shard": 1, "micro_batch": 2}, ["roberta"]),
     (2, {"shard": 2}, NAMES),
-    (2, {"shard": 2, "reshard": False, "micro_batch": 3}, NAMES),
-    (3, {"replicate": 3, "shard": 1}, ["dropless"]),
-    (3, {"shard": 3, "micro_batch": 2}, ["dropless", "vit"]),
-    (4, {"replicate": 2, "shard": 2}, ["dropless", "mae"]),
-    (4, {"shard": 4, "reshard": False}, ["dropless"]),
+    (4, {"replicate": 2, "shard": 2}, ["dropless"]),
+    pytest.param(2, {"replicate": 2, "shard": 1}, NAMES, marks=SLOW),
+    pytest.param(2, {"shard": 2, "reshard": False, "micro_batch": 3}, NAMES, marks=SLOW),
+    pytest.param(3, {"replicate": 3, "shard": 1}, ["dropless"], marks=SLOW),
+    pytest.param(3, {"shard": 3, "micro_batch": 2}, ["dropless", "vit"], marks=SLOW),
+    pytest.param(4, {"replicate": 2, "shard": 2, "reshard": False}, ["ul2", "mae"], marks=SLOW),
+    pytest.param(4, {"shard": 4}, ["dropless"], marks=SLOW),
 ]
 
 
