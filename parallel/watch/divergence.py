@@ -33,7 +33,7 @@ KINDS = 8
 TEXT = 512
 """Bytes of a sentence that one rank tells the others."""
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
-"""Bytes of an element -> what its bits are read as; 64 bits as two halves, so that changes of high bits do not cancel."""
+"""Bytes of an element -> what its bits are read as; 64 bits as two halves: changes of high bits must not cancel."""
 
 Rows = list[list[int]]
 Groups = dict[frozenset[int], list[str]]
