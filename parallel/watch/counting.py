@@ -103,4 +103,4 @@ def _group(named: dict[str, Any]) -> dist.ProcessGroup:
     if "process_group" in named:
         return dist.ProcessGroup.unbox(named["process_group"])
     group = named["group_name"]
-    return _resolve_process_group(group) if isinstance(group, str) else group
+    return _resolve_process_group(group) if isinstance(group, str) else group  # type: ignore[arg-type]

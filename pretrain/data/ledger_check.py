@@ -29,7 +29,7 @@ BLOCK = 1 << 16
 Identity = dict[str, int | str]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Counted:
     """A source of which only size and identity are known; see `headway.pretrain.data.samples.Samples`."""
 
