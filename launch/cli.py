@@ -99,6 +99,20 @@ def data_inspect(
     corpus.inspect(prefix)
 
 
+@data.command("ledger")
+def data_ledger(
+    run_path: RunPath,
+    no_data: Annotated[
+        bool, typer.Option("--no-data", help="Trust the sizes of sources in the records; open no data.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Prove from a run's records that each sample was used exactly once an epoch."""
+    from headway.launch import ledger
+
+    ledger.show(run_path, open_data=not no_data)
+
+
 @tokenizer.command("train")
 def tokenizer_train(
     out: Annotated[str, typer.Argument(help="File to write, e.g. my.model.")],

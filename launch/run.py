@@ -11,6 +11,7 @@ from headway.launch import saving
 from headway.launch.assemble import Parts, assemble, join, run_folder
 from headway.launch.environment import incarnation
 from headway.launch.finish import Finished, finish, heldout_values, report
+from headway.launch.ledger import open_ledger
 from headway.launch.resume import check_resumable, keep_choices, set_aside
 from headway.launch.signals import StopRequest
 from headway.parallel import mesh
@@ -141,11 +142,14 @@ def train_and_save(parts: Parts, folder: Path, recorder: Recorder, stop: StopReq
         stop_asked=lambda: world.any(stop.asked),
         name_samples=parts.name_samples,
         memory=partial(peak_memory_gib, world.device),
+        ledger=open_ledger(parts, folder, recorder, done),
     )
     try:
         trainer.run(done)
     finally:
         saver.close()
+        if trainer.ledger:
+            trainer.ledger.close()
 
 
 def evaluate(run_path: str, sets: Sequence[str]) -> None:

@@ -12,11 +12,14 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from headway.pretrain.data.used import Used
+
 Batch = dict[str, Tensor]
 """Rows of samples: every tensor's first dim is the sample, so any slice of rows is a batch too.
 
 Keys that every batch has: `sample` (int64, the sample's place in the global order, which names it) and
-`slot` (int64, its place in the global batch). An objective adds its own: `tokens`, `labels`, `pixels`...
+`slot` (int64, its place in the global batch). Batches of a run have `key` (int64, a hash of source, number and
+epoch of the sample), of which the ledger is made. An objective adds its own: `tokens`, `labels`, `pixels`...
 """
 
 Sums = dict[str, tuple[float, float]]
@@ -36,6 +39,7 @@ class StepResult:
         rows: samples in the global batch.
         skipped: the update was left out (fp16 overflow).
         metrics: what the objective adds: numbers, or lists of them.
+        used: which samples the ranks read, for the ledger; None if batches have no keys.
     """
 
     loss: float
@@ -44,6 +48,7 @@ class StepResult:
     rows: int = 0
     skipped: bool = False
     metrics: dict[str, float | list[float]] = field(default_factory=dict)
+    used: Used | None = None
 
 
 @dataclass

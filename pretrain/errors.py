@@ -42,6 +42,14 @@ class NonFiniteError(HeadwayError):
     """The loss or the gradient is not finite; names the step and the samples of the batch."""
 
 
+class LedgerError(HeadwayError):
+    """A run's records do not show that every sample was used exactly once; names the first step and its samples."""
+
+
+class DivergenceError(HeadwayError):
+    """Ranks that should hold equal bits do not; names ranks, tensors and the step."""
+
+
 class Interrupted(HeadwayError):
     """The run was asked to stop (signal, preemption), has saved its state and can be started again."""
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Protocol
 
 from headway.pretrain.config import Job
+from headway.pretrain.data.ledger import Ledger
 from headway.pretrain.engine import Batch, Engine, StepResult
 from headway.pretrain.errors import Interrupted, NonFiniteError
 from headway.pretrain.records.metrics import step_values
@@ -52,6 +53,7 @@ class Trainer:
         stop_asked: whether any rank was asked to stop; equal on all ranks.
         name_samples: names of the samples of the last global batch, for error messages.
         memory: peak memory of this process so far, in GiB.
+        ledger: is told which samples steps used; on the rank that writes records.
     """
 
     job: Job
@@ -64,6 +66,7 @@ class Trainer:
     stop_asked: Callable[[], bool]
     name_samples: Callable[[], str]
     memory: Callable[[], float]
+    ledger: Ledger | None = None
 
     def run(self, done: int) -> None:
         """Train from step `done` on.
@@ -103,6 +106,8 @@ class Trainer:
             result = self.engine.train_step(batch, step, watch)
         except NonFiniteError as error:
             raise NonFiniteError(f"{error}; samples: {self.name_samples()}") from None
+        if self.ledger:
+            self.ledger.step(number, result.used)
         self.recorder.step(self._values(step, result, time.perf_counter() - begin))
         every = self.job.train.eval_every
         if every and number % every == 0 and number < self.job.train.steps:

@@ -14,7 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from headway.parallel.apply import apply
 from headway.parallel.mesh import AXES, PARTS, World, rows_per_micro_batch
+from headway.parallel.watch import divergence
 from headway.pretrain.config import Job
+from headway.pretrain.data import used
 from headway.pretrain.engine import Batch, State, StepResult, Sums, Watch
 from headway.pretrain.errors import NonFiniteError
 from headway.pretrain.models.layers import Noise
@@ -89,11 +91,15 @@ class NativeEngine:
             self.scale.update(overflow=skipped)
             told["loss_scale"] = self.scale.scale
         self._forget_gradients()
-        return StepResult(loss, norm, int(counts["read"]), int(counts["rows"]), skipped, told)
+        if (every := self.job.parallel.check_every) and (step + 1) % every == 0:
+            divergence.check(self.state().tensors, self.world, step + 1, every)
+        return StepResult(
+            loss, norm, int(counts["read"]), int(counts["rows"]), skipped, told, used.from_sums(counts)
+        )
 
     def _global_counts(self, batch: Batch) -> dict[str, float]:
         """What the terms of the loss are divided by, over all ranks."""
-        local = self.objective.counts(batch)
+        local = self.objective.counts(batch) | used.shares(batch)
         return dict(zip(local, self.world.sum(*local.values()), strict=True))
 
     def _accumulate(

@@ -21,10 +21,10 @@ Collate = Callable[[Rows], Batch]
 class Loader:
     """Endless iterator over this rank's rows of consecutive global batches.
 
-    A batch is what `collate` makes of `SampleStream.batch`, with the keys `sample` (the draw) and `slot` (the
-    place in the global batch) added, both int64 [n]. Up to `ahead` batches wait ready. The stream's cursor
-    moves when a batch is handed out, not when it is prepared: a checkpoint saved after the step that used the
-    batch resumes with the next one.
+    A batch is what `collate` makes of `SampleStream.batch`, with the keys `sample` (the draw), `slot` (the
+    place in the global batch) and `key` (the sample's own) added, all int64 [n]. Up to `ahead` batches wait
+    ready. The stream's cursor moves when a batch is handed out, not when it is prepared: a checkpoint saved
+    after the step that used the batch resumes with the next one.
 
     An error in the thread is raised by `next`, in the place of the batch it belongs to; the cursor stays
     before that batch. Use as a context manager, or call `close`.
@@ -78,7 +78,7 @@ class Loader:
 
     def _make(self, first: int, count: int) -> Batch:
         rows = self.stream.batch(first, count, self.rank, self.ranks)
-        batch = self.collate(rows) | {key: torch.from_numpy(rows[key]) for key in ("sample", "slot")}
+        batch = self.collate(rows) | {key: torch.from_numpy(rows[key]) for key in ("sample", "slot", "key")}
         return {key: tensor.pin_memory() for key, tensor in batch.items()} if self.pin else batch
 
     def state(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ COMMANDS = [
     ["look"],
     ["data", "build"],
     ["data", "inspect"],
+    ["data", "ledger"],
     ["tokenizer", "train"],
     ["tokenizer", "encode"],
     ["checkpoint", "ls"],
