@@ -189,6 +189,7 @@ def start(
             shape = (layout.pipeline, layout.replicate, layout.fold // layout.expert, layout.expert)
             names = ("pipeline", "replicate", "copies", "expert")
             experts = init_device_mesh(device.type, shape, mesh_dim_names=names)
+            experts["copies", "expert"]._flatten("experts")  # sums along both then take one all-reduce
     return World(rank, size, local_rank, device, backend, layout, mesh, experts)
 
 
