@@ -48,8 +48,9 @@ class Layout:
         return self.replicate * self.shard
 
     def __str__(self) -> str:
-        named = [f"{axis} {getattr(self, axis)}" for axis in (*AXES, "expert") if getattr(self, axis) > 1]
-        return " x ".join(named) or "one process"
+        named = [f"{axis} {getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1]
+        experts = f", experts over {self.expert}" if self.expert > 1 else ""
+        return (" x ".join(named) or "one process") + experts
 
 
 def lay_out(parallel: Parallel, world: int) -> Layout:
