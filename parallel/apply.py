@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
+from headway.parallel import expert
 from headway.parallel.mesh import World
 from headway.parallel.tensor.split import split
 from headway.pretrain.config import Job
@@ -27,10 +28,12 @@ def apply(objective: Objective, job: Job, world: World, *, compiled: bool) -> nn
     layout = world.layout
     if layout.tensor > 1:
         split(objective, job, world)
+    expert.spread(objective, world)
     if compiled:
         compile_blocks(objective)
     modelled = layout.pipeline * layout.context * layout.tensor > 1
-    if layout.shard * layout.context > 1 or (modelled and layout.replicate > 1):
+    copied = (modelled and layout.replicate > 1) or expert.has_copies(world)
+    if layout.shard * layout.context > 1 or copied:
         shard(objective, world, reshard=job.parallel.reshard)
     objective.to_empty(device=world.device)
     initialise(objective, job.model, job.train.seed, slice_of=local_slice)
@@ -59,9 +62,10 @@ def shard(objective: Objective, world: World, *, reshard: bool) -> None:
     """
     mesh = data_mesh(world)
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float64 if _is_double(objective) else torch.float32)
+    experts = expert.data_parallel(objective, world)
     for block in blocks_of(objective):
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(objective, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, **experts)
+    fully_shard(objective, mesh=mesh, mp_policy=policy, reshard_after_forward=False, **experts)
     for module in objective.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

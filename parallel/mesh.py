@@ -1,13 +1,14 @@
 """The mesh: how many ranks along each axis, and which process is where.
 
-Axes, outermost first: pipeline, replicate, shard, context, tensor.
+Axes, outermost first: pipeline, replicate, shard, context, tensor. The experts' mesh has the same ranks in the same
+order, with shard x context x tensor cut into copies x expert.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -34,6 +35,12 @@ class Layout:
     shard: int = 1
     context: int = 1
     tensor: int = 1
+    expert: int = 1
+
+    @property
+    def fold(self) -> int:
+        """Ranks over which experts may be spread: shard x context x tensor."""
+        return self.shard * self.context * self.tensor
 
     @property
     def data(self) -> int:
@@ -42,18 +49,19 @@ class Layout:
 
     def __str__(self) -> str:
         named = [f"{axis} {getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1]
-        return " x ".join(named) or "one process"
+        experts = f", experts over {self.expert}" if self.expert > 1 else ""
+        return (" x ".join(named) or "one process") + experts
 
 
 def lay_out(parallel: Parallel, world: int) -> Layout:
-    """Fill in the axis of size -1 so that the product is the number of ranks.
+    """Fill in the axis of size -1 so that the product is the number of ranks; an expert axis of -1 takes all it can.
 
     Raises:
         JobError: two axes of -1, a zero, or a product that is not the number of ranks.
     """
     sizes = {axis: getattr(parallel, axis) for axis in AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
-    zero = next((axis for axis, size in sizes.items() if size == 0), None)
+    zero = next((axis for axis in (*AXES, "expert") if getattr(parallel, axis) == 0), None)
     if zero:
         raise JobError(f"parallel.{zero}", 0, "an axis has at least one rank, or -1 to take what is left", 1)
     if len(free) > 1:
@@ -66,7 +74,8 @@ def lay_out(parallel: Parallel, world: int) -> Layout:
         named = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "all axes 1"
         rule = f"must {'divide' if free else 'be'} the {world} ranks that were started"
         raise JobError("parallel", named, rule, _nearest(sizes, world))
-    return Layout(**sizes)
+    layout = Layout(**sizes)
+    return replace(layout, expert=layout.fold if parallel.expert == -1 else parallel.expert)
 
 
 def _nearest(sizes: dict[str, int], world: int) -> str:
@@ -119,6 +128,8 @@ class World:
     backend: str
     layout: Layout
     mesh: DeviceMesh | None
+    experts: DeviceMesh | None = None
+    """Axes pipeline, replicate, copies, expert; only where experts are spread."""
 
     @property
     def main(self) -> bool:
@@ -166,7 +177,7 @@ def start(
     job: Job, layout: Layout, rank: int, size: int, local_rank: int, device: torch.device, backend: str
 ) -> World:
     """Join the other ranks (MASTER_ADDR and MASTER_PORT say where) and build the mesh."""
-    mesh = None
+    mesh = experts = None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size > 1:
@@ -175,7 +186,12 @@ def start(
             dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
         shape = tuple(getattr(layout, axis) for axis in AXES)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
-    return World(rank, size, local_rank, device, backend, layout, mesh)
+        if layout.expert > 1:
+            shape = (layout.pipeline, layout.replicate, layout.fold // layout.expert, layout.expert)
+            names = ("pipeline", "replicate", "copies", "expert")
+            experts = init_device_mesh(device.type, shape, mesh_dim_names=names)
+            experts["copies", "expert"]._flatten("experts")  # sums along both then take one all-reduce
+    return World(rank, size, local_rank, device, backend, layout, mesh, experts)
 
 
 def stop() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from headway.parallel import expert
 from headway.parallel.mesh import AXES, Layout
 from headway.parallel.tensor.legal import check_tensor
 from headway.pretrain.config import Job
@@ -20,7 +21,7 @@ class Capabilities:
 
 ENGINES = {
     "native": Capabilities(
-        axes=frozenset({"replicate", "shard", "tensor"}),
+        axes=frozenset({"replicate", "shard", "tensor", "expert"}),
         precisions={
             "cpu": frozenset({"auto", "fp32", "bf16", "fp16", "fp64"}),
             "cuda": frozenset({"auto", "fp32", "bf16", "fp16", "fp64"}),
@@ -33,12 +34,13 @@ def check(job: Job, layout: Layout, device_type: str) -> None:
     """Raise JobError if the job's engine cannot do what the job asks of it."""
     name = job.parallel.engine
     can = ENGINES[name]
-    sizes = {axis: getattr(layout, axis) for axis in AXES} | {"expert": job.parallel.expert}
-    for axis, size in sizes.items():
-        if size not in (1, -1) and axis not in can.axes:
+    for axis in (*AXES, "expert"):
+        size = getattr(layout, axis)
+        if size != 1 and axis not in can.axes:
             rule = f"the {name} engine spreads along {', '.join(sorted(can.axes))} only"
             raise JobError(f"parallel.{axis}", size, rule, f"1, with parallel.shard = {size}")
     check_tensor(job, layout)
+    expert.check(job, layout)
     legal = can.precisions.get(device_type, can.precisions["cpu"])
     if job.precision not in legal:
         raise JobError(

@@ -22,7 +22,7 @@ def check_tensor(job: Job, layout: Layout) -> None:
         rule = f"must divide model.kv_heads = {m.kv}, or be a multiple of it: ranks then share a head"
         raise JobError("parallel.tensor", ranks, rule, _divisor(m.kv, ranks))
     widths = {"model.ffn": m.ffn_width}
-    if m.experts.count and job.parallel.expert == 1:
+    if m.experts.count and layout.expert == 1:
         widths["model.experts.ffn"] = m.experts.ffn or m.ffn_width
     if job.objective.name == "mae":
         widths["objective.mae.hidden"] = mae.hidden

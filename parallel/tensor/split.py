@@ -32,7 +32,7 @@ def split(objective: Objective, job: Job, world: World) -> None:
         JobError: a rank would have no words or no features.
     """
     assert world.mesh is not None
-    cutter = Cutter(objective, world, spread_experts=job.parallel.expert > 1)
+    cutter = Cutter(objective, world, spread_experts=world.layout.expert > 1)
     words = isinstance(getattr(objective, "loss", None), ChunkedLoss)
     if job.parallel.sequence:
         cutter.cut_sequences(objective)
@@ -73,13 +73,12 @@ class Cutter:
     def parameters(self, module: nn.Module, prefix: str, words: bool) -> None:
         """Make a module's own parameters DTensors, and the module one that reads its parts."""
         own = dict(module.named_parameters(recurse=False))
-        if not own:
+        if not own or (isinstance(module, MoE) and self.spread_experts):
             return
         shares = set()
         for key, parameter in own.items():
             name = f"{prefix}.{key}" if prefix else key
-            whole = module in self.copied or (isinstance(module, MoE) and self.spread_experts)
-            dim = None if whole else cut_of(name, words)
+            dim = None if module in self.copied else cut_of(name, words)
             setattr(module, key, self._spread(name, parameter, dim))
             on_part = dim is None and module in self.columns and not isinstance(module, MoE)
             gain = isinstance(module, SpectralLinear) and key == "gain"  # of the rank's part of the product

@@ -105,7 +105,7 @@ class MoE(nn.Module):
         self.gate_bias = parameter(x, width) if model.bias and model.gated else None
         self.down_bias = parameter(x, hidden) if model.bias else None
         self.shared = MLP(model, e.shared * width) if e.shared else None
-        self.dispatcher = Dispatcher(model)
+        self.dispatcher: nn.Module = Dispatcher(model)
         self.register_buffer("balance_bias", torch.zeros(x) if e.bias_rate else None)
 
     def forward(

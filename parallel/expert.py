@@ -1,0 +1,109 @@
+"""Expert parallelism: the experts of a layer are spread over ranks, and tokens travel to them (GShard; Switch).
+
+The axis `expert` lies inside shard x context x tensor: its groups are runs of neighbouring ranks of one replica. Where
+that product is larger than `expert`, or with replicas, several groups have the same experts: data parallelism shards
+these copies along the ranks that hold them, and sums their gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.fsdp._fully_shard._fsdp_common import (
+    FSDPMeshInfo,
+    HSDPMeshInfo,
+    ShardPlacementFnResult,
+    ShardPlacementResult,
+)
+from torch.distributed.tensor import DTensor, Shard
+
+from headway.parallel.dispatch import ExpertDispatcher
+from headway.parallel.mesh import Layout, World
+from headway.pretrain.config import Job
+from headway.pretrain.config.rules import nearest_divisor
+from headway.pretrain.errors import JobError
+from headway.pretrain.models.moe import Dispatcher, MoE
+from headway.pretrain.optim.sharded import local
+
+ROUTED = ("up", "down", "gate", "up_bias", "down_bias", "gate_bias")
+"""Parameters of `MoE` that belong to routed experts: [X, ...]."""
+
+
+def check(job: Job, layout: Layout) -> None:
+    """Raise JobError unless the model's experts can be spread that way."""
+    size, experts = layout.expert, job.model.experts.count
+    if size == 1:
+        return
+    asked, legal = job.parallel.expert, math.gcd(layout.fold, experts)
+    if not experts:
+        raise JobError(
+            "parallel.expert", asked, "model.experts.count is 0: there are no experts to spread", 1
+        )
+    for number, what in ((layout.fold, "shard x context x tensor"), (experts, "model.experts.count")):
+        if number % size:
+            rule = f"{'' if asked == size else f'{size} ranks here; '}must divide {what} = {number}"
+            raise JobError("parallel.expert", asked, rule, nearest_divisor(legal, size))
+
+
+def spread(root: nn.Module, world: World) -> None:
+    """Give every MoE layer below `root` this rank's experts (DTensors over the expert axis, under the same names) and a
+    dispatcher that sends tokens to theirs. Parameters are on the meta device."""
+    if world.layout.expert == 1:
+        return
+    for moe in layers_of(root):
+        for name in ROUTED:
+            if (parameter := getattr(moe, name)) is not None:
+                setattr(moe, name, nn.Parameter(_cut(parameter, world)))
+        assert isinstance(moe.dispatcher, Dispatcher)
+        moe.dispatcher = ExpertDispatcher(moe.dispatcher, world)
+
+
+def layers_of(root: nn.Module) -> list[MoE]:
+    """MoE layers in order."""
+    return [module for module in root.modules() if isinstance(module, MoE)]
+
+
+def _cut(parameter: Tensor, world: World) -> DTensor:
+    assert world.experts is not None
+    axis = world.experts["expert"]
+    shape = (parameter.shape[0] // axis.size(), *parameter.shape[1:])
+    return DTensor.from_local(parameter.new_empty(shape), axis, [Shard(0)], run_check=False)
+
+
+def has_copies(world: World) -> bool:
+    """Whether several ranks have the same experts, so that gradients must be summed."""
+    layout = world.layout
+    return layout.expert > 1 and layout.replicate * layout.fold > layout.expert
+
+
+def data_parallel(root: nn.Module, world: World) -> dict[str, Any]:
+    """Arguments of `fully_shard` that treat routed experts as what they are: sharded over the ranks that have the same
+    ones and not over all, or left alone where each rank is the only one."""
+    if world.layout.expert == 1:
+        return {}
+    routed = {p for moe in layers_of(root) for name in ROUTED if (p := getattr(moe, name)) is not None}
+    if not has_copies(world):
+        return {"ignored_params": routed}
+    return {"shard_placement_fn": _placement(routed, world)}
+
+
+def _placement(routed: set[nn.Parameter], world: World) -> Callable[[nn.Parameter], ShardPlacementFnResult]:
+    assert world.experts is not None
+    if world.layout.replicate > 1:
+        mesh = world.experts["replicate", "copies"]
+        info: FSDPMeshInfo = HSDPMeshInfo(mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
+    else:
+        info = FSDPMeshInfo(world.experts["copies"], shard_mesh_dim=0)
+    copies = info.shard_mesh_size
+
+    def placement(parameter: nn.Parameter) -> ShardPlacementFnResult:
+        if parameter not in routed:
+            return None
+        # By experts where they come out even, else by rows of each, else some ranks have fewer experts.
+        experts, rows = local(parameter).shape[:2]
+        return ShardPlacementResult(Shard(int(experts % copies > 0 and rows % copies == 0)), info)
+
+    return placement
