@@ -11,6 +11,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn.parallel import DistributedDataParallel
 
 from headway.parallel.mesh import World
+from headway.parallel.recompute import recompute
+from headway.parallel.recompute.policies import compile_block
 from headway.pretrain.config import Job
 from headway.pretrain.models.init import Slice, initialise, whole
 from headway.pretrain.models.transformer import Block
@@ -24,6 +26,7 @@ def apply(objective: Objective, job: Job, world: World, *, compiled: bool) -> nn
     Returns the module to call: the objective itself, or DDP around it. Names of parameters do not change.
     """
     layout = world.layout
+    recompute(objective, job, world)
     if compiled:
         compile_blocks(objective)
     split = layout.pipeline * layout.context * layout.tensor > 1
@@ -39,7 +42,7 @@ def apply(objective: Objective, job: Job, world: World, *, compiled: bool) -> nn
 def compile_blocks(objective: Objective) -> None:
     """Compile the block, once for all blocks, and the loss: most of the gain at a fraction of the wait."""
     for block in blocks_of(objective):
-        block.compile()
+        compile_block(block)
     if isinstance(loss := getattr(objective, "loss", None), ChunkedLoss):
         loss.compile()
 
