@@ -11,7 +11,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn.parallel import DistributedDataParallel
 
 from headway.parallel.mesh import World
-from headway.parallel.recompute import recompute
+from headway.parallel.recompute.apply import recompute
 from headway.parallel.recompute.policies import compile_block
 from headway.pretrain.config import Job
 from headway.pretrain.models.init import Slice, initialise, whole
@@ -20,13 +20,13 @@ from headway.pretrain.objectives import Objective
 from headway.pretrain.objectives.base import ChunkedLoss
 
 
-def apply(objective: Objective, job: Job, world: World, *, compiled: bool) -> nn.Module:
+def apply(objective: Objective, job: Job, world: World, *, precision: str, compiled: bool) -> nn.Module:
     """Spread an objective that was built on the meta device, give it memory and its initial weights.
 
     Returns the module to call: the objective itself, or DDP around it. Names of parameters do not change.
     """
     layout = world.layout
-    recompute(objective, job, world)
+    recompute(objective, job, world, precision, compiled)
     if compiled:
         compile_blocks(objective)
     split = layout.pipeline * layout.context * layout.tensor > 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from headway.parallel.mesh import AXES, Layout
+from headway.parallel.recompute.rules import check_recompute
 from headway.pretrain.config import Job
 from headway.pretrain.errors import JobError
 
@@ -37,6 +38,7 @@ def check(job: Job, layout: Layout, device_type: str) -> None:
         if size not in (1, -1) and axis not in can.axes:
             rule = f"the {name} engine spreads along {', '.join(sorted(can.axes))} only"
             raise JobError(f"parallel.{axis}", size, rule, f"1, with parallel.shard = {size}")
+    check_recompute(job)
     legal = can.precisions.get(device_type, can.precisions["cpu"])
     if job.precision not in legal:
         raise JobError(

@@ -43,12 +43,27 @@ class Moment:
 
 def policies(run: Run) -> list[Policy]:
     """What every use of a block computes again, by the job's settings, `budget` aside."""
-    settings, count = run.job.parallel, len(places(run))
-    if settings.recompute == "full":
-        every = settings.recompute_every
-        return ["full" if (i + 1) % every == 0 else "none" for i in range(count)]
-    assert settings.recompute != "budget"
-    return [settings.recompute] * count
+    settings, blocks = run.job.parallel, places(run)
+    if settings.recompute == "budget":
+        raise ValueError("a budget is settled by headway.parallel.recompute.budget.choose")
+    if settings.recompute != "full":
+        return [settings.recompute] * len(blocks)
+    number, found = 0, list[Policy]()
+    while len(found) < len(blocks):
+        number += 1
+        policy: Policy = "full" if number % settings.recompute_every == 0 else "none"
+        found += [policy] * blocks[len(found)].uses
+    return found
+
+
+def by_block(run: Run, chosen: Sequence[Policy]) -> list[Policy]:
+    """One policy for every block: where its uses differ, the one that keeps least."""
+    blocks, found, i = places(run), list[Policy](), 0
+    while i < len(blocks):
+        uses = range(i, i + blocks[i].uses)
+        found.append(min((chosen[j] for j in uses), key=lambda policy: kept(blocks[uses[0]], policy)))
+        i += len(uses)
+    return found
 
 
 def peak(run: Run, chosen: Sequence[Policy] | None = None) -> Moment:
@@ -110,13 +125,22 @@ def gathered(run: Run, blocks: Sequence[Place], i: int | None) -> Part:
     return Part(name, total + run.wide * (numbers[i] + ahead + after))
 
 
-def activation_peak(run: Run, chosen: Sequence[Policy]) -> float:
-    """Most bytes that are neither states nor gradients of parameters that are done."""
+def around_blocks(run: Run) -> tuple[float, float]:
+    """Bytes of activations beside those of blocks, in the loss and in the backward of blocks."""
     blocks = places(run)
-    left = [kept(p, policy) for p, policy in zip(blocks, chosen, strict=True)]
-    loss = sum(left) + max(part.bytes for part in _loss(run, chosen, blocks).values())
-    each = [sum(left[:i]) + own_peak(p, policy) for i, (p, policy) in enumerate(zip(blocks, chosen, strict=True))]
-    return _around(run).bytes + max(loss + _final_norm(run).bytes, _head_gradient(run).bytes + max(each))
+    loss = max(part.bytes for part in _loss(run, ["full"] * len(blocks), blocks).values())
+    around = _around(run).bytes
+    return around + _final_norm(run).bytes + loss, around + _head_gradient(run).bytes
+
+
+def activation_peak(run: Run, chosen: Sequence[Policy]) -> float:
+    """Most bytes of a micro-batch's activations, and of gradients on their way, that are alive at a time."""
+    in_loss, in_backward = around_blocks(run)
+    highest = alive = 0.0
+    for p, policy in zip(places(run), chosen, strict=True):
+        highest = max(highest, in_backward + alive + own_peak(p, policy))
+        alive += kept(p, policy)
+    return max(highest, in_loss + alive)
 
 
 def block_parameters(p: Place) -> int:
