@@ -87,7 +87,7 @@ class Place:
 
 def table(p: Place) -> list[Term]:
     """All that the backward of a block needs if nothing is computed again."""
-    e, t, w = p.model.hidden, p.tokens, p.wide
+    e, t = p.model.hidden, p.tokens
     terms = [*_norm(p, "attention"), *_attention(p, p.keys, p.length, cross=False)]
     if p.memory:
         copy = p.narrow * p.rows * p.memory * e if p.cast else 0

@@ -117,7 +117,9 @@ def gathered(run: Run, blocks: Sequence[Place], i: int | None) -> Part:
     numbers = [block_parameters(p) for p in blocks]
     total = _root(run, blocks)
     if i is None:
-        total += run.wide * (numbers[last] + (sum(n / p.uses for n, p in zip(numbers, blocks, strict=True)) if keeps else 0))
+        total += run.wide * (
+            numbers[last] + (sum(n / p.uses for n, p in zip(numbers, blocks, strict=True)) if keeps else 0)
+        )
         return Part(name, total)
     before = sum(n / p.uses for n, p in zip(numbers[:i], blocks[:i], strict=True))
     ahead = before if keeps else numbers[i - 1] if i else 0

@@ -59,7 +59,9 @@ def places(run: Run) -> list[Place]:
         padded = job.objective.name in ("spans", "ul2", "pairs")
         encoder = _tower(run, m, m.layers, inputs.length, causal=False, separated=padded)
         memory = inputs.length
-        return encoder + _tower(run, m, m.decoder_depth, inputs.target_length, memory=memory, separated=padded)
+        return encoder + _tower(
+            run, m, m.decoder_depth, inputs.target_length, memory=memory, separated=padded
+        )
     patches = (inputs.image // m.vision.patch) ** 2
     first = int(m.vision.class_token)
     if job.objective.name == "mae":

@@ -59,7 +59,9 @@ def choose(run: Run, budget: float) -> list[Policy]:
     if not fitting:
         least = activation_peak(run, ["full"] * len(blocks)) / GIB
         rule = f"with all blocks computed again, activations of {run.rows} rows take {least:.4g} GiB"
-        raise JobError("parallel.recompute_budget", round(budget / GIB, 6), rule, float(f"{least * 1.001:.4g}"))
+        raise JobError(
+            "parallel.recompute_budget", round(budget / GIB, 6), rule, float(f"{least * 1.001:.4g}")
+        )
     return list(min(fitting, key=lambda s: (s.cost, s.kept)).chosen)
 
 

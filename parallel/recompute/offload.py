@@ -125,7 +125,9 @@ class Saved:
         self.bag, self.away, self.dtype = bag, bag.send(part), part.dtype
         self.view = part.shape, part.stride(), part.storage_offset()
         self.like = (
-            (tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride()) if is_spread(tensor) else None
+            (tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride())
+            if is_spread(tensor)
+            else None
         )
 
     def here(self) -> Tensor:

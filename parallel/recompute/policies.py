@@ -90,15 +90,13 @@ def keeps_products(_: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoi
 @cache
 def products() -> frozenset[Any]:
     """Operators whose outputs `products` keeps."""
-    import headway.kernels.grouped  # noqa: F401, PLC0415: registers the operator
-
-    aten, ours = torch.ops.aten, torch.ops.headway
+    aten = torch.ops.aten
     return frozenset(
         {
             aten.mm.default,
             aten.addmm.default,
             aten._grouped_mm.default,
-            ours.grouped_linear.default,
+            torch.ops.headway.grouped_linear.default,  # of kernels/grouped.py, which blocks import
             aten._scaled_dot_product_flash_attention_for_cpu.default,
             aten._scaled_dot_product_flash_attention.default,
             aten._scaled_dot_product_efficient_attention.default,

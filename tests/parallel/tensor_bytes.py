@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 class TensorBytes(TorchDispatchMode):
     """Counts what is made while it is active, and what it is given.
 
-    What an operator uses inside, before it returns, is not seen. DTensors are seen as the local tensors they are made of.
+    What an operator uses inside, before it returns, is not seen. DTensors are seen as the local tensors they are.
 
     Attributes:
         alive: bytes now.
@@ -30,7 +30,6 @@ class TensorBytes(TorchDispatchMode):
         self.at_peak = ""
         self.elsewhere = elsewhere
         self._sizes: dict[int, int] = {}
-        self._log: list[tuple[str, int]] | None = None
 
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Count tensors that were made before."""
@@ -45,7 +44,9 @@ class TensorBytes(TorchDispatchMode):
         self._resize = torch.UntypedStorage.resize_
         resize, tracker = self._resize, self
 
-        def resized(storage: torch.UntypedStorage, size: int) -> Any:  # FSDP frees gathered parameters this way
+        def resized(
+            storage: torch.UntypedStorage, size: int
+        ) -> Any:  # FSDP frees gathered parameters this way
             result = resize(storage, size)
             tracker._resized(storage)
             return result
@@ -66,8 +67,6 @@ class TensorBytes(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self._count(leaf)
         now = self.alive - self.elsewhere()
-        if self._log is not None:
-            self._log.append((str(func), now))
         if now > self.peak:
             self.peak, self.at_peak = now, str(func)
         return result
