@@ -86,7 +86,6 @@ def _tower(
     separated: bool = False,
 ) -> list[Place]:
     unique = min(layers, model.unique_layers or layers)
-    rest = {"memory": memory, "causal": causal, "separated": separated, "kernel": run.kernel}
     return [
         Place(
             model,
@@ -94,9 +93,12 @@ def _tower(
             length,
             layer=i // (layers // unique),
             uses=layers // unique,
+            memory=memory,
+            causal=causal,
+            separated=separated,
+            kernel=run.kernel,
             wide=run.wide,
             narrow=run.narrow,
-            **rest,
         )
         for i in range(layers)
     ]

@@ -64,11 +64,11 @@ def _core(p: Place) -> float:
         return max(n * square + n * flow, (2 * w - n) * square)
     rows = min(seen, block_rows(seen))
     masked, dropped = p.causal or p.separated, bool(m.attention.dropout)
-    matrices_ = 2 + masked + dropped
+    matrices_: float = 2 + masked + dropped
     if rows < seen:  # a block's matrices live until those of the next take their place
         later = 1 - rows / seen if p.causal and not p.separated else 1.0
         matrices_ = max(matrices_, 2 + dropped + (2 + masked) * later)
     pair = w * matrices_ + dropped + (n if p.cast else 0)
-    pieces = -(-seen // rows)
+    pieces: float = -(-seen // rows)
     pieces = (pieces + 1) / 2 if p.causal else pieces
     return pairs / seen * rows * length * pair + flow * (n * (6 + dropped + pieces) + 3 * w)

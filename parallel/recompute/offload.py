@@ -52,7 +52,8 @@ class Away:
     """A storage that is on the host, and, from when it is fetched, on the device again."""
 
     def __init__(self, flat: Tensor, host: Host) -> None:
-        self.host, self.device, self.back = host, flat.device, None
+        self.host, self.device = host, flat.device
+        self.back: Tensor | None = None
         self.event: Any = None
         with host.on_stream():
             self.copy = torch.empty_like(flat, device="cpu", pin_memory=host.stream is not None)
@@ -67,8 +68,8 @@ class Away:
         """Begin to bring it back."""
         if self.back is None:
             with self.host.on_stream():
-                self.back = torch.empty_like(self.copy, device=self.device, pin_memory=False)
-                self.back.copy_(self.copy, non_blocking=True)
+                back = torch.empty_like(self.copy, device=self.device, pin_memory=False)
+                self.back = back.copy_(self.copy, non_blocking=True)
                 if self.host.stream is not None:
                     self.event = self.host.stream.record_event()
 
@@ -168,7 +169,7 @@ class Offloaded(Around):
 
 def offload(block: nn.Module, host: Host) -> None:
     """Let a block's saved tensors go to the host."""
-    block.forward = Offloaded(block, host)  # type: ignore[method-assign]
+    block.forward = Offloaded(block, host)
 
 
 __all__ = ["Forward", "Host", "Offloaded", "offload"]

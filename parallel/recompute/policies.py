@@ -58,7 +58,7 @@ def recompute_block(block: Block, policy: Policy) -> None:
     products with weights and fused attention kernels give.
     """
     if policy == "full":
-        block.forward = Whole(block.forward)  # type: ignore[method-assign]
+        block.forward = Whole(block.forward)  # type: ignore[method-assign, assignment]
     elif policy == "products":
         contexts = partial(create_selective_checkpoint_contexts, keeps_products)
         block.forward = _selective(block.forward, context_fn=contexts)  # type: ignore[method-assign]

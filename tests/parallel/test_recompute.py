@@ -13,6 +13,7 @@ from headway.parallel.recompute.offload import Host
 from headway.pretrain.config import Job
 from headway.pretrain.errors import JobError
 from headway.pretrain.models.inputs import Inputs
+from headway.pretrain.models.sizes import parameters
 from headway.tests.parallel import test_families as families
 from headway.tests.parallel.family_cases import CASES
 
@@ -130,7 +131,8 @@ def test_compiled_blocks_are_the_same_when_they_are_computed_again(setting, prec
 
 
 def test_what_is_offloaded_leaves(monkeypatch):
-    """Nothing of the blocks is left on the device but what is small or shared, and all comes back."""
+    """States and gradients aside, three of eight blocks are on the device at most: the one in its backward, the one
+    that is fetched, the one that is made; and all that left comes back."""
     from headway.tests.parallel.test_memory import measured
 
     hosts = []
@@ -138,8 +140,10 @@ def test_what_is_offloaded_leaves(monkeypatch):
     monkeypatch.setattr(Host, "__init__", lambda self, device: (make(self, device), hosts.append(self))[0])
     kept = measured(small(layers=8)).peak
     with_host = measured(small({"offload": True}, layers=8), elsewhere=lambda: hosts[0].bytes if hosts else 0)
-    assert with_host.peak < 0.6 * kept
-    assert hosts[0].moved > 0.4 * kept
+    run = run_of(small(layers=3))
+    states = 4 * 4 * parameters(small(layers=8), run.inputs).total
+    assert with_host.peak <= states + activation_peak(run, ["none"] * 3) < kept
+    assert hosts[0].moved > 2 * (kept - with_host.peak)
     assert hosts[0].bytes == 0
 
 
