@@ -12,6 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from headway.parallel import expert
 from headway.parallel.mesh import World
+from headway.parallel.recompute.apply import recompute
+from headway.parallel.recompute.policies import compile_block
 from headway.parallel.tensor.split import split
 from headway.pretrain.config import Job
 from headway.pretrain.models.init import Slice, initialise, whole
@@ -20,7 +22,7 @@ from headway.pretrain.objectives import Objective
 from headway.pretrain.objectives.base import ChunkedLoss
 
 
-def apply(objective: Objective, job: Job, world: World, *, compiled: bool) -> nn.Module:
+def apply(objective: Objective, job: Job, world: World, *, precision: str, compiled: bool) -> nn.Module:
     """Spread an objective that was built on the meta device, give it memory and its initial weights.
 
     Returns the module to call: the objective itself, or DDP around it. Names of parameters do not change.
@@ -29,6 +31,7 @@ def apply(objective: Objective, job: Job, world: World, *, compiled: bool) -> nn
     if layout.tensor > 1:
         split(objective, job, world)
     expert.spread(objective, world)
+    recompute(objective, job, world, precision, compiled)
     if compiled:
         compile_blocks(objective)
     modelled = layout.pipeline * layout.context * layout.tensor > 1
@@ -45,7 +48,7 @@ def apply(objective: Objective, job: Job, world: World, *, compiled: bool) -> nn
 def compile_blocks(objective: Objective) -> None:
     """Compile the block, once for all blocks, and the loss: most of the gain at a fraction of the wait."""
     for block in blocks_of(objective):
-        block.compile()
+        compile_block(block)
     if isinstance(loss := getattr(objective, "loss", None), ChunkedLoss):
         loss.compile()
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from headway.parallel import expert
 from headway.parallel.mesh import AXES, Layout
+from headway.parallel.recompute.rules import check_recompute
 from headway.parallel.tensor.legal import check_tensor
 from headway.pretrain.config import Job
 from headway.pretrain.errors import JobError
@@ -41,6 +42,7 @@ def check(job: Job, layout: Layout, device_type: str) -> None:
             raise JobError(f"parallel.{axis}", size, rule, f"1, with parallel.shard = {size}")
     check_tensor(job, layout)
     expert.check(job, layout)
+    check_recompute(job)
     legal = can.precisions.get(device_type, can.precisions["cpu"])
     if job.precision not in legal:
         raise JobError(

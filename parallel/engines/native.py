@@ -50,7 +50,7 @@ class NativeEngine:
         self.job, self.world, self.objective = job, world, objective
         self.precision = precision
         self.before_update: Callable[[], None] = lambda: None
-        self.call = apply(objective, job, world, compiled=compiled)
+        self.call = apply(objective, job, world, precision=precision, compiled=compiled)
         self.named = dict(objective.named_parameters())
         self.optimizers = build_optimizers(self.named.items(), job.optimizer, MUON.get(precision))
         self.scale = LossScale() if precision == "fp16" else None

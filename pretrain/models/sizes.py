@@ -91,6 +91,11 @@ def training_bytes(job: Job, inputs: Inputs, itemsize: int = 4) -> int:
     return 4 * weight_bytes(job, inputs, itemsize)
 
 
+def block_cost(model: Model, layer: int, tokens: int, causal: bool = False, memory: int = 0) -> Cost:
+    """A block's parameters, and the FLOPs of one row's forward; arguments as in `_stack`, `layer` from 0."""
+    return _sum(_block(model, layer, tokens, causal, memory))
+
+
 # Families: (embedding, blocks, heads)
 
 Table = tuple[list[Cost], list[Cost], list[Cost]]

@@ -1,0 +1,230 @@
+"""Peak bytes of an optimizer step on one rank, from the configuration alone.
+
+Model states are those of ZeRO (Rajbhandari et al. 2020, section 3.1): parameters, gradients and AdamW's two moments, w
+bytes a number each, 4 w Psi together, divided by the ranks that share them (stage 3, `parallel.reshard`), or all but
+the gathered parameters (stage 2). Activations are those of `activations`. The peak is the largest of a few moments: in
+the loss, in the backward of some block, at the end of the backward, in the optimizer.
+
+Bytes of tensors; what an operator uses inside is not counted, nor what an allocator wastes. Compiled blocks keep
+less than this: the compiler fuses and computes again what is cheap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from headway.kernels.cross_entropy import chunk_rows
+from headway.parallel.planner.activations import Place, Policy, kept, matrices
+from headway.parallel.planner.places import Run, places
+from headway.parallel.planner.transients import own_peak
+from headway.pretrain.models.sizes import block_cost, parameters
+
+
+class Part(NamedTuple):
+    """Bytes that are alive, and what they are."""
+
+    name: str
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is alive at one time."""
+
+    name: str
+    parts: tuple[Part, ...]
+
+    @property
+    def bytes(self) -> float:
+        return sum(part.bytes for part in self.parts)
+
+
+def policies(run: Run) -> list[Policy]:
+    """What every use of a block computes again, by the job's settings, `budget` aside."""
+    settings, blocks = run.job.parallel, places(run)
+    if settings.recompute == "budget":
+        raise ValueError("a budget is settled by headway.parallel.recompute.budget.choose")
+    if settings.recompute != "full":
+        return [settings.recompute] * len(blocks)
+    number, found = 0, list[Policy]()
+    while len(found) < len(blocks):
+        number += 1
+        policy: Policy = "full" if number % settings.recompute_every == 0 else "none"
+        found += [policy] * blocks[len(found)].uses
+    return found
+
+
+def by_block(run: Run, chosen: Sequence[Policy]) -> list[Policy]:
+    """One policy for every block: where its uses differ, the one that keeps least."""
+    blocks, found, i = places(run), list[Policy](), 0
+    while i < len(blocks):
+        uses = range(i, i + blocks[i].uses)
+        found.append(min((chosen[j] for j in uses), key=lambda policy: kept(blocks[uses[0]], policy)))
+        i += len(uses)
+    return found
+
+
+def peak(run: Run, chosen: Sequence[Policy] | None = None) -> Moment:
+    """The moment of a step at which most is alive.
+
+    Args:
+        run: what memory depends on.
+        chosen: a policy for every use of a block; by the job's settings if not given.
+    """
+    return max(moments(run, chosen or policies(run)), key=lambda moment: moment.bytes)
+
+
+def moments(run: Run, chosen: Sequence[Policy]) -> list[Moment]:
+    """What is alive at the times that may be the peak."""
+    blocks = places(run)
+    states = _states(run)
+    left = [kept(p, policy) for p, policy in zip(blocks, chosen, strict=True)]
+    around, head, norm = _around(run), _head_gradient(run), _final_norm(run)
+    after = gathered(run, blocks, None)
+    found = [
+        Moment(f"loss, {name}", (*states, Part("activations", sum(left)), around, norm, part, after))
+        for name, part in _loss(run, chosen, blocks).items()
+    ]
+    for i, (p, policy) in enumerate(zip(blocks, chosen, strict=True)):
+        alive = (
+            Part("activations of earlier blocks", sum(left[:i])),
+            Part("activations and their gradients in the block", own_peak(p, policy)),
+            _gradients(run, blocks[i + 1 :]),
+            gathered(run, blocks, i),
+        )
+        found.append(Moment(f"backward of block {i}", (*states, *alive, around, head)))
+    done = _gradients(run, blocks)
+    root = Part("gathered parameters around the blocks", _root(run, blocks) if run.shard > 1 else 0)
+    found.append(Moment("end of the backward", (*states, done, head, root, _embedding(run))))
+    gradients = 0 if _buckets(run) else run.wide * _count(run) / run.shard
+    found.append(Moment("optimizer", (*states, Part("gradients", gradients))))
+    return found
+
+
+def gathered(run: Run, blocks: Sequence[Place], i: int | None) -> Part:
+    """What FSDP2 has gathered, and its flat buffers, in the backward of block i, or in the loss (None).
+
+    Parameters around the blocks stay gathered. Of the blocks (ZeRO-3), in the loss: the buffer from which the last one
+    was copied. In a backward: its own parameters, the buffer of the one before it, fetched ahead, and the gradients of
+    the one after it on their way. Where they stay gathered (ZeRO-2): those up to the block, and those gradients.
+    """
+    name = "gathered parameters and buffers"
+    if run.shard == 1:
+        return Part(name, 0)
+    last, keeps = len(blocks) - 1, not run.job.parallel.reshard
+    numbers = [block_parameters(p) for p in blocks]
+    total = _root(run, blocks)
+    if i is None:
+        total += run.wide * (
+            numbers[last] + (sum(n / p.uses for n, p in zip(numbers, blocks, strict=True)) if keeps else 0)
+        )
+        return Part(name, total)
+    before = sum(n / p.uses for n, p in zip(numbers[:i], blocks[:i], strict=True))
+    ahead = before if keeps else numbers[i - 1] if i else 0
+    after = numbers[i + 1] if i < last else 0
+    return Part(name, total + run.wide * (numbers[i] + ahead + after))
+
+
+def around_blocks(run: Run) -> tuple[float, float]:
+    """Bytes of activations beside those of blocks, in the loss and in the backward of blocks."""
+    blocks = places(run)
+    loss = max(part.bytes for part in _loss(run, ["full"] * len(blocks), blocks).values())
+    around = _around(run).bytes
+    return around + _final_norm(run).bytes + loss, around + _head_gradient(run).bytes
+
+
+def activation_peak(run: Run, chosen: Sequence[Policy]) -> float:
+    """Most bytes of a micro-batch's activations, and of gradients on their way, that are alive at a time."""
+    in_loss, in_backward = around_blocks(run)
+    highest = alive = 0.0
+    for p, policy in zip(places(run), chosen, strict=True):
+        highest = max(highest, in_backward + alive + own_peak(p, policy))
+        alive += kept(p, policy)
+    return max(highest, in_loss + alive)
+
+
+def block_parameters(p: Place) -> int:
+    return block_cost(p.model, p.layer, p.length, p.causal, p.memory).parameters
+
+
+def _count(run: Run) -> int:
+    return parameters(run.job, run.inputs).total
+
+
+def _root(run: Run, blocks: Sequence[Place]) -> float:
+    """Bytes of the parameters that are in no block."""
+    return run.wide * (_count(run) - sum(block_parameters(p) / p.uses for p in blocks))
+
+
+def _states(run: Run) -> tuple[Part, ...]:
+    count = _count(run) * run.wide / run.shard
+    states = Part("parameters", count), Part("moments", 2 * count)
+    return (*states, Part("gradients in buckets", count)) if _buckets(run) else states
+
+
+def _buckets(run: Run) -> bool:
+    """Whether gradients live in DDP's buckets, which are never freed."""
+    return run.replicate > 1 and run.shard == 1
+
+
+def _gradients(run: Run, blocks: Sequence[Place]) -> Part:
+    """Of the parameters of these blocks, whose backward is over."""
+    own = sum(block_parameters(p) / p.uses for p in blocks)
+    return Part("gradients of later blocks", 0 if _buckets(run) else run.wide * own / run.shard)
+
+
+def _around(run: Run) -> Part:
+    """The batch, and what embeddings keep."""
+    m, i = run.job.model, run.inputs
+    masks = run.rows * (i.length + i.target_length) * m.hidden if m.dropout else 0
+    turn = run.wide * i.length * m.head_width if m.positions == "rotary" else 0
+    return Part("batch and embeddings", 16 * run.rows * (i.length + i.target_length) + turn + masks)
+
+
+def _final_norm(run: Run) -> Part:
+    """The last block's output, before the norm."""
+    m, tokens = run.job.model, run.rows * (run.inputs.target_length or run.inputs.length)
+    normed = m.norm_position == "pre" and m.norm != "none"
+    return Part("final norm", run.wide * tokens * (m.hidden + 2) if normed else 0)
+
+
+def _scored(run: Run) -> float:
+    """Tokens that meet the head."""
+    tokens = run.rows * (run.inputs.target_length or run.inputs.length)
+    return tokens * run.job.objective.masking.rate if run.job.objective.name == "masked" else tokens
+
+
+def _head(run: Run) -> int:
+    """Numbers in the head's matrix."""
+    m = run.job.model
+    return run.inputs.vocab * (m.embedding_size or m.hidden)
+
+
+def _head_gradient(run: Run) -> Part:
+    return Part("gradient of the head", run.wide * _head(run))
+
+
+def _embedding(run: Run) -> Part:
+    """The gradient that comes to the embedding, and that of its table."""
+    tokens = run.rows * run.inputs.length
+    return Part("gradient of the embedding", run.wide * (tokens * run.job.model.hidden + _head(run)))
+
+
+def _loss(run: Run, chosen: Sequence[Policy], blocks: Sequence[Place]) -> dict[str, Part]:
+    """Head and cross-entropy in chunks, forward and backward (kernels/cross_entropy.py)."""
+    w, n, matrix, tokens = run.wide, run.narrow, _head(run), _scored(run)
+    if not matrix:
+        return {"forward": Part("loss", 0)}
+    cast, width = n != w, run.job.model.embedding_size or run.job.model.hidden
+    chunks = -(-tokens // chunk_rows(run.inputs.vocab, n, run.device))
+    logits = -(-tokens // chunks) * run.inputs.vocab
+    forward = w * tokens * width + n * tokens * width + w * matrix  # final states; gradients of both
+    forward += logits * (n + (2 * w if cast else w))  # logits, widened, log-softmax
+    forward += n * (tokens * width + 2 * matrix) if cast else 0  # narrowed states and weights, a product
+    if cast:  # autocast keeps its copies of weights to the end of the forward
+        again = (p for p, policy in zip(blocks, chosen, strict=True) if policy in ("full", "products"))
+        forward += sum(n * matrices(p) for p in again)
+    backward = (n + w) * tokens * width + 2 * w * matrix
+    return {"forward": Part("loss", forward), "backward": Part("loss", backward)}
