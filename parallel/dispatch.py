@@ -45,7 +45,7 @@ class ExpertDispatcher(nn.Module):
         mine = Weights._make(None if w is None else local(w) for w in weights)
         if self.tensor is None:
             return self._exchange(x_NE, pairs, mine)
-        share_NE, share = split_tokens(x_NE, pairs, weights.up_XFE.shape[0], self.tensor)
+        share_NE, share = split_tokens(x_NE, pairs, self.ranks * len(mine.up_XFE), self.tensor)
         return _Gather.apply(self._exchange(share_NE, share, mine), len(x_NE), self.tensor)
 
     def _exchange(self, x_NE: Tensor, pairs: Pairs, mine: Weights) -> Tensor:
