@@ -40,6 +40,7 @@ NAMES = {
     "batched": variant("experts", 4, {"ema": 0.9}, kernel="batched", capacity=0.6),
     "reference": variant("dropless", 4, {}, kernel="reference"),
 }
+NAMES = {name: case | {"model": case["model"] | {"heads": 4}} for name, case in NAMES.items()}  # two ranks cut them
 FOUR = ["experts", "roberta", "dropless", "transformer", "spectral", "batched", "reference"]
 
 
@@ -83,26 +84,26 @@ def alone():
     return of
 
 
-slow = pytest.mark.slow
+slow, matrix = pytest.mark.slow, pytest.mark.matrix
 LAYOUTS = [
     (2, {"expert": 2, "shard": 2}, ["experts", "roberta", "dropless"]),
     (2, {"expert": 2, "shard": 1, "tensor": 2}, ["transformer"]),
     (3, {"expert": 3, "shard": 3, "micro_batch": 2}, ["spectral of 3"]),
     (4, {"expert": 2, "shard": 4}, ["experts", "two"]),  # copies share by experts, and by rows of each
     (4, {"expert": 2, "replicate": 2, "shard": 2, "micro_batch": 1}, ["roberta"]),
-    pytest.param(2, {"expert": 2, "shard": 2, "micro_batch": 3}, FOUR, marks=slow),
-    pytest.param(2, {"expert": 2, "shard": 2, "reshard": False, "micro_batch": 2}, ["experts"], marks=slow),
-    pytest.param(3, {"expert": 3, "shard": 3}, ["transformer of 3"], marks=slow),
-    pytest.param(4, {"expert": 2, "shard": 4, "micro_batch": 1}, FOUR, marks=slow),
-    pytest.param(4, {"expert": 2, "shard": 4}, ["two, lamb", "two, adafactor"], marks=slow),
-    pytest.param(4, {"expert": 4, "shard": 4}, FOUR, marks=slow),
-    pytest.param(4, {"expert": 2, "replicate": 2, "shard": 2}, FOUR, marks=slow),
-    # Along the tensor axis ranks compute alike here, but for the experts, whose tokens they share.
-    pytest.param(4, {"expert": 2, "shard": 1, "tensor": 4}, FOUR, marks=slow),
-    pytest.param(4, {"expert": 4, "shard": 2, "tensor": 2, "micro_batch": 2}, FOUR, marks=slow),
-    pytest.param(4, {"expert": 2, "shard": 2, "tensor": 2}, ["experts", "transformer"], marks=slow),
-    pytest.param(6, {"expert": 2, "shard": 6}, ["experts", "transformer"], marks=slow),  # copies share unevenly
-    pytest.param(8, {"expert": 2, "replicate": 2, "shard": 2, "tensor": 2}, ["dropless", "experts"], marks=slow),
+    pytest.param(2, {"expert": 2, "shard": 2, "micro_batch": 3}, FOUR, marks=matrix),
+    pytest.param(2, {"expert": 2, "shard": 2, "reshard": False, "micro_batch": 2}, ["experts"], marks=matrix),
+    pytest.param(3, {"expert": 3, "shard": 3}, ["transformer of 3"], marks=matrix),
+    pytest.param(4, {"expert": 2, "shard": 4, "micro_batch": 1}, FOUR, marks=matrix),
+    pytest.param(4, {"expert": 2, "shard": 4}, ["two, lamb", "two, adafactor"], marks=matrix),
+    pytest.param(4, {"expert": 4, "shard": 4}, FOUR, marks=matrix),
+    pytest.param(4, {"expert": 2, "replicate": 2, "shard": 2}, FOUR, marks=matrix),
+    # Along the tensor axis ranks share the tokens of experts.
+    pytest.param(4, {"expert": 2, "shard": 1, "tensor": 4}, FOUR, marks=matrix),
+    pytest.param(4, {"expert": 4, "shard": 2, "tensor": 2, "micro_batch": 2}, FOUR, marks=matrix),
+    pytest.param(4, {"expert": 2, "shard": 2, "tensor": 2}, ["experts", "transformer"], marks=matrix),
+    pytest.param(6, {"expert": 2, "shard": 6}, ["experts", "transformer"], marks=matrix),  # copies share unevenly
+    pytest.param(8, {"expert": 2, "replicate": 2, "shard": 2, "tensor": 2}, ["dropless", "experts"], marks=matrix),
 ]  # fmt: skip
 
 
