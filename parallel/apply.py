@@ -11,6 +11,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn.parallel import DistributedDataParallel
 
 from headway.parallel.mesh import World
+from headway.parallel.pipeline.plan import Plan
 from headway.pretrain.config import Job
 from headway.pretrain.models.init import Slice, initialise, whole
 from headway.pretrain.models.transformer import Block
@@ -18,17 +19,23 @@ from headway.pretrain.objectives import Objective
 from headway.pretrain.objectives.base import ChunkedLoss
 
 
-def apply(objective: Objective, job: Job, world: World, *, compiled: bool) -> nn.Module:
+def apply(
+    objective: Objective, job: Job, world: World, *, compiled: bool, plan: Plan | None = None
+) -> nn.Module:
     """Spread an objective that was built on the meta device, give it memory and its initial weights.
 
     Returns the module to call: the objective itself, or DDP around it. Names of parameters do not change.
+    With the plan of a pipeline, this rank's part of it is kept.
     """
     layout = world.layout
+    if plan:
+        plan.prune(objective, world.place("pipeline"))
     if compiled:
         compile_blocks(objective)
     split = layout.pipeline * layout.context * layout.tensor > 1
     if layout.shard * layout.context > 1 or (split and layout.replicate > 1):
-        shard(objective, world, reshard=job.parallel.reshard)
+        # In a pipeline many micro-batches are under way at once: parameters stay gathered for the step.
+        shard(objective, world, reshard=job.parallel.reshard and plan is None)
     objective.to_empty(device=world.device)
     initialise(objective, job.model, job.train.seed, slice_of=local_slice)
     if layout.replicate > 1 and layout.shard == 1 and not split:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from headway.parallel.mesh import AXES, Layout
+from headway.parallel.pipeline.rules import check as check_pipeline
 from headway.pretrain.config import Job
 from headway.pretrain.errors import JobError
 
@@ -19,7 +20,7 @@ class Capabilities:
 
 ENGINES = {
     "native": Capabilities(
-        axes=frozenset({"replicate", "shard"}),
+        axes=frozenset({"pipeline", "replicate", "shard"}),
         precisions={
             "cpu": frozenset({"auto", "fp32", "bf16", "fp16", "fp64"}),
             "cuda": frozenset({"auto", "fp32", "bf16", "fp16", "fp64"}),
@@ -37,6 +38,7 @@ def check(job: Job, layout: Layout, device_type: str) -> None:
         if size not in (1, -1) and axis not in can.axes:
             rule = f"the {name} engine spreads along {', '.join(sorted(can.axes))} only"
             raise JobError(f"parallel.{axis}", size, rule, f"1, with parallel.shard = {size}")
+    check_pipeline(job, layout)
     legal = can.precisions.get(device_type, can.precisions["cpu"])
     if job.precision not in legal:
         raise JobError(
