@@ -8,7 +8,6 @@ Shapes: B rows of a micro-batch.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from headway.parallel.pipeline.plan import Plan, Stage
 from headway.pretrain.engine import Batch
@@ -161,8 +161,10 @@ def view(objective: Objective, plan: Plan, stage: Stage) -> Objective:
 
 
 def _shallow(module: Any) -> Any:
-    """The same module with its own table of children."""
-    twin = copy.copy(module)
+    """The same module with its own table of children; not one of FSDP's, whose hooks belong to the original."""
+    kind = type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
+    twin = object.__new__(kind)
+    twin.__dict__.update(module.__dict__)
     twin._modules = dict(module._modules)
     return twin
 
