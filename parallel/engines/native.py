@@ -116,7 +116,9 @@ class NativeEngine:
         weight = self.scale.scale if self.scale else 1.0
         sums = Totals(self.world)
         if self.pipeline:
-            sums.add_told(self.pipeline, "train", self.pipeline.train(batch, self.job.train.seed, step, counts, weight))
+            sums.add_told(
+                self.pipeline, "train", self.pipeline.train(batch, self.job.train.seed, step, counts, weight)
+            )
         else:
             self._accumulate_alone(batch, step, counts, weight, sums)
         terms, metrics = sums.over_ranks()
@@ -175,6 +177,15 @@ class NativeEngine:
         found = {"loss": (terms[scored], self._global_counts(batch)[scored])}
         return found | {n: (float(t), c) for n, (t, c) in metrics.items() if t.dim() == 0}
 
+    def whole(self) -> Objective | None:
+        """The objective with all its weights on every rank, for samples and pictures; None if it is too large to be
+        brought together from the stages of a pipeline. Collective."""
+        if not self.pipeline:
+            return self.objective
+        from headway.parallel.pipeline.whole import gather
+
+        return gather(self.pipeline.plan, self.objective, self.world)
+
     # -- state ---------------------------------------------------------------------------------------------
 
     def state(self) -> State:
@@ -189,6 +200,10 @@ class NativeEngine:
                 for key, value in entries.items():
                     tensors[f"optimizer.{names[id(parameter)]}.{key}"] = value
         return State(tensors, {"loss_scale": self.scale.state()} if self.scale else {})
+
+    def elsewhere(self) -> dict[str, Tensor]:
+        """Weights and buffers that other stages of a pipeline hold, on the meta device."""
+        return self.pipeline.elsewhere() if self.pipeline else {}
 
     def load(self, state: State) -> None:
         if self.scale and "loss_scale" in state.numbers:

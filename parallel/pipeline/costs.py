@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from headway.pretrain.config import Job, Model
 from headway.pretrain.models.inputs import Inputs
@@ -52,14 +53,12 @@ def _tower(model: Model, layers: int, tokens: int, causal: bool = False, memory:
 
 def _inputs(objective: Objective, job: Job) -> Inputs:
     """What the data said when the objective was built."""
-    embed = objective.model.embed
+    embed: Any = objective.model.embed
     if isinstance(objective, Classifier | MaskedAutoencoder):
         channels = embed.patches.in_features // embed.side**2
         classes = objective.head.out_features if isinstance(objective, Classifier) else 0
         return Inputs(
             length=job.row_tokens, image=embed.grid * embed.side, channels=channels, classes=classes
         )
-    length, target = (
-        objective.lengths if isinstance(objective, Seq2SeqLM) else (job.data.seq_len, 0)
-    )
+    length, target = objective.lengths if isinstance(objective, Seq2SeqLM) else (job.data.seq_len, 0)
     return Inputs(vocab=embed.tokens.num_embeddings, length=length, target_length=target)

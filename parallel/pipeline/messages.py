@@ -53,7 +53,10 @@ class Shapes:
 
     def zeros(self, device: torch.device) -> list[Tensor]:
         """A row of zeros of everything that goes in."""
-        return [torch.zeros_like(t, device=device).requires_grad_(t.requires_grad) for t in self.examples("into", 1)]
+        return [
+            torch.zeros_like(t, device=device).requires_grad_(t.requires_grad)
+            for t in self.examples("into", 1)
+        ]
 
     def __hash__(self) -> int:
         return hash((tuple(self.into), tuple(self.out)))

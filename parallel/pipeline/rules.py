@@ -72,7 +72,9 @@ def check(job: Job, layout: Layout) -> None:
         raise JobError("parallel.virtual", virtual, rule, max(kind.least, min(virtual, kind.most)))
     stages, blocks = layout.pipeline * virtual, block_uses(job)
     if blocks < stages:
-        rule = f"with {virtual} stage(s) a rank there are {stages} stages, and only {blocks} blocks to fill them"
+        rule = (
+            f"with {virtual} stage(s) a rank there are {stages} stages, and only {blocks} blocks to fill them"
+        )
         raise JobError("parallel.pipeline", layout.pipeline, rule, max(1, blocks // virtual))
     if job.model.init.lsuv:
         rule = "measures layer after layer in one process: not with parallel.pipeline above 1"

@@ -14,7 +14,7 @@ from torch.distributed.pipelining import PipelineStage, schedules
 
 from headway.parallel.mesh import World
 from headway.parallel.pipeline.messages import Messages, Shapes
-from headway.parallel.pipeline.plan import Plan
+from headway.parallel.pipeline.plan import Plan, tensors_of
 from headway.parallel.pipeline.shared import Shared
 from headway.parallel.pipeline.stages import StageModule, Work
 from headway.pretrain.engine import Batch
@@ -84,7 +84,7 @@ class Pipeline:
         with self._gathered(reduce=True):
             shapes = self._shapes(micros[0])
             work = self._give(Work(micros, noises, counts, weight))
-            schedule = self._schedule(len(micros), len(micros[0]["slot"]), shapes)
+            schedule = self._schedule(len(micros), rows_of(micros[0]), shapes)
             for stage in getattr(schedule, "_stages", None) or [schedule._stage]:
                 stage.has_backward = True
                 stage.clear_runtime_states()
@@ -113,7 +113,8 @@ class Pipeline:
                     len(self.plan.stages),
                     self.world.device,
                     input_args=around.examples("into", rows),
-                    output_args=around.examples("out", rows) or torch.empty((), device="meta", requires_grad=True),
+                    output_args=around.examples("out", rows)
+                    or torch.empty((), device="meta", requires_grad=True),
                     group=self.world.group("pipeline"),
                 )
                 built.append(stage)
@@ -140,7 +141,7 @@ class Pipeline:
                     received = kept.pop((number, i), None)
                     if received is None and number:
                         received = self.messages.receive(
-                            around.examples("into", len(micro["slot"])), self._rank(number - 1)
+                            around.examples("into", rows_of(micro)), self._rank(number - 1)
                         )
                     made = module(*(received or ()), micro=i)
                     if module.stage.last:
@@ -176,7 +177,9 @@ class Pipeline:
         dist.broadcast(flat, source, group=self.world.group("pipeline"))
         parts = iter(flat.split(sizes))
         told = {name: next(parts).reshape(()) for name in names}
-        return told, {name: Mean(next(parts).reshape(shape), next(parts).reshape(())) for name, shape in shapes}
+        return told, {
+            name: Mean(next(parts).reshape(shape), next(parts).reshape(())) for name, shape in shapes
+        }
 
     def loads(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
         """Metrics without the loads of experts that other ranks hold."""
@@ -186,17 +189,18 @@ class Pipeline:
             held = self.objective.get_submodule(f"{prefix}.blocks")._modules
             mine |= {begin + use for use in range(uses) if str(use // self.plan.repeats[tower]) in held}
             begin += uses
-        return {
-            n: v for n, v in metrics.items() if not n.startswith("load/") or int(n.split("/")[1]) in mine
-        }
+        return {n: v for n, v in metrics.items() if not n.startswith("load/") or int(n.split("/")[1]) in mine}
+
+    def elsewhere(self) -> dict[str, Tensor]:
+        """Parameters and buffers of other ranks of the pipeline, on the meta device: what is written there is lost."""
+        held = self.plan.holders
+        return {name: t for name, t in tensors_of(self.plan.whole).items() if self.place not in held[name]}
 
     # -- pieces --------------------------------------------------------------------------------------------
 
     def _cut(self, batch: Batch) -> list[Batch]:
-        count = len(batch["slot"])
-        return [
-            {k: v[i : i + self.rows] for k, v in batch.items()} for i in range(0, count, self.rows)
-        ]
+        count = rows_of(batch)
+        return [{k: v[i : i + self.rows] for k, v in batch.items()} for i in range(0, count, self.rows)]
 
     def _rank(self, stage: int) -> int:
         """Global rank of the holder of a stage."""
@@ -263,3 +267,8 @@ class Pipeline:
             state._root_post_backward_final_callback()
         for module in shards:
             module.reshard()
+
+
+def rows_of(batch: Batch) -> int:
+    """Rows of a batch: the first dim of any of its tensors."""
+    return len(next(iter(batch.values())))

@@ -33,7 +33,9 @@ class Shared:
             if self.place in places:
                 members = [ranks[place] for place in places]
                 whole = len(members) == len(ranks)
-                self.groups[places] = line if whole else dist.new_group(members, use_local_synchronization=True)
+                self.groups[places] = (
+                    line if whole else dist.new_group(members, use_local_synchronization=True)
+                )
 
     def owned(self, named: Mapping[str, Tensor]) -> list[Tensor]:
         """The parameters that this rank answers for."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,20 @@ from torch.distributed.fsdp import FSDPModule
 
 from headway.parallel.pipeline.plan import Plan, Stage
 from headway.pretrain.engine import Batch
+from headway.pretrain.models.hidden import Hidden
 from headway.pretrain.models.layers import Noise
 from headway.pretrain.models.routing import Side
 from headway.pretrain.objectives import LossOutput, Mean, Objective
 
 SideShape = list[tuple[str, int]]
 """Names of what a use of a block gives beside, and numbers of a row; 0 for a number alone."""
+
+
+class Towers(NamedTuple):
+    """Hidden states of the last tower of a stage, with all sides of the stage, and what that tower was given."""
+
+    hidden: Hidden
+    before: Tensor | None
 
 
 @dataclass
@@ -86,21 +94,25 @@ class StageModule(nn.Module):
                 out = self.view.score(batch, hidden._replace(sides=sides), noise)
         if self.stage.last:
             return self._weighed(out, micro)
-        made = {"stream": hidden.final, "before": before if "stream" in self.outgoing else hidden.final}
+        made: dict[str, Any] = {
+            "stream": hidden.final,
+            "before": before if "stream" in self.outgoing else hidden.final,
+        }
         sent = [_own_node(made[name], received) for name in self.outgoing]
-        sides = self._pack(given.get("sides"), hidden.sides)
-        return (*sent, *([] if sides is None else [_own_node(sides, received)]))
+        packed = self._pack(given.get("sides"), hidden.sides)
+        return (*sent, *([] if packed is None else [_own_node(packed, received)]))
 
-    def _towers(self, batch: Batch, noise: Noise | None, given: dict[str, Tensor]):
-        """Hidden states of the last tower here, with all sides of this stage; and what that tower was given."""
-        before, stream, sides, hidden = given.get("before"), given.get("stream"), [], None
+    def _towers(self, batch: Batch, noise: Noise | None, given: dict[str, Tensor]) -> Towers:
+        before, stream = given.get("before"), given.get("stream")
+        hidden: Hidden | None = None
+        sides: list[Side] = []
         for tower in sorted(self.stage.spans):
             before = before if hidden is None else hidden.final
             hidden = self.view.through(tower, batch, noise, before, stream)
             stream = None
             sides += hidden.sides
         assert hidden is not None
-        return hidden._replace(sides=sides), before
+        return Towers(hidden._replace(sides=sides), before)
 
     def _weighed(self, out: LossOutput, micro: int) -> Tensor:
         assert self.work is not None
@@ -163,7 +175,7 @@ def view(objective: Objective, plan: Plan, stage: Stage) -> Objective:
 def _shallow(module: Any) -> Any:
     """The same module with its own table of children; not one of FSDP's, whose hooks belong to the original."""
     kind = type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
-    twin = object.__new__(kind)
+    twin: Any = object.__new__(kind)
     twin.__dict__.update(module.__dict__)
     twin._modules = dict(module._modules)
     return twin

@@ -34,7 +34,9 @@ class Parallel(Section):
     expert: AxisSize = 1
     context_method: Literal["ring", "ulysses"] = "ring"
     """How attention reaches keys of other context ranks: they go round, or heads are exchanged for columns."""
-    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"] = "1f1b"
+    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"] = (
+        "1f1b"
+    )
     """Order of micro-batches in the pipeline."""
     virtual: Positive | None = None
     """Stages of a pipeline rank; what the schedule needs at least if not given."""

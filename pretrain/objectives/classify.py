@@ -28,6 +28,7 @@ class Classifier(Objective):
     Labels may be mixtures of two (mixup, cutmix): `partner` has the share 1 - `share`.
     """
 
+    model: ViT
     scored = "rows"
 
     def __init__(self, job: Job, inputs: Inputs) -> None:
