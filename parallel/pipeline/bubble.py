@@ -12,11 +12,11 @@ def idle_units(schedule: str, ranks: int, virtual: int = 1) -> float:
 
     F, I, W: a forward, a backward of activations, one of weights; B = I + W.
 
-    GPipe (Huang et al. 2019) and 1F1B (Narayanan et al. 2021, section 2.2.1): (p - 1)(F + B). Interleaved 1F1B (section
-    2.2.2): as many units, of stages a v-th as long. Interleaved zero bubble: (p - 1)(F + I - W), ZB-H1 of Qi et al. 2024
-    (section 2.3) over more stages. ZB-V (section 6; 2 p - 1 micro-batches or more): p - 1, for ranks begin one after
-    the other and wait no more. DualPipeV (DeepSeek 2025): (p - 1)(F&B + B - 3 W), with F&B = F + B where nothing
-    overlaps.
+    GPipe (Huang et al. 2019) and 1F1B (Narayanan et al. 2021, section 2.2.1): (p - 1)(F + B). Interleaved 1F1B
+    (section 2.2.2): as many units, of stages a v-th as long. Interleaved zero bubble: (p - 1)(F + I - W), ZB-H1 of
+    Qi et al. 2024 over more stages. ZB-V (Qi et al., section 6; 2 p - 1 micro-batches or more): p - 1, for ranks begin
+    one after the other and wait no more. DualPipeV (DeepSeek 2025): (p - 1)(F&B + B - 3 W), with F&B = F + B where
+    nothing overlaps.
     """
     steps = ranks - 1
     return {

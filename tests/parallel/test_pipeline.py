@@ -32,7 +32,7 @@ def compare_parts(name, found, expected):
 
 def draw(pool, ranks, parallel, names):
     """Compare cases at a layout with one process."""
-    found = pool(curves, ranks=ranks, parallel=parallel, names=names)
+    found = pool(curves, ranks=ranks, timeout=600, parallel=parallel, names=names)
     for name in names:
         compare_parts(name, [rank[name] for rank in found], family(name))
 
