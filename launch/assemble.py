@@ -14,6 +14,7 @@ from headway.parallel import mesh
 from headway.parallel.engines import capabilities
 from headway.parallel.engines.native import NativeEngine
 from headway.parallel.mesh import World, rows_per_micro_batch
+from headway.parallel.pipeline.rules import micro_rows, splits_backward
 from headway.pretrain import device as devices
 from headway.pretrain.config import Job
 from headway.pretrain.data.dataset import Dataset, open_dataset
@@ -67,6 +68,11 @@ class Parts:
         rows = self.loader.stream.batch(0, sizes.rows(0), self.world.data_rank, layout.data)
         batch = self.engine.objective.collate(rows)
         return {key: value.to(self.world.device) for key, value in batch.items()}
+
+    def weights(self) -> list[torch.Tensor]:
+        """All parameters of the model, of every stage of a pipeline; only their shapes mean anything."""
+        there = self.engine.elsewhere().values()
+        return [*self.engine.objective.parameters(), *(t for t in there if isinstance(t, torch.nn.Parameter))]
 
     def name_samples(self) -> str:
         """Names of all samples of the last global batch, for error messages."""
@@ -140,7 +146,7 @@ LONG_ENOUGH_TO_COMPILE = 100
 
 def choose_hardware(job: Job, world: World) -> Hardware:
     """Precision and compilation, chosen on the first rank for all, with what people should know."""
-    rows = rows_per_micro_batch(job, world.layout.data) * job.row_tokens
+    rows = micro_rows(job, world.layout) * job.row_tokens
     names = list(devices.PRECISIONS)
     precision, reason = str(job.precision), "set in the job"
     if world.main or job.precision != "auto":
@@ -149,7 +155,7 @@ def choose_hardware(job: Job, world: World) -> Hardware:
         )
     if job.precision == "auto":
         precision = names[int(world.sum(names.index(precision) if world.main else 0, along=mesh.AXES)[0])]
-    compiled, why = choose_compile(job, world.device)
+    compiled, why = choose_compile(job, world.device, split=splits_backward(job, world.layout))
     peak, source = devices.peak_rate(world.device, devices.PRECISIONS[precision])
     notes = [
         f"device {world.device} ({devices.device_name(world.device)}), {world.size} rank(s), {world.layout}"
@@ -175,8 +181,11 @@ def attention_kernel(job: Job, device: torch.device, precision: str, compiled: b
     ).name
 
 
-def choose_compile(job: Job, device: torch.device) -> tuple[bool, str]:
-    """Whether to compile, and why; raises JobError if it was asked for and cannot be."""
+def choose_compile(job: Job, device: torch.device, split: bool = False) -> tuple[bool, str]:
+    """Whether to compile, and why; raises JobError if it was asked for and cannot be.
+
+    `split`: the schedule of a pipeline runs the backward in two passes.
+    """
     asked = job.train.compile
     possible = device.type != "cpu" or devices.compiler_available()
     if asked is True and not possible:
@@ -184,6 +193,11 @@ def choose_compile(job: Job, device: torch.device) -> tuple[bool, str]:
         raise JobError("train.compile", True, rule, False)
     if asked != "auto":
         return bool(asked), "set in the job"
+    if split:
+        return (
+            False,
+            f"parallel.schedule {job.parallel.schedule} splits the backward, compiled blocks have one",
+        )
     if not possible:
         return False, "no C++ compiler with Python's headers on this machine"
     if job.train.steps < LONG_ENOUGH_TO_COMPILE:

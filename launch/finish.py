@@ -17,6 +17,7 @@ from headway.pretrain.data.store import TokenStore
 from headway.pretrain.engine import Batch
 from headway.pretrain.evaluate import bits_per_byte, heldout_rows
 from headway.pretrain.generate import generate
+from headway.pretrain.objectives import Objective
 from headway.pretrain.objectives.causal import CausalLM
 from headway.pretrain.objectives.mae import MaskedAutoencoder
 from headway.pretrain.recipe import as_plain, leaves
@@ -97,13 +98,13 @@ def finish(parts: Parts, folder: Path, recorder: Recorder) -> Finished:
 
 def report(parts: Parts, folder: Path, values: dict | None = None) -> dict:
     """Write `summary.json` and `report.html`; returns the summary. Collective; the first rank writes."""
-    completion, maps, painted = complete(parts), draw_maps(parts), paint(parts)
+    completion, maps, painted = show(parts)
     if not parts.world.main:
         return {}
     hardware = parts.hardware
     summary = {
         **(values or {}),
-        "parameters": sum(p.numel() for p in parts.engine.objective.parameters()),
+        "parameters": sum(p.numel() for p in parts.weights()),
         "device": str(parts.world.device),
         "devices": parts.world.size,
         "precision": hardware.precision,
@@ -115,6 +116,16 @@ def report(parts: Parts, folder: Path, values: dict | None = None) -> dict:
         summary |= {"prompt": parts.job.tracking.prompt, "completion": completion}
     write_report(folder, with_origins(parts), maps, summary, painted)
     return Finished.read(folder).summary
+
+
+def show(parts: Parts) -> tuple[str | None, AttentionMaps | None, str | None]:
+    """A completion, attention maps and pictures, each where the objective has it; collective."""
+    objective = parts.engine.whole()
+    if objective is None:
+        if parts.world.main:
+            print("  the report has no samples or maps: the stages' weights are too large for one rank")
+        return None, None, None
+    return complete(parts, objective), draw_maps(parts, objective), paint(parts, objective)
 
 
 def with_origins(parts: Parts) -> dict:
@@ -130,9 +141,9 @@ def with_origins(parts: Parts) -> dict:
     return tree
 
 
-def complete(parts: Parts) -> str | None:
+def complete(parts: Parts, objective: Objective) -> str | None:
     """A sampled continuation of the prompt, of causal models; the same on every rank."""
-    tokenizer, job, objective = parts.dataset.tokenizer, parts.job, parts.engine.objective
+    tokenizer, job = parts.dataset.tokenizer, parts.job
     if not isinstance(objective, CausalLM) or tokenizer is None:
         return None
     prompt = [tokenizer.separator, *tokenizer.encode(job.tracking.prompt)]
@@ -163,13 +174,13 @@ def example(parts: Parts, count: int) -> Batch:
     return {name: tensor.to(parts.world.device) for name, tensor in batch.items()}
 
 
-def draw_maps(parts: Parts) -> AttentionMaps:
+def draw_maps(parts: Parts, objective: Objective) -> AttentionMaps:
     """Attention of every head on the beginning of a text, or on an image; collective."""
     tokenizer, batch = parts.dataset.tokenizer, example(parts, 1)
     for name in ("tokens", "targets", "documents", "segments"):
         if name in batch:
             batch[name] = batch[name][:, :MAP_TOKENS]
-    maps = parts.engine.objective.attention_maps(batch)[:, 0].float().cpu().numpy().astype(np.float32)
+    maps = objective.attention_maps(batch)[:, 0].float().cpu().numpy().astype(np.float32)
     if tokenizer is None:
         first = int(parts.job.model.vision.class_token)
         names = ["<class>"] * first + [f"patch {i} " for i in range(maps.shape[-1] - first)]
@@ -190,9 +201,8 @@ def spell(parts: Parts, token: int) -> str:
     return f"<{named[token]}>" if token in named else tokenizer.decode([token])
 
 
-def paint(parts: Parts) -> str | None:
+def paint(parts: Parts, objective: Objective) -> str | None:
     """A picture of held-out images, masked, reconstructed and true, of masked autoencoders; collective."""
-    objective = parts.engine.objective
     if not isinstance(objective, MaskedAutoencoder):
         return None
     batch = example(parts, PAINTED)

@@ -14,6 +14,7 @@ from headway.parallel.checkpoint.manifest import read_manifest
 from headway.parallel.checkpoint.retention import folder_name, list_checkpoints, step_of
 from headway.parallel.checkpoint.save import Checkpointer
 from headway.parallel.checkpoint.verify import newest_good
+from headway.parallel.engines.native import NativeEngine
 from headway.parallel.mesh import AXES, World
 from headway.pretrain.engine import State
 from headway.pretrain.errors import CheckpointError
@@ -79,7 +80,7 @@ def restore(parts: Parts, path: Path) -> tuple[int, list[str]]:
     """
     state, imported = parts.engine.state(), read_manifest(path).numbers.get("imported")
     if imported:
-        notes = from_checkpoint(weights_of(state), path, parts.job)
+        notes = from_checkpoint(weights_of(parts.engine), path, parts.job)
         parts.engine.weights_changed()
         return 0, [f"the weights were imported from {imported}, training begins here", *notes]
     numbers: dict[str, Any] = load(path, state, verify=False)  # `choose` has verified it
@@ -89,12 +90,13 @@ def restore(parts: Parts, path: Path) -> tuple[int, list[str]]:
 
 def weights_only(parts: Parts, start: str) -> None:
     """Begin a new run with the weights of a checkpoint, a run's newest one, or a folder of Hugging Face."""
-    notes = start_from(weights_of(parts.engine.state()), parts.job, start)
+    notes = start_from(weights_of(parts.engine), parts.job, start)
     parts.engine.weights_changed()
     if parts.world.main:
         print("".join(f"  {note}\n" for note in notes), end="")
 
 
-def weights_of(state: State) -> dict[str, Tensor]:
-    """The state's weights, without moments and averages."""
-    return {name: tensor for name, tensor in state.tensors.items() if name.startswith(WEIGHTS)}
+def weights_of(engine: NativeEngine) -> dict[str, Tensor]:
+    """The weights, without moments and averages; those of other stages of a pipeline without values."""
+    tensors = engine.elsewhere() | engine.state().tensors
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(WEIGHTS)}

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from headway.parallel import expert
 from headway.parallel.mesh import World
+from headway.parallel.pipeline.plan import Plan
 from headway.parallel.recompute.apply import recompute
 from headway.parallel.recompute.policies import compile_block
 from headway.parallel.tensor.split import split
@@ -22,12 +23,23 @@ from headway.pretrain.objectives import Objective
 from headway.pretrain.objectives.base import ChunkedLoss
 
 
-def apply(objective: Objective, job: Job, world: World, *, precision: str, compiled: bool) -> nn.Module:
+def apply(
+    objective: Objective,
+    job: Job,
+    world: World,
+    *,
+    precision: str,
+    compiled: bool,
+    plan: Plan | None = None,
+) -> nn.Module:
     """Spread an objective that was built on the meta device, give it memory and its initial weights.
 
     Returns the module to call: the objective itself, or DDP around it. Names of parameters do not change.
+    With the plan of a pipeline, this rank's part of it is kept.
     """
     layout = world.layout
+    if plan:
+        plan.prune(objective, world.place("pipeline"))
     if layout.tensor > 1:
         split(objective, job, world)
     expert.spread(objective, world)
@@ -37,7 +49,8 @@ def apply(objective: Objective, job: Job, world: World, *, precision: str, compi
     modelled = layout.pipeline * layout.context * layout.tensor > 1
     copied = (modelled and layout.replicate > 1) or expert.has_copies(world)
     if layout.shard * layout.context > 1 or copied:
-        shard(objective, world, reshard=job.parallel.reshard)
+        # In a pipeline many micro-batches are under way at once: parameters stay gathered for the step.
+        shard(objective, world, reshard=job.parallel.reshard and plan is None)
     objective.to_empty(device=world.device)
     initialise(objective, job.model, job.train.seed, slice_of=local_slice)
     if layout.replicate > 1 and layout.shard == 1 and not modelled:

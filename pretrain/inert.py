@@ -91,6 +91,8 @@ RULES: list[Rule] = [
         "this schedule does not depend on its length",
     ),
     ("train.eval_rows", lambda j: j.train.eval_every > 0, "train.eval_every is 0"),
+    ("parallel.schedule", lambda j: j.parallel.pipeline != 1, "parallel.pipeline is 1"),
+    ("parallel.virtual", lambda j: j.parallel.pipeline != 1, "parallel.pipeline is 1"),
     ("parallel.reshard", lambda j: j.parallel.shard != 1, "parallel.shard is 1: nothing is gathered"),
     ("tracking.project", lambda j: j.tracking.wandb != "off", "tracking.wandb is off"),
     ("tracking.group", lambda j: j.tracking.wandb != "off", "tracking.wandb is off"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from headway.parallel import expert
 from headway.parallel.mesh import AXES, Layout
+from headway.parallel.pipeline.rules import check as check_pipeline
 from headway.parallel.recompute.rules import check_recompute
 from headway.parallel.tensor.legal import check_tensor
 from headway.pretrain.config import Job
@@ -22,7 +23,7 @@ class Capabilities:
 
 ENGINES = {
     "native": Capabilities(
-        axes=frozenset({"replicate", "shard", "tensor", "expert"}),
+        axes=frozenset({"pipeline", "replicate", "shard", "tensor", "expert"}),
         precisions={
             "cpu": frozenset({"auto", "fp32", "bf16", "fp16", "fp64"}),
             "cuda": frozenset({"auto", "fp32", "bf16", "fp16", "fp64"}),
@@ -42,6 +43,7 @@ def check(job: Job, layout: Layout, device_type: str) -> None:
             raise JobError(f"parallel.{axis}", size, rule, f"1, with parallel.shard = {size}")
     check_tensor(job, layout)
     expert.check(job, layout)
+    check_pipeline(job, layout)
     check_recompute(job)
     legal = can.precisions.get(device_type, can.precisions["cpu"])
     if job.precision not in legal:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from headway.parallel.apply import apply
-from headway.parallel.mesh import AXES, PARTS, World, rows_per_micro_batch
+from headway.parallel.mesh import AXES, PARTS, World
+from headway.parallel.pipeline.plan import make_plan
+from headway.parallel.pipeline.rules import micro_rows
 from headway.parallel.watch import divergence
 from headway.pretrain.config import Job
 from headway.pretrain.data import used
@@ -28,6 +31,9 @@ from headway.pretrain.optim.clipping import global_norm, scale_gradients_
 from headway.pretrain.optim.scaler import LossScale
 from headway.pretrain.optim.schedules import factor, in_steps
 from headway.pretrain.optim.sharded import reduced
+
+if TYPE_CHECKING:
+    from headway.parallel.pipeline.run import Pipeline
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MUON = {"fp32": torch.float32, "fp64": torch.float64}
@@ -50,12 +56,20 @@ class NativeEngine:
         self.job, self.world, self.objective = job, world, objective
         self.precision = precision
         self.before_update: Callable[[], None] = lambda: None
-        self.call = apply(objective, job, world, precision=precision, compiled=compiled)
+        plan = make_plan(objective, job, world.layout) if world.layout.pipeline > 1 else None
+        names = [name for name, _ in objective.named_parameters()]
+        self.call = apply(objective, job, world, precision=precision, compiled=compiled, plan=plan)
         self.named = dict(objective.named_parameters())
-        self.optimizers = build_optimizers(self.named.items(), job.optimizer, MUON.get(precision))
+        self.optimizers = build_optimizers(self.named.items(), job.optimizer, MUON.get(precision), names)
         self.scale = LossScale() if precision == "fp16" else None
         self.schedule = in_steps(job.schedule, job.train, job.row_tokens)
-        self.rows = rows_per_micro_batch(job, world.layout.data)
+        self.rows = micro_rows(job, world.layout)
+        self.pipeline: Pipeline | None = None
+        if plan:
+            from headway.parallel.pipeline.run import Pipeline
+
+            schedule = job.parallel.schedule
+            self.pipeline = Pipeline(plan, objective, self.named, world, schedule, self.rows, self._autocast)
         self.average: Average | None = None
         self.weights_changed()
         for optimizer in self.optimizers:
@@ -73,7 +87,7 @@ class NativeEngine:
         loss, metrics = self._accumulate(batch, step, counts)
         if self.scale:
             scale_gradients_(self.named.values(), 1.0 / self.scale.scale)
-        norm = float(global_norm(self.named.values()))
+        norm = self.pipeline.norm() if self.pipeline else float(global_norm(self.named.values()))
         if not math.isfinite(loss) or (not math.isfinite(norm) and self.scale is None):
             self._forget_gradients()
             raise NonFiniteError(f"step {step}: loss {loss}, gradient norm {norm}")
@@ -83,7 +97,7 @@ class NativeEngine:
         self.before_update()
         if not skipped:
             self._update(step, norm)
-            self.objective.after_update(metrics)
+            self.objective.after_update(self.pipeline.loads(metrics) if self.pipeline else metrics)
             if self.average:
                 self.average.update()
         told: dict[str, float | list[float]] = {name: value.tolist() for name, value in metrics.items()}
@@ -106,14 +120,31 @@ class NativeEngine:
         self, batch: Batch, step: int, counts: dict[str, float]
     ) -> tuple[float, dict[str, Tensor]]:
         """Forward and backward over micro-batches; loss and metrics of the global batch."""
+        weight = self.scale.scale if self.scale else 1.0
+        sums = Totals(self.world)
+        if self.pipeline:
+            sums.add_told(
+                self.pipeline, "train", self.pipeline.train(batch, self.job.train.seed, step, counts, weight)
+            )
+        else:
+            self._accumulate_alone(batch, step, counts, weight, sums)
+        for parameter in self.named.values():
+            if parameter.grad is not None:
+                parameter.grad = reduced(parameter.grad)
+        terms, metrics = sums.over_ranks()
+        loss = sum(total / max(counts[name], 1) for name, total in terms.items())
+        return loss, {name: total / max(count, 1) for name, (total, count) in metrics.items()}
+
+    def _accumulate_alone(
+        self, batch: Batch, step: int, counts: dict[str, float], weight: float, sums: Totals
+    ) -> None:
+        """Forward and backward of all stages on this rank."""
         micros = [
             {k: v[i : i + self.rows] for k, v in batch.items()}
             for i in range(0, len(batch["slot"]), self.rows)
         ]
-        weight = self.scale.scale if self.scale else 1.0
         if isinstance(self.call, DistributedDataParallel):
             weight *= self.world.layout.data  # DDP averages; the sum is wanted
-        sums = Totals(self.world)
         for i, micro in enumerate(micros):
             with self._sync(last=i == len(micros) - 1):
                 with self._autocast():
@@ -121,12 +152,6 @@ class NativeEngine:
                 parts = [total * (weight / max(counts[name], 1)) for name, total in out.terms.items()]
                 torch.stack(parts).sum().backward() if len(parts) > 1 else parts[0].backward()
             sums.add(out)
-        for parameter in self.named.values():
-            if parameter.grad is not None:
-                parameter.grad = reduced(parameter.grad)
-        terms, metrics = sums.over_ranks()
-        loss = sum(total / max(counts[name], 1) for name, total in terms.items())
-        return loss, {name: total / max(count, 1) for name, (total, count) in metrics.items()}
 
     def _update(self, step: int, norm: float) -> None:
         clip = self.job.optimizer.clip
@@ -150,15 +175,26 @@ class NativeEngine:
     def evaluate(self, batch: Batch) -> Sums:
         """Summed loss, metrics and their counts over all ranks; all ranks call it together. See the protocol."""
         self.objective.eval()
-        with self._autocast(), self.average.swapped() if self.average else nullcontext():
-            out = self.objective(batch)
-        self.objective.train()
         sums = Totals(self.world)
-        sums.add(out)
+        with self._autocast(), self.average.swapped() if self.average else nullcontext():
+            if self.pipeline:
+                sums.add_told(self.pipeline, "evaluate", self.pipeline.evaluate(batch))
+            else:
+                sums.add(self.objective(batch))
+        self.objective.train()
         terms, metrics = sums.over_ranks()
         scored = self.objective.scored
         found = {"loss": (terms[scored], self._global_counts(batch)[scored])}
         return found | {n: (float(t), c) for n, (t, c) in metrics.items() if t.dim() == 0}
+
+    def whole(self) -> Objective | None:
+        """The objective with all its weights on every rank, for samples and pictures; None if it is too large to be
+        brought together from the stages of a pipeline. Collective."""
+        if not self.pipeline:
+            return self.objective
+        from headway.parallel.pipeline.whole import gather
+
+        return gather(self.pipeline.plan, self.objective, self.world)
 
     # -- state ---------------------------------------------------------------------------------------------
 
@@ -174,6 +210,10 @@ class NativeEngine:
                 for key, value in entries.items():
                     tensors[f"optimizer.{names[id(parameter)]}.{key}"] = value
         return State(tensors, {"loss_scale": self.scale.state()} if self.scale else {})
+
+    def elsewhere(self) -> dict[str, Tensor]:
+        """Weights and buffers that other stages of a pipeline hold, on the meta device."""
+        return self.pipeline.elsewhere() if self.pipeline else {}
 
     def load(self, state: State) -> None:
         if self.scale and "loss_scale" in state.numbers:
@@ -238,6 +278,12 @@ class Totals:
         for name, (total, count) in out.metrics.items():
             known = self.metrics.get(name)
             self.metrics[name] = Mean(known.sum + total, known.over + count) if known else Mean(total, count)
+
+    def add_told(self, pipeline: Pipeline, kind: str, found: list[LossOutput]) -> None:
+        """Add what the last stage has found, which other stages are told."""
+        for out in found:
+            self.add(out)
+        self.terms, self.metrics = pipeline.tell(kind, self.terms, self.metrics)
 
     def over_ranks(self) -> tuple[dict[str, float], dict[str, tuple[Tensor, float]]]:
         """Sums of the terms; sum (a tensor on CPU) and count of each metric."""

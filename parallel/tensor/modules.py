@@ -128,7 +128,8 @@ class Cut(Local):
             mine = padded[columns.rank * columns.width :][: columns.width]
             context = context._replace(noise=noise._replace(positions_S=mine))
         x_BSE, sides = super().forward(part(x_BSE, columns), context._replace(outputs=None))  # type: ignore[misc]
-        return whole(x_BSE, columns)[:, :outputs], sides
+        last = self.span is None or self.span[1] == self.uses
+        return whole(x_BSE, columns)[:, : outputs if last else None], sides
 
 
 class Heads(Local):

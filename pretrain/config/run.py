@@ -45,7 +45,8 @@ class Parallel(Section):
     micro_batch: Positive | None = None
     """Rows of a micro-batch on one rank; all of the rank's rows at once if not given."""
     reshard: bool = True
-    """Free gathered parameters after the forward (ZeRO-3); false keeps them for the backward (ZeRO-2)."""
+    """Free gathered parameters after the forward (ZeRO-3); false keeps them for the backward (ZeRO-2). In a pipeline,
+    whose micro-batches are under way at once, they stay for the step either way."""
     recompute: Literal["none", "full", "attention", "products", "budget"] = "none"
     """What the backward computes again: nothing; whole blocks; the attention core; all but matrix products; or as
     little as `recompute_budget` allows."""

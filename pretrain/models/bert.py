@@ -33,6 +33,7 @@ class BERT(Tower):
         documents_BS: Tensor | None = None,
         segments_BS: Tensor | None = None,
         noise: Noise | None = None,
+        embedded_BSE: Tensor | None = None,
     ) -> Hidden:
         """
         Args:
@@ -40,9 +41,12 @@ class BERT(Tower):
             documents_BS: int; tokens see their own document only (padding is document -1). None: all see all.
             segments_BS: int64, rows of the segment table; 0 if None.
             noise: what dropout depends on; None drops nothing.
+            embedded_BSE: what goes into the first block, where something else has embedded the tokens.
         """
         positions_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
-        x_BSE = self.embed(tokens_BS, positions_S, noise, segments_BS)
+        x_BSE = (
+            self.embed(tokens_BS, positions_S, noise, segments_BS) if embedded_BSE is None else embedded_BSE
+        )
         final, sides = self.run(x_BSE, positions_S, Mask(False, documents_BS), noise)
         pooled = None if self.pooler is None else torch.tanh(self.pooler(final[:, 0]))
         return Hidden(final, sides, pooled)

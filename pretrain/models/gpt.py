@@ -32,6 +32,7 @@ class GPT(Tower):
         positions_S: Tensor | None = None,
         noise: Noise | None = None,
         prefix_B: Tensor | None = None,
+        embedded_BSE: Tensor | None = None,
     ) -> Hidden:
         """
         Args:
@@ -40,9 +41,10 @@ class GPT(Tower):
             positions_S: int64, the columns' places in the sequence; 0, 1, ... if None.
             noise: what dropout depends on; None drops nothing.
             prefix_B: int64; so many first tokens of a row are seen by all of it (prefix LM).
+            embedded_BSE: what goes into the first block, where something else has embedded the tokens.
         """
         if positions_S is None:
             positions_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
-        x_BSE = self.embed(tokens_BS, positions_S, noise)
+        x_BSE = self.embed(tokens_BS, positions_S, noise) if embedded_BSE is None else embedded_BSE
         mask = Mask(True, documents_BS, prefix=prefix_B)
         return Hidden(*self.run(x_BSE, positions_S, mask, noise))

@@ -37,13 +37,23 @@ class PixelDecoder(Tower):
 
     def forward(self, encoded_BKE: Tensor, visible_BK: Tensor, noise: Noise | None = None) -> Tensor:
         """Pixels of all patches [B, N, P], from the encoder's output (class token first, if there is one)."""
+        return self.pixels(self.decode(self.fill(encoded_BKE, visible_BK), noise))
+
+    def fill(self, encoded_BKE: Tensor, visible_BK: Tensor) -> Tensor:
+        """What goes into the first block: [B, 1 + N, D] with the class token, if there is one."""
         x_BKD = self.embed(encoded_BKE)
         head, body = x_BKD[:, : self.first], x_BKD[:, self.first :]
         index = visible_BK.unsqueeze(-1).expand(-1, -1, body.shape[-1])
         blank = self.mask_token.to(body.dtype).expand(body.shape[0], self.grid**2, -1)
         x_BND = torch.cat((head, blank.scatter(1, index, body)), 1)
+        return x_BND + self.positions(self.grid, self.grid, x_BND.dtype, x_BND.device, bool(self.first))
+
+    def decode(self, x_BND: Tensor, noise: Noise | None = None) -> Tensor:
+        """Blocks and final norm."""
         places = torch.arange(x_BND.shape[1], device=x_BND.device)
-        x_BND = x_BND + self.positions(self.grid, self.grid, x_BND.dtype, x_BND.device, bool(self.first))
-        final, _ = self.run(x_BND, places, Mask(False), noise)
-        pixels: Tensor = self.head(final[:, self.first :])
+        return self.run(x_BND, places, Mask(False), noise)[0]
+
+    def pixels(self, final_BND: Tensor) -> Tensor:
+        """[B, N, P]"""
+        pixels: Tensor = self.head(final_BND[:, self.first :])
         return pixels

@@ -71,6 +71,26 @@ def forward_flops(job: Job, inputs: Inputs) -> float:
     return sum(_sum(costs).flops for costs in _table(job, inputs))
 
 
+def block_flops(model: Model, layer: int, tokens: int, causal: bool = False, memory: int = 0) -> float:
+    """FLOPs of a forward of one row through a block.
+
+    Args:
+        model: shape of the block.
+        layer: its place, which says whether it has experts.
+        tokens: of the row.
+        causal: whether a token sees earlier ones only.
+        memory: tokens of the encoder, for cross-attention; 0 has none.
+    """
+    return _sum(_block(model, layer, tokens, causal, memory)).flops
+
+
+def end_flops(job: Job, inputs: Inputs) -> tuple[float, float]:
+    """FLOPs of a forward of one row through the embedding, and through all that follows the model's blocks (of a
+    masked autoencoder, its decoder too)."""
+    embedding, _, heads = (_sum(costs) for costs in _table(job, inputs))
+    return embedding.flops, heads.flops
+
+
 def backward_flops(job: Job, inputs: Inputs) -> float:
     """FLOPs of one row's backward without recomputation: two products for each of the forward's."""
     return 2 * forward_flops(job, inputs)

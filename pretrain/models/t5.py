@@ -43,22 +43,39 @@ class T5(nn.Module):
             noise: what dropout depends on; None drops nothing.
         """
         memory_BSE, sides = self.encode(tokens_BS, documents_BS, noise)
+        final, more = self.decode(memory_BSE, targets_BT, documents_BS, target_documents_BT, noise)
+        return Hidden(final, sides + more)
+
+    def decode(
+        self,
+        memory_BSE: Tensor,
+        targets_BT: Tensor,
+        documents_BS: Tensor | None = None,
+        target_documents_BT: Tensor | None = None,
+        noise: Noise | None = None,
+        embedded_BTE: Tensor | None = None,
+    ) -> tuple[Tensor, list]:
+        """The decoder's output [B, T, E], and what its blocks give beside; `embedded_BTE` goes into the first block,
+        where something else has embedded the targets."""
         positions_T = torch.arange(targets_BT.shape[1], device=targets_BT.device)
-        x_BTE = self.embed(targets_BT, positions_T, noise)
+        x_BTE = self.embed(targets_BT, positions_T, noise) if embedded_BTE is None else embedded_BTE
         across = Mask(
             False, _zeros(target_documents_BT, targets_BT, documents_BS), key_documents=documents_BS
         )
-        final, more = self.decoder.run(
-            x_BTE, positions_T, Mask(True, target_documents_BT), noise, memory_BSE, across
-        )
-        return Hidden(final, sides + more)
+        mask = Mask(True, target_documents_BT)
+        return self.decoder.run(x_BTE, positions_T, mask, noise, memory_BSE, across)
 
     def encode(
-        self, tokens_BS: Tensor, documents_BS: Tensor | None = None, noise: Noise | None = None
+        self,
+        tokens_BS: Tensor,
+        documents_BS: Tensor | None = None,
+        noise: Noise | None = None,
+        embedded_BSE: Tensor | None = None,
     ) -> tuple[Tensor, list]:
-        """The encoder's output [B, S, E], and what its blocks give beside."""
+        """The encoder's output [B, S, E], and what its blocks give beside; `embedded_BSE` goes into the first block,
+        where something else has embedded the tokens."""
         positions_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
-        x_BSE = self.embed(tokens_BS, positions_S, noise)
+        x_BSE = self.embed(tokens_BS, positions_S, noise) if embedded_BSE is None else embedded_BSE
         return self.encoder.run(x_BSE, positions_S, Mask(False, documents_BS), noise)
 
 

@@ -132,11 +132,18 @@ class Block(nn.Module):
 
 
 class Stack(nn.ModuleList):
-    """Blocks in order, each used `repeats` times in a row; a slice of a stack is a stack."""
+    """Blocks in order, each used `repeats` times in a row; a slice of a stack is a stack.
+
+    Attributes:
+        span: first use of a block that is made here, and the one after the last, of a stack that is cut into stages;
+            None makes all.
+        uses: of the whole stack.
+    """
 
     def __init__(self, blocks: Iterable[Block] = (), repeats: int = 1) -> None:
         super().__init__(blocks)
-        self.repeats = repeats
+        self.repeats, self.uses = repeats, len(self) * repeats
+        self.span: tuple[int, int] | None = None
 
     def __getitem__(self, index: Any) -> Any:
         part = super().__getitem__(index)
@@ -145,15 +152,15 @@ class Stack(nn.ModuleList):
     def forward(self, x_BSE: Tensor, context: Context) -> tuple[Tensor, list[Side]]:
         """Returns [B, S, E], and what each block (each use of a block) gives beside."""
         sides = []
-        last = len(self) * self.repeats - 1
-        for i, block in enumerate(self):
-            for time in range(self.repeats):
-                noise = context.noise
-                here = context if time == 0 or noise is None else context._replace(noise=noise.again(time))
-                if i * self.repeats + time < last:
-                    here = here._replace(outputs=None)
-                x_BSE, side = block(x_BSE, here)
-                sides.append(side)
+        for use in range(*(self.span or (0, self.uses))):
+            number, time = divmod(use, self.repeats)
+            block, noise = self._modules[str(number)], context.noise
+            assert block is not None
+            here = context if time == 0 or noise is None else context._replace(noise=noise.again(time))
+            if use < self.uses - 1:
+                here = here._replace(outputs=None)
+            x_BSE, side = block(x_BSE, here)
+            sides.append(side)
         return x_BSE, sides
 
 

@@ -29,6 +29,7 @@ class ViT(Tower):
         visible_BK: Tensor | None = None,
         noise: Noise | None = None,
         outputs: int | None = None,
+        embedded_BNE: Tensor | None = None,
     ) -> Hidden:
         """
         Args:
@@ -36,11 +37,12 @@ class ViT(Tower):
             visible_BK: int64, numbers of the patches that are read; all if None.
             noise: what dropout depends on; None drops nothing.
             outputs: how many places of the result are wanted, from the first on; all if None.
+            embedded_BNE: what goes into the first block, where something else has embedded the patches.
 
         Returns:
             `final` [B, 1 + N, E]: the class token, if there is one, and the patches that are read, in their order;
             or as many of these as are wanted.
         """
-        x_BNE = self.embed(pixels_BCHW, noise, visible_BK)
+        x_BNE = self.embed(pixels_BCHW, noise, visible_BK) if embedded_BNE is None else embedded_BNE
         places = torch.arange(x_BNE.shape[1], device=x_BNE.device)
         return Hidden(*self.run(x_BNE, places, Mask(False), noise, outputs=outputs))

@@ -15,6 +15,7 @@ from headway.kernels.cross_entropy import IGNORE, Losses, Options, linear_cross_
 from headway.pretrain import config
 from headway.pretrain.data.samples import Rows
 from headway.pretrain.engine import Batch
+from headway.pretrain.models.hidden import Hidden
 from headway.pretrain.models.layers import Noise
 from headway.pretrain.models.moe import MoE
 from headway.pretrain.models.routing import Side
@@ -49,10 +50,14 @@ class Objective(nn.Module):
     Attributes:
         model: returns hidden states.
         scored: name of the count and term that held-out loss is about.
+        towers: names of the model's towers, in order of computation.
+        remembered: whether every block of a later tower reads what the tower before it gave, and not the first alone.
         weights: weight in the loss of what blocks give beside, by name.
     """
 
     scored = "tokens"
+    towers: tuple[str, ...] = ("model",)
+    remembered = False
 
     def __init__(self, model: nn.Module, shape: config.Model) -> None:
         super().__init__()
@@ -69,6 +74,34 @@ class Objective(nn.Module):
             batch: what `collate` made, or a slice of its rows.
             noise: what dropout depends on; None drops nothing.
         """
+        hidden, sides = None, []
+        for tower in range(len(self.towers)):
+            hidden = self.through(tower, batch, noise, None if hidden is None else hidden.final)
+            sides += hidden.sides
+        assert hidden is not None
+        return self.score(batch, hidden._replace(sides=sides), noise)
+
+    def through(
+        self,
+        tower: int,
+        batch: Batch,
+        noise: Noise | None = None,
+        before: Tensor | None = None,
+        embedded: Tensor | None = None,
+    ) -> Hidden:
+        """What one tower makes of a batch, from what the tower before it gave.
+
+        Args:
+            tower: its place among `towers`.
+            batch: as in `forward`.
+            noise: as in `forward`.
+            before: `final` of the tower before.
+            embedded: what goes into the first block, where something else has computed it.
+        """
+        raise NotImplementedError
+
+    def score(self, batch: Batch, hidden: Hidden, noise: Noise | None = None) -> LossOutput:
+        """Heads and loss, from the last tower's hidden states with the sides of all towers."""
         raise NotImplementedError
 
     def collate(self, rows: Rows) -> Batch:

@@ -18,6 +18,7 @@ from headway.pretrain.data.specials import Specials
 from headway.pretrain.engine import Batch
 from headway.pretrain.models.attention import attention_maps
 from headway.pretrain.models.gpt import GPT
+from headway.pretrain.models.hidden import Hidden
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Linear, Noise, narrowed
 from headway.pretrain.objectives.base import (
@@ -58,12 +59,24 @@ class CausalLM(Objective):
         """[V, E]"""
         return self.model.embed.tokens.weight if self.head is None else self.head.weight
 
-    def forward(self, batch: Batch, noise: Noise | None = None) -> LossOutput:
-        """Loss of a batch: `tokens` and `labels` int64 [B, S] (IGNORE where not scored); `documents` [B, S],
-        `prefix` [B] and `positions` [S] (the columns' places in the sequence) where they are needed."""
-        labels_BS = batch["labels"]
+    def through(
+        self,
+        tower: int,
+        batch: Batch,
+        noise: Noise | None = None,
+        before: Tensor | None = None,
+        embedded: Tensor | None = None,
+    ) -> Hidden:
+        """Of a batch: `tokens` and `labels` int64 [B, S] (IGNORE where not scored); `documents` [B, S], `prefix` [B]
+        and `positions` [S] (the columns' places in the sequence) where they are needed."""
         documents, positions = batch.get("documents"), batch.get("positions")
-        hidden = self.model(batch["tokens"], documents, positions, noise, batch.get("prefix"))
+        hidden: Hidden = self.model(
+            batch["tokens"], documents, positions, noise, batch.get("prefix"), embedded
+        )
+        return hidden
+
+    def score(self, batch: Batch, hidden: Hidden, noise: Noise | None = None) -> LossOutput:
+        labels_BS = batch["labels"]
         losses = self.loss(self._scaled(hidden.final), self.head_weight, labels_BS)
         metrics = token_metrics(losses, self.loss.options, valid(labels_BS))
         return self.with_sides({"tokens": losses.total}, metrics, hidden.sides, batch.get("real"))

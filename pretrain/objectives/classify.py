@@ -16,6 +16,7 @@ from headway.pretrain.config import Job
 from headway.pretrain.data.samples import Rows
 from headway.pretrain.engine import Batch
 from headway.pretrain.models.attention import attention_maps
+from headway.pretrain.models.hidden import Hidden
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Linear, Noise
 from headway.pretrain.models.moe import MoE
@@ -29,6 +30,7 @@ class Classifier(Objective):
     Labels may be mixtures of two (mixup, cutmix): `partner` has the share 1 - `share`.
     """
 
+    model: ViT
     scored = "rows"
 
     def __init__(self, job: Job, inputs: Inputs) -> None:
@@ -44,10 +46,20 @@ class Classifier(Objective):
         whole = isinstance(last.mlp, MoE) or shape.attention.entropy_penalty
         self.outputs = 1 if self.pool == "first" and not whole else None
 
-    def forward(self, batch: Batch, noise: Noise | None = None) -> LossOutput:
-        """Loss of a batch: `pixels` [B, C, H, W], `labels` int64 [B]; `partner` [B] and `share` [B] if mixed."""
+    def through(
+        self,
+        tower: int,
+        batch: Batch,
+        noise: Noise | None = None,
+        before: Tensor | None = None,
+        embedded: Tensor | None = None,
+    ) -> Hidden:
+        """Of a batch: `pixels` [B, C, H, W], `labels` int64 [B]; `partner` [B] and `share` [B] if mixed."""
+        hidden: Hidden = self.model(batch["pixels"], None, noise, self.outputs, embedded)
+        return hidden
+
+    def score(self, batch: Batch, hidden: Hidden, noise: Noise | None = None) -> LossOutput:
         labels_B = batch["labels"]
-        hidden = self.model(batch["pixels"], None, noise, self.outputs)
         logits_BY = self._logits(hidden.final)
         smoothing = self.smoothing if noise is not None else 0.0
         loss_B = F.cross_entropy(

@@ -15,6 +15,7 @@ from headway.pretrain.data.samples import Rows
 from headway.pretrain.engine import Batch
 from headway.pretrain.models.attention import attention_maps
 from headway.pretrain.models.embeddings import patchify, unpatchify
+from headway.pretrain.models.hidden import Hidden
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Noise
 from headway.pretrain.models.mae import PixelDecoder
@@ -32,6 +33,7 @@ class MaskedAutoencoder(Objective):
     """
 
     scored = "patches"
+    towers = ("model", "decoder")
 
     def __init__(self, job: Job, inputs: Inputs) -> None:
         shape, self.settings = job.model, job.objective.mae
@@ -42,11 +44,27 @@ class MaskedAutoencoder(Objective):
         self.visible = max(1, int(self.patches * (1 - self.settings.rate)))
         self.first = int(shape.vision.class_token)
 
-    def forward(self, batch: Batch, noise: Noise | None = None) -> LossOutput:
-        """Loss of a batch: `pixels` [B, C, H, W], `visible` int64 [B, K], `scored` bool [B, N]."""
-        pixels, visible_BK = batch["pixels"], batch["visible"]
-        hidden = self.model(pixels, visible_BK, noise)
-        painted_BNP = self.decoder(hidden.final, visible_BK, noise)
+    def through(
+        self,
+        tower: int,
+        batch: Batch,
+        noise: Noise | None = None,
+        before: Tensor | None = None,
+        embedded: Tensor | None = None,
+    ) -> Hidden:
+        """Of a batch: `pixels` [B, C, H, W], `visible` int64 [B, K], `scored` bool [B, N]."""
+        visible_BK = batch["visible"]
+        if tower == 0:
+            hidden: Hidden = self.model(batch["pixels"], visible_BK, noise, None, embedded)
+            return hidden
+        if embedded is None:
+            assert before is not None
+            embedded = self.decoder.fill(before, visible_BK)
+        return Hidden(self.decoder.decode(embedded, noise), [])
+
+    def score(self, batch: Batch, hidden: Hidden, noise: Noise | None = None) -> LossOutput:
+        pixels = batch["pixels"]
+        painted_BNP = self.decoder.pixels(hidden.final)
         target_BNP = self.target(pixels.to(torch.promote_types(pixels.dtype, painted_BNP.dtype)))
         error_BN = (painted_BNP.to(target_BNP.dtype) - target_BNP).square().mean(-1)
         total = torch.where(batch["scored"], error_BN, 0).sum()

@@ -85,11 +85,23 @@ class MaskedLM(Objective):
         """[V, width]"""
         return self.model.embed.tokens.weight if self.head.weight is None else self.head.weight
 
-    def forward(self, batch: Batch, noise: Noise | None = None) -> LossOutput:
-        """Loss of a batch: `tokens`, `labels` int64 [B, S]; `documents`, `segments` [B, S] and `pair` [B] where they
-        are needed. Only tokens that are predicted go through the head."""
+    def through(
+        self,
+        tower: int,
+        batch: Batch,
+        noise: Noise | None = None,
+        before: Tensor | None = None,
+        embedded: Tensor | None = None,
+    ) -> Hidden:
+        """Of a batch: `tokens`, `labels` int64 [B, S]; `documents`, `segments` [B, S] and `pair` [B] where they are
+        needed."""
+        documents, segments = batch.get("documents"), batch.get("segments")
+        hidden: Hidden = self.model(batch["tokens"], documents, segments, noise, embedded)
+        return hidden
+
+    def score(self, batch: Batch, hidden: Hidden, noise: Noise | None = None) -> LossOutput:
+        """Only tokens that are predicted go through the head."""
         labels_BS = batch["labels"]
-        hidden = self.model(batch["tokens"], batch.get("documents"), batch.get("segments"), noise)
         chosen = labels_BS != IGNORE
         losses = self.loss(
             self.head(hidden.final[chosen]), self.head_weight, labels_BS[chosen], self.head.bias

@@ -19,6 +19,7 @@ from headway.pretrain.data.samples import Rows
 from headway.pretrain.data.specials import Specials
 from headway.pretrain.engine import Batch
 from headway.pretrain.models.attention import attention_maps
+from headway.pretrain.models.hidden import Hidden
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Linear, Noise, narrowed
 from headway.pretrain.models.t5 import T5
@@ -37,6 +38,8 @@ class Seq2SeqLM(Objective):
     """A T5 with a head, tied or not, and the loss of the decoder's next tokens."""
 
     model: T5
+    towers = ("model.encoder", "model.decoder")
+    remembered = True
 
     def __init__(self, job: Job, inputs: Inputs, specials: Specials | None = None) -> None:
         """
@@ -59,12 +62,25 @@ class Seq2SeqLM(Objective):
         """[V, E]"""
         return self.model.embed.tokens.weight if self.head is None else self.head.weight
 
-    def forward(self, batch: Batch, noise: Noise | None = None) -> LossOutput:
-        """Loss of a batch: `tokens` int64 [B, S], `targets` (what the decoder reads) and `labels` int64 [B, T];
-        `documents` [B, S] and `target_documents` [B, T], -1 at padding, where rows are padded."""
+    def through(
+        self,
+        tower: int,
+        batch: Batch,
+        noise: Noise | None = None,
+        before: Tensor | None = None,
+        embedded: Tensor | None = None,
+    ) -> Hidden:
+        """Of a batch: `tokens` int64 [B, S], `targets` (what the decoder reads) and `labels` int64 [B, T]; `documents`
+        [B, S] and `target_documents` [B, T], -1 at padding, where rows are padded."""
+        documents = batch.get("documents")
+        if tower == 0:
+            return Hidden(*self.model.encode(batch["tokens"], documents, noise, embedded))
+        assert before is not None
+        asked = batch.get("target_documents")
+        return Hidden(*self.model.decode(before, batch["targets"], documents, asked, noise, embedded))
+
+    def score(self, batch: Batch, hidden: Hidden, noise: Noise | None = None) -> LossOutput:
         labels_BT = batch["labels"]
-        documents, target_documents = batch.get("documents"), batch.get("target_documents")
-        hidden = self.model(batch["tokens"], batch["targets"], documents, target_documents, noise)
         losses = self.loss(self._scaled(hidden.final), self.head_weight, labels_BT)
         metrics = token_metrics(losses, self.loss.options, valid(labels_BT))
         return self.with_sides({"tokens": losses.total}, metrics, hidden.sides, batch.get("real"))

@@ -26,6 +26,7 @@ def build_optimizers(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
     settings: config.Optimizer,
     muon_dtype: torch.dtype | None = None,
+    names: Iterable[str] | None = None,
 ) -> list[Optimizer]:
     """One optimizer for each way of moving parameters: the one that is asked for; with Muon, AdamW after it.
 
@@ -34,13 +35,13 @@ def build_optimizers(
     their own rate, by `muon_lr` x `weight_decay` a step.
 
     Args:
-        named_parameters: canonical name -> parameter, of the whole model; those that take no gradient are left
-            out.
+        named_parameters: canonical name -> parameter; those that take no gradient are left out.
         settings: the job's `optimizer` section.
         muon_dtype: of Muon's Newton-Schulz iteration; None takes the fast one (see `muon.fast_dtype`).
+        names: of the whole model's parameters, by which depth is told; those given here if not given.
     """
     named = list(named_parameters)
-    factors = rate_factors((name for name, _ in named), settings.layer_decay)
+    factors = rate_factors(names or [name for name, _ in named], settings.layer_decay)
     trained: Named = [(name, p) for name, p in named if p.requires_grad]
     matrices = [(n, p) for n, p in trained if settings.name == "muon" and is_hidden_matrix(n, p)]
     moved = {name for name, _ in matrices}

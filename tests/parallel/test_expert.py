@@ -40,7 +40,9 @@ NAMES = {
     "batched": variant("experts", 4, {"ema": 0.9}, kernel="batched", capacity=0.6),
     "reference": variant("dropless", 4, {}, kernel="reference"),
 }
-NAMES = {name: case | {"model": case["model"] | {"heads": 4}} for name, case in NAMES.items()}  # two ranks cut them
+NAMES = {
+    name: case | {"model": case["model"] | {"heads": 4}} for name, case in NAMES.items()
+}  # two ranks cut them
 FOUR = ["experts", "roberta", "dropless", "transformer", "spectral", "batched", "reference"]
 
 
