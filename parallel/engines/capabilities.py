@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from headway.parallel.context import rules as context
 from headway.parallel.mesh import AXES, Layout
 from headway.pretrain.config import Job
 from headway.pretrain.errors import JobError
@@ -19,7 +20,7 @@ class Capabilities:
 
 ENGINES = {
     "native": Capabilities(
-        axes=frozenset({"replicate", "shard"}),
+        axes=frozenset({"replicate", "shard", "context"}),
         precisions={
             "cpu": frozenset({"auto", "fp32", "bf16", "fp16", "fp64"}),
             "cuda": frozenset({"auto", "fp32", "bf16", "fp16", "fp64"}),
@@ -42,3 +43,4 @@ def check(job: Job, layout: Layout, device_type: str) -> None:
         raise JobError(
             "precision", job.precision, f"not on {device_type} with the {name} engine", sorted(legal)
         )
+    context.check(job, layout)

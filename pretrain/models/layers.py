@@ -41,6 +41,10 @@ class Noise(NamedTuple):
             return self.positions_S
         return torch.arange(length, device=self.key.device)
 
+    def over(self, positions_S: Tensor) -> Noise:
+        """The same, for columns at these places."""
+        return self._replace(positions_S=positions_S)
+
     def again(self, times: int) -> Noise:
         """Noise of a module's next use in the same forward: blocks that share weights do not share dropout."""
         return self if times == 0 else self._replace(key=self.key ^ random.key(0, "again", times))

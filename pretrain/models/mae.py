@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from headway.kernels.attention.masks import Mask
 from headway.pretrain import config
+from headway.pretrain.models.columns import Columns
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Linear, Noise
 from headway.pretrain.models.positions import SinusoidalGrid
@@ -35,15 +36,24 @@ class PixelDecoder(Tower):
         self.head = Linear(mae.hidden, inputs.channels * model.vision.patch**2)
         self.grid = grid
 
-    def forward(self, encoded_BKE: Tensor, visible_BK: Tensor, noise: Noise | None = None) -> Tensor:
-        """Pixels of all patches [B, N, P], from the encoder's output (class token first, if there is one)."""
+    def forward(
+        self,
+        encoded_BKE: Tensor,
+        visible_BK: Tensor,
+        noise: Noise | None = None,
+        columns: Columns | None = None,
+    ) -> Tensor:
+        """Pixels of all patches [B, N, P], from the encoder's output (class token first, if there is one).
+
+        `columns`: which of these places blocks compute here; all if None.
+        """
         x_BKD = self.embed(encoded_BKE)
         head, body = x_BKD[:, : self.first], x_BKD[:, self.first :]
         index = visible_BK.unsqueeze(-1).expand(-1, -1, body.shape[-1])
         blank = self.mask_token.to(body.dtype).expand(body.shape[0], self.grid**2, -1)
         x_BND = torch.cat((head, blank.scatter(1, index, body)), 1)
-        places = torch.arange(x_BND.shape[1], device=x_BND.device)
+        columns = Columns.of(columns, x_BND)
         x_BND = x_BND + self.positions(self.grid, self.grid, x_BND.dtype, x_BND.device, bool(self.first))
-        final, _ = self.run(x_BND, places, Mask(False), noise)
+        final, _ = self.run(columns.cut(x_BND), columns, Mask(False), noise)
         pixels: Tensor = self.head(final[:, self.first :])
         return pixels

@@ -15,6 +15,7 @@ from headway.kernels.cross_entropy import IGNORE, Losses, Options, linear_cross_
 from headway.pretrain import config
 from headway.pretrain.data.samples import Rows
 from headway.pretrain.engine import Batch
+from headway.pretrain.models.columns import Columns
 from headway.pretrain.models.layers import Noise
 from headway.pretrain.models.moe import MoE
 from headway.pretrain.models.routing import Side
@@ -43,6 +44,10 @@ class LossOutput(NamedTuple):
     metrics: dict[str, Mean]
 
 
+ALL: Mapping[str, Columns] = {}
+"""All columns of all sequences are here."""
+
+
 class Objective(nn.Module):
     """Base of all objectives.
 
@@ -63,11 +68,16 @@ class Objective(nn.Module):
             "attention_entropy": shape.attention.entropy_penalty,
         }
 
-    def forward(self, batch: Batch, noise: Noise | None = None) -> LossOutput:
+    def forward(
+        self, batch: Batch, noise: Noise | None = None, columns: Mapping[str, Columns] = ALL
+    ) -> LossOutput:
         """
         Args:
             batch: what `collate` made, or a slice of its rows.
             noise: what dropout depends on; None drops nothing.
+            columns: of every sequence, by the name of the tensor that is read, which of its columns are here, where
+                others are elsewhere. The batch then has these columns only of all its tensors along that sequence
+                but `documents` (`target_documents`), which masks need whole.
         """
         raise NotImplementedError
 

@@ -6,6 +6,8 @@ Shapes: B batch, S sequence, E hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -17,10 +19,12 @@ from headway.pretrain.data.samples import Rows
 from headway.pretrain.data.specials import Specials
 from headway.pretrain.engine import Batch
 from headway.pretrain.models.attention import attention_maps
+from headway.pretrain.models.columns import Columns
 from headway.pretrain.models.gpt import GPT
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Linear, Noise, narrowed
 from headway.pretrain.objectives.base import (
+    ALL,
     ChunkedLoss,
     LossOutput,
     Objective,
@@ -58,12 +62,13 @@ class CausalLM(Objective):
         """[V, E]"""
         return self.model.embed.tokens.weight if self.head is None else self.head.weight
 
-    def forward(self, batch: Batch, noise: Noise | None = None) -> LossOutput:
-        """Loss of a batch: `tokens` and `labels` int64 [B, S] (IGNORE where not scored); `documents` [B, S],
-        `prefix` [B] and `positions` [S] (the columns' places in the sequence) where they are needed."""
-        labels_BS = batch["labels"]
-        documents, positions = batch.get("documents"), batch.get("positions")
-        hidden = self.model(batch["tokens"], documents, positions, noise, batch.get("prefix"))
+    def forward(
+        self, batch: Batch, noise: Noise | None = None, columns: Mapping[str, Columns] = ALL
+    ) -> LossOutput:
+        """Loss of a batch: `tokens` and `labels` int64 [B, S] (IGNORE where not scored); `documents` [B, S]
+        and `prefix` [B] where they are needed."""
+        labels_BS, here = batch["labels"], columns.get("tokens")
+        hidden = self.model(batch["tokens"], batch.get("documents"), here, noise, batch.get("prefix"))
         losses = self.loss(self._scaled(hidden.final), self.head_weight, labels_BS)
         metrics = token_metrics(losses, self.loss.options, valid(labels_BS))
         return self.with_sides({"tokens": losses.total}, metrics, hidden.sides, batch.get("real"))

@@ -5,6 +5,8 @@ Shapes: B batch, N patches, E hidden size, Y classes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,11 +16,12 @@ from headway.pretrain.config import Job
 from headway.pretrain.data.samples import Rows
 from headway.pretrain.engine import Batch
 from headway.pretrain.models.attention import attention_maps
+from headway.pretrain.models.columns import Columns
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Linear, Noise
 from headway.pretrain.models.moe import MoE
 from headway.pretrain.models.vit import ViT
-from headway.pretrain.objectives.base import LossOutput, Mean, Objective, passed, real_rows, valid
+from headway.pretrain.objectives.base import ALL, LossOutput, Mean, Objective, passed, real_rows, valid
 
 
 class Classifier(Objective):
@@ -41,10 +44,12 @@ class Classifier(Objective):
         whole = isinstance(self.model.blocks[-1].mlp, MoE) or shape.attention.entropy_penalty
         self.outputs = 1 if self.pool == "first" and not whole else None
 
-    def forward(self, batch: Batch, noise: Noise | None = None) -> LossOutput:
+    def forward(
+        self, batch: Batch, noise: Noise | None = None, columns: Mapping[str, Columns] = ALL
+    ) -> LossOutput:
         """Loss of a batch: `pixels` [B, C, H, W], `labels` int64 [B]; `partner` [B] and `share` [B] if mixed."""
         labels_B = batch["labels"]
-        hidden = self.model(batch["pixels"], None, noise, self.outputs)
+        hidden = self.model(batch["pixels"], None, noise, self.outputs, columns.get("pixels"))
         logits_BY = self._logits(hidden.final)
         smoothing = self.smoothing if noise is not None else 0.0
         loss_B = F.cross_entropy(

@@ -6,6 +6,8 @@ Shapes: B batch, C channels, N patches, K visible patches, P pixels of a patch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -14,12 +16,13 @@ from headway.pretrain.config import Job
 from headway.pretrain.data.samples import Rows
 from headway.pretrain.engine import Batch
 from headway.pretrain.models.attention import attention_maps
+from headway.pretrain.models.columns import Columns
 from headway.pretrain.models.embeddings import patchify, unpatchify
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Noise
 from headway.pretrain.models.mae import PixelDecoder
 from headway.pretrain.models.vit import ViT
-from headway.pretrain.objectives.base import LossOutput, Objective, passed, real_rows
+from headway.pretrain.objectives.base import ALL, LossOutput, Objective, passed, real_rows
 
 EPS = 1e-6
 """Added to a patch's variance (He et al.'s code)."""
@@ -42,11 +45,13 @@ class MaskedAutoencoder(Objective):
         self.visible = max(1, int(self.patches * (1 - self.settings.rate)))
         self.first = int(shape.vision.class_token)
 
-    def forward(self, batch: Batch, noise: Noise | None = None) -> LossOutput:
+    def forward(
+        self, batch: Batch, noise: Noise | None = None, columns: Mapping[str, Columns] = ALL
+    ) -> LossOutput:
         """Loss of a batch: `pixels` [B, C, H, W], `visible` int64 [B, K], `scored` bool [B, N]."""
         pixels, visible_BK = batch["pixels"], batch["visible"]
-        hidden = self.model(pixels, visible_BK, noise)
-        painted_BNP = self.decoder(hidden.final, visible_BK, noise)
+        hidden = self.model(pixels, visible_BK, noise, columns=columns.get("visible"))
+        painted_BNP = self.decoder(hidden.final, visible_BK, noise, columns.get("pixels"))
         target_BNP = self.target(pixels.to(torch.promote_types(pixels.dtype, painted_BNP.dtype)))
         error_BN = (painted_BNP.to(target_BNP.dtype) - target_BNP).square().mean(-1)
         total = torch.where(batch["scored"], error_BN, 0).sum()

@@ -5,6 +5,8 @@ Shapes: B batch, S sequence, E hidden size, V vocabulary, M predicted tokens of 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,10 +22,12 @@ from headway.pretrain.data.specials import Specials
 from headway.pretrain.engine import Batch
 from headway.pretrain.models.attention import attention_maps
 from headway.pretrain.models.bert import BERT
+from headway.pretrain.models.columns import Columns
 from headway.pretrain.models.hidden import Hidden
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Linear, Noise, build_norm, narrowed
 from headway.pretrain.objectives.base import (
+    ALL,
     ChunkedLoss,
     LossOutput,
     Mean,
@@ -85,11 +89,14 @@ class MaskedLM(Objective):
         """[V, width]"""
         return self.model.embed.tokens.weight if self.head.weight is None else self.head.weight
 
-    def forward(self, batch: Batch, noise: Noise | None = None) -> LossOutput:
+    def forward(
+        self, batch: Batch, noise: Noise | None = None, columns: Mapping[str, Columns] = ALL
+    ) -> LossOutput:
         """Loss of a batch: `tokens`, `labels` int64 [B, S]; `documents`, `segments` [B, S] and `pair` [B] where they
         are needed. Only tokens that are predicted go through the head."""
         labels_BS = batch["labels"]
-        hidden = self.model(batch["tokens"], batch.get("documents"), batch.get("segments"), noise)
+        described = batch.get("documents"), batch.get("segments")
+        hidden = self.model(batch["tokens"], *described, noise, columns.get("tokens"))
         chosen = labels_BS != IGNORE
         losses = self.loss(
             self.head(hidden.final[chosen]), self.head_weight, labels_BS[chosen], self.head.bias

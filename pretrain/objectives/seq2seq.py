@@ -6,7 +6,7 @@ Shapes: B batch, S encoder's sequence, T decoder's sequence, E hidden size, V vo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,10 +19,12 @@ from headway.pretrain.data.samples import Rows
 from headway.pretrain.data.specials import Specials
 from headway.pretrain.engine import Batch
 from headway.pretrain.models.attention import attention_maps
+from headway.pretrain.models.columns import Columns
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Linear, Noise, narrowed
 from headway.pretrain.models.t5 import T5
 from headway.pretrain.objectives.base import (
+    ALL,
     ChunkedLoss,
     LossOutput,
     Objective,
@@ -59,12 +61,15 @@ class Seq2SeqLM(Objective):
         """[V, E]"""
         return self.model.embed.tokens.weight if self.head is None else self.head.weight
 
-    def forward(self, batch: Batch, noise: Noise | None = None) -> LossOutput:
+    def forward(
+        self, batch: Batch, noise: Noise | None = None, columns: Mapping[str, Columns] = ALL
+    ) -> LossOutput:
         """Loss of a batch: `tokens` int64 [B, S], `targets` (what the decoder reads) and `labels` int64 [B, T];
         `documents` [B, S] and `target_documents` [B, T], -1 at padding, where rows are padded."""
         labels_BT = batch["labels"]
         documents, target_documents = batch.get("documents"), batch.get("target_documents")
-        hidden = self.model(batch["tokens"], batch["targets"], documents, target_documents, noise)
+        here = columns.get("tokens"), columns.get("targets")
+        hidden = self.model(batch["tokens"], batch["targets"], documents, target_documents, noise, *here)
         losses = self.loss(self._scaled(hidden.final), self.head_weight, labels_BT)
         metrics = token_metrics(losses, self.loss.options, valid(labels_BT))
         return self.with_sides({"tokens": losses.total}, metrics, hidden.sides, batch.get("real"))
