@@ -10,7 +10,6 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
-from headway.parallel.context import apply as context
 from headway.parallel.mesh import World
 from headway.pretrain.config import Job
 from headway.pretrain.models.init import Slice, initialise, whole
@@ -26,7 +25,9 @@ def apply(objective: Objective, job: Job, world: World, *, compiled: bool) -> nn
     """
     layout = world.layout
     if layout.context > 1:
-        context.spread(objective, job, world)
+        from headway.parallel.context.apply import spread
+
+        spread(objective, job, world)
     if compiled:
         compile_blocks(objective)
     split = layout.pipeline * layout.context * layout.tensor > 1

@@ -99,7 +99,12 @@ def _attend(q, k, v, bias, scale, mask, drop, queries, keys):
         added = bias[None, :, queries, keys]
         added = added if seen is None else torch.where(seen, added, -math.inf)
         wide = torch.promote_types(q.dtype, torch.float32)
-        return _flash(q_part, k_part, v_part, 0.0, False, attn_mask=added.to(wide), scale=scale)
+        out, lse = _flash(q_part, k_part, v_part, 0.0, False, attn_mask=added.to(wide), scale=scale)
+        if (
+            seen is not None and mask.may_hide_all
+        ):  # the kernel's log-sum-exp of no keys at all is not to be used
+            lse = torch.where(seen.any(-1), lse, torch.finfo(lse.dtype).min)
+        return out, lse
     scores = _scores(q_part, k_part.mT, scale)
     if bias is not None:
         scores += bias[:, queries, keys]

@@ -3,6 +3,7 @@
 import math
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,6 +22,22 @@ from headway.pretrain.errors import JobError
 from headway.pretrain.models.attention import Core
 from headway.tests.parallel.family_cases import CASES, job_of
 from headway.tests.parallel.test_families import ROWS, STEPS, compare, curves, evaluated
+
+slow = pytest.mark.slow
+
+
+def plain(x):
+    """Tensors as arrays, which go from process to process."""
+    if x is None:
+        return None
+    return x.detach().numpy().copy() if isinstance(x, torch.Tensor) else [plain(one) for one in x]
+
+
+def close(ours, theirs, rtol=1e-11, atol=1e-12):
+    """fp64, and sums of some tens of terms in another order."""
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b.detach().numpy(), rtol=rtol, atol=atol)
+
 
 # -- columns ---------------------------------------------------------------------------------------------------
 
@@ -103,7 +120,7 @@ def attended(rank, world, method, cases, heads=4, kv_heads=2):
             entropy = core.entropy(q, k, mask, bias)
             weighted = (entropy * torch.tensor([1.0, 3.0])).sum() / world  # as in a loss: a share each
             slopes = torch.autograd.grad(weighted, [x for x in leaves if x is not v])
-        found[name, with_bias, p] = out.detach(), gradients, entropy, slopes
+        found[name, with_bias, p] = [plain(x) for x in (out, gradients, entropy, slopes)]
     return found
 
 
@@ -111,7 +128,9 @@ CASES_OF_CORES = [(name, bias, p) for name in MASKS for bias in (False, True) fo
 
 
 @pytest.mark.parametrize(("method", "ranks", "kv_heads"), [
-    ("ring", 2, 2), ("ring", 3, 1), ("ring", 4, 4), ("ulysses", 2, 1), ("ulysses", 4, 2),
+    ("ring", 2, 2), ("ulysses", 2, 1),
+    pytest.param("ring", 3, 1, marks=slow), pytest.param("ring", 4, 4, marks=slow),
+    pytest.param("ulysses", 4, 2, marks=slow),
 ])  # fmt: skip
 def test_attention_of_columns_is_the_reference(pool, method, ranks, kv_heads):
     each = pool(attended, ranks=ranks, method=method, cases=CASES_OF_CORES, kv_heads=kv_heads)
@@ -129,17 +148,12 @@ def test_attention_of_columns_is_the_reference(pool, method, ranks, kv_heads):
             ours = found[name, with_bias, p]
             of = {0: asking, 1: asked, 2: asked}
             cut = [g[:, :, of[i]] if i < 3 else g[:, asking] for i, g in enumerate(gradients)]
-            # fp64, sums of 37 terms in another order.
-            close = {"rtol": 1e-11, "atol": 1e-12}
-            torch.testing.assert_close(ours[0], out[:, :, asking].detach(), **close)
-            torch.testing.assert_close(list(ours[1]), cut, **close)
+            close([ours[0], *ours[1]], [out[:, :, asking], *cut])
             if ours[2] is not None:
-                torch.testing.assert_close(ours[2], entropy, **close)
                 cut = [
-                    g[:, :, at] if g.dim() == 4 else g[:, asking]
-                    for g, at in zip(slopes, (asking, asked, asking), strict=False)
-                ]
-                torch.testing.assert_close(list(ours[3]), cut, **close)
+                    g[:, :, asking] if g.dim() == 4 else g[:, asking] for g in slopes
+                ]  # as many keys as queries
+                close([ours[2], *ours[3]], [entropy, *cut])
 
 
 def test_keys_travel_to_those_who_see_them_only():
@@ -176,7 +190,7 @@ def local_window(rank, world):
 
     with patch.object(ring, "hides", local):
         out = ring.attention(q, k, v, Mask(split=(64, 64)), None, None, None, team)
-        return out.detach(), torch.autograd.grad(out, [q, k, v], up)
+        return plain(out), plain(torch.autograd.grad(out, [q, k, v], up))
 
 
 def windowed():
@@ -196,8 +210,7 @@ def test_gradients_come_home_where_stops_are_left_out(pool):
     gradients = torch.autograd.grad(out, [q, k, v], up)
     for rank, (ours, slopes) in enumerate(pool(local_window, ranks=4)):
         at = layout.places(64, 4, rank)
-        torch.testing.assert_close(ours, out[:, :, at].detach(), rtol=1e-11, atol=1e-12)
-        torch.testing.assert_close(list(slopes), [g[:, :, at] for g in gradients], rtol=1e-11, atol=1e-12)
+        close([ours, *slopes], [x[:, :, at] for x in (out, *gradients)])
 
 
 def test_few_key_heads_are_repeated_for_their_ranks():
@@ -244,7 +257,6 @@ def alone():
 
 RING, ULYSSES = {"context": 2}, {"context": 2, "context_method": "ulysses"}
 FOUR, EIGHT = {"context": 4}, {"context": 2, "shard": 2, "replicate": 2}
-slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize(("ranks", "parallel", "names"), [
@@ -309,7 +321,7 @@ def looked_at(rank, world, parallel, names):
             seen.append(running.objective.logits(batch["pixels"]))
         elif "targets" not in batch:
             seen.append(running.objective.logits(batch["tokens"]))
-        found[name] = [x.detach() for x in seen], running.whole()
+        found[name] = plain(seen), running.whole()
     return found
 
 
@@ -318,7 +330,8 @@ def test_reports_read_whole_rows_and_lsuv_all_columns(pool, names):
     expected = looked_at(0, 1, {}, names)
     for found in pool(looked_at, ranks=2, parallel=RING, names=names):
         for name in names:
-            torch.testing.assert_close(found[name][0], expected[name][0], rtol=1e-9, atol=1e-12)
+            for a, b in zip(found[name][0], expected[name][0], strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
             for key, value in expected[name][1].items():
                 assert found[name][1][key] == pytest.approx(value, rel=1e-8, abs=1e-10), (name, key)
 
