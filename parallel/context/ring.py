@@ -165,8 +165,9 @@ class _Ring(torch.autograd.Function):
         lse = torch.full(q.shape[:3], least, dtype=wide, device=q.device)
         for source, kv in _travel(torch.stack((k, v)), task):
             for part in task.parts(source):
-                here, operands = part.queries, _operands(part, q, kv, bias)
-                some, more = blocks.outputs(*operands, task.scale, part.mask, part.dropout)
+                here = part.queries
+                operands: Any = _operands(part, q, kv, bias)
+                some, more = blocks.outputs(*(*operands, task.scale, part.mask, part.dropout))
                 more = torch.nan_to_num(more, nan=least, neginf=least)  # of queries that see nothing here
                 both = torch.logaddexp(lse[:, :, here], more)
                 old, new = ((x - both).exp().unsqueeze(-1) for x in (lse[:, :, here], more))
@@ -192,12 +193,7 @@ class _Ring(torch.autograd.Function):
                 mine: Any = (x[:, :, here] for x in (out, lse))
                 d_q, d_k, d_v, d_b = blocks.gradients(
                     d_out[:, :, here],
-                    *operands,
-                    *mine,
-                    task.scale,
-                    part.mask,
-                    part.dropout,
-                    d_bias is not None,
+                    *(*operands, *mine, task.scale, part.mask, part.dropout, d_bias is not None),
                 )
                 dq[:, :, here] += d_q
                 d_kv[0, :, :, there] += _per_key_head(d_k, kv.shape[2])

@@ -31,6 +31,7 @@ class Classifier(Objective):
     """
 
     scored = "rows"
+    model: ViT
 
     def __init__(self, job: Job, inputs: Inputs) -> None:
         shape = job.model
