@@ -42,6 +42,10 @@ def apply(
         plan.prune(objective, world.place("pipeline"))
     if layout.tensor > 1:
         split(objective, job, world)
+    if layout.context > 1:
+        from headway.parallel.context.apply import spread
+
+        spread(objective, job, world)
     expert.spread(objective, world)
     recompute(objective, job, world, precision, compiled)
     if compiled:

@@ -31,7 +31,7 @@ def attention(
 ) -> Tensor:
     """softmax(scale Q K^T + bias) V with `mask` and `dropout`; see `dense.reference`, its specification."""
     k_BHSD, v_BHSD = (per_query_head(x, q_BHQD) for x in (k_BKSD, v_BKSD))
-    drop = tuple(dropout) if dropout is not None else (0.0, None, None, None, 0)
+    drop = tuple(dropout) if dropout is not None else (0.0, None, None, None, 0, 0)
     return _Blocks.apply(q_BHQD, k_BHSD, v_BHSD, bias_HQK, score_scale(scale, q_BHQD), *mask, *drop)
 
 
@@ -48,36 +48,36 @@ class _Blocks(torch.autograd.Function):
     def forward(
         ctx,
         q, k, v, bias, scale,
-        causal, documents, key_documents, prefix,
-        p, key, slots, positions, first_head,
+        causal, documents, key_documents, prefix, shift, split,
+        p, key, slots, positions, first_head, first_key,
     ):  # fmt: skip
-        mask = Mask(causal, documents, key_documents, prefix)
-        drop = None if key is None else WeightDropout(p, key, slots, positions, first_head)
-        plain = documents is None and prefix is None and bias is None
-        if q.device.type == "cpu" and drop is None and plain:
-            # PyTorch's own forward is good here, and gives the log-sum-exp; its bf16 backward is what is slow.
-            out, lse = _flash(q, k, v, 0.0, causal, scale=scale)
-        else:
-            out, lse = _forward(q, k, v, bias, scale, mask, drop)
+        mask = Mask(causal, documents, key_documents, prefix, shift, split)
+        drop = None if key is None else WeightDropout(p, key, slots, positions, first_head, first_key)
+        out, lse = outputs(q, k, v, bias, scale, mask, drop)
         ctx.save_for_backward(
             q, k, v, bias, out, lse, documents, key_documents, prefix, key, slots, positions
         )
-        ctx.scale, ctx.causal, ctx.p, ctx.first_head = scale, causal, p, first_head
+        ctx.scale, ctx.causal, ctx.shift, ctx.p = scale, causal, shift, p
+        ctx.first_head, ctx.first_key = first_head, first_key
         return out
 
     @staticmethod
     def backward(ctx, d_out):
         q, k, v, bias, out, lse, *described = ctx.saved_tensors
         documents, key_documents, prefix, key, slots, positions = described
-        mask = Mask(ctx.causal, documents, key_documents, prefix)
-        drop = None if key is None else WeightDropout(ctx.p, key, slots, positions, ctx.first_head)
+        mask = Mask(ctx.causal, documents, key_documents, prefix, ctx.shift)
+        where = slots, positions, ctx.first_head, ctx.first_key
+        drop = None if key is None else WeightDropout(ctx.p, key, *where)
         wants_bias = ctx.needs_input_grad[3]
-        gradients = _backward(d_out, q, k, v, bias, out, lse, ctx.scale, mask, drop, wants_bias)
-        return *gradients, *[None] * 10
+        return *gradients(d_out, q, k, v, bias, out, lse, ctx.scale, mask, drop, wants_bias), *[None] * 13
 
 
-def _forward(q, k, v, bias, scale, mask, drop):
-    """Output [B, H, Q, D] and log-sum-exp of the scores [B, H, Q]."""
+def outputs(q, k, v, bias, scale, mask, drop):
+    """Output [B, H, Q, D] and log-sum-exp of the scores [B, H, Q], for as many keys' heads as queries'."""
+    plain = mask.documents is None and mask.prefix is None and mask.shift is None and bias is None
+    if q.device.type == "cpu" and drop is None and plain:
+        # PyTorch's own forward is good here, and gives the log-sum-exp; its bf16 backward is what is slow.
+        return _flash(q, k, v, 0.0, mask.causal, scale=scale)
     length, total, rows = q.shape[2], k.shape[2], block_rows(q.shape[2])
     outs, sums = [], []
     for start in range(0, length, rows):
@@ -99,23 +99,31 @@ def _attend(q, k, v, bias, scale, mask, drop, queries, keys):
         added = bias[None, :, queries, keys]
         added = added if seen is None else torch.where(seen, added, -math.inf)
         wide = torch.promote_types(q.dtype, torch.float32)
-        return _flash(q_part, k_part, v_part, 0.0, False, attn_mask=added.to(wide), scale=scale)
+        out, lse = _flash(q_part, k_part, v_part, 0.0, False, attn_mask=added.to(wide), scale=scale)
+        if (
+            seen is not None and mask.may_hide_all
+        ):  # the kernel's log-sum-exp of no keys at all is not to be used
+            lse = torch.where(seen.any(-1), lse, torch.finfo(lse.dtype).min)
+        return out, lse
     scores = _scores(q_part, k_part.mT, scale)
     if bias is not None:
         scores += bias[:, queries, keys]
     if seen is not None:
         scores = torch.where(seen, scores, torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, -1)
-    if seen is not None and mask.key_documents is not None:  # a row may see nothing
+    if seen is not None and mask.may_hide_all:  # a row may see nothing
         weights = torch.where(seen, weights, 0)
     if drop is not None:
-        weights = torch.where(_kept(drop, q, queries, keys), weights, 0)
+        weights = torch.where(drop.kept(q.shape[1], queries, keys), weights, 0)
     out = weights.to(v.dtype) @ v_part
     return out if drop is None else out * random.kept_scale(drop.p), scores.logsumexp(-1)
 
 
-def _backward(d_out, q, k, v, bias, out, lse, scale, mask, drop, wants_bias):
-    """Gradients of q, k, v and of the bias. Names ending in _T are transposed: keys (or features) by queries."""
+def gradients(d_out, q, k, v, bias, out, lse, scale, mask, drop, wants_bias):
+    """Gradients of q, k, v and of the bias. Names ending in _T are transposed: keys (or features) by queries.
+
+    Where these keys are a part of those that a query sees, `out` and `lse` are those of all of them.
+    """
     length, total, rows, wide = q.shape[2], k.shape[2], block_rows(k.shape[2]), lse.dtype
     lse, delta = lse.unsqueeze(2), (d_out.to(wide) * out.to(wide)).sum(-1).unsqueeze(2)
     if drop is not None:  # what is kept is scaled here, and not in every weight
@@ -135,7 +143,7 @@ def _backward(d_out, q, k, v, bias, out, lse, scale, mask, drop, wants_bias):
         d_weights_T = (v[:, :, keys] @ d_out_T[..., queries]).to(wide)
         dropped_T = weights_T
         if drop is not None:
-            kept_T = _kept(drop, q, queries, keys).mT
+            kept_T = drop.kept(q.shape[1], queries, keys).mT
             dropped_T, d_weights_T = (torch.where(kept_T, x, 0) for x in (weights_T, d_weights_T))
         d_scores_T = d_weights_T.sub_(delta[..., queries]).mul_(weights_T)
         if wants_bias:
@@ -158,9 +166,3 @@ def _scores(left: Tensor, right: Tensor, scale: float) -> Tensor:
     scores = left @ right
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     return scores if scale == 1 else scores.mul_(scale)
-
-
-def _kept(drop: WeightDropout, q_BHQD: Tensor, queries: slice, keys: slice) -> Tensor:
-    heads = torch.arange(q_BHQD.shape[1], device=q_BHQD.device) + drop.first_head
-    coordinates = (drop.slots[:, None, None], heads[None, :, None], drop.positions[None, None, queries])
-    return random.keep(drop.key, drop.p, coordinates, keys.stop, keys.start)

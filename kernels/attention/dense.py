@@ -26,6 +26,7 @@ class WeightDropout(NamedTuple):
         slots: int64 [B], the samples' places in the global batch.
         positions: int64 [Q], the queries' places in the sequence.
         first_head: global index of the first query head here.
+        first_key: place in the sequence of the first key here.
     """
 
     p: float
@@ -33,6 +34,19 @@ class WeightDropout(NamedTuple):
     slots: Tensor
     positions: Tensor
     first_head: int = 0
+    first_key: int = 0
+
+    def kept(self, heads: int, queries: slice, keys: slice) -> Tensor:
+        """Which weights are kept of so many heads, bool [B, H, Q, K], of some of the queries and keys here."""
+        heads_H = torch.arange(heads, device=self.positions.device) + self.first_head
+        coordinates = (
+            self.slots[:, None, None],
+            heads_H[None, :, None],
+            self.positions[None, None, queries],
+        )
+        return random.keep(
+            self.key, self.p, coordinates, keys.stop + self.first_key, keys.start + self.first_key
+        )
 
 
 def reference(
@@ -55,9 +69,8 @@ def reference(
     """
     weights_BHQS = attention_weights(q_BHQD, k_BKSD, mask, scale, bias_HQK)
     if dropout is not None:
-        heads = torch.arange(q_BHQD.shape[1], device=q_BHQD.device) + dropout.first_head
-        coordinates = (dropout.slots[:, None, None], heads[None, :, None], dropout.positions[None, None, :])
-        weights_BHQS = random.dropout(weights_BHQS, dropout.p, dropout.key, coordinates)
+        kept = dropout.kept(q_BHQD.shape[1], slice(None), slice(0, k_BKSD.shape[2]))
+        weights_BHQS = torch.where(kept, weights_BHQS * random.kept_scale(dropout.p), 0)
     return weights_BHQS.to(v_BKSD.dtype) @ per_query_head(v_BKSD, q_BHQD)
 
 
@@ -97,7 +110,7 @@ def sdpa(
     whole = mask.documents is None and mask.prefix is None and bias_HQK is None
     seen = None if whole else lower(mask, q_BHQD.shape[2], k_BKSD.shape[2], q_BHQD.device)
     some = None
-    if seen is not None and mask.key_documents is not None:
+    if seen is not None and mask.may_hide_all:
         # Fused kernels differ in what they make of rows that see nothing: such rows are let see all, then zeroed.
         some = seen.any(-1, keepdim=True)
         seen = seen | ~some

@@ -23,9 +23,7 @@ def row_entropy(
     The mean is over heads and over the queries that count: those that are not padding (a document below 0) and see
     a key; 0 if there are none. Dropout of weights does not take part. Arguments: see `dense.reference`.
     """
-    rows_BHQ = _RowEntropy.apply(
-        q_BHQD, per_query_head(k_BKSD, q_BHQD), bias_HQK, score_scale(scale, q_BHQD), *mask
-    )
+    rows_BHQ = every_row(q_BHQD, k_BKSD, mask, scale, bias_HQK)
     if mask.documents is None:
         return rows_BHQ.mean((1, 2))
     counts_BQ = mask.documents >= 0
@@ -35,24 +33,34 @@ def row_entropy(
     return total_B / (counts_BQ.sum(1).clamp(min=1) * q_BHQD.shape[1])
 
 
+def every_row(
+    q_BHQD: Tensor, k_BKSD: Tensor, mask: Mask, scale: float | None = None, bias_HQK: Tensor | None = None
+) -> Tensor:
+    """Entropy of every row, [B, H, Q]; 0 where nothing is seen. See `row_entropy`."""
+    keys_BHSD = per_query_head(k_BKSD, q_BHQD)
+    return _RowEntropy.apply(q_BHQD, keys_BHSD, bias_HQK, score_scale(scale, q_BHQD), *mask)
+
+
 class _RowEntropy(torch.autograd.Function):
     """Entropy of every row, [B, H, Q]; 0 where nothing is seen."""
 
     @staticmethod
-    def forward(ctx, q, k, bias, scale, causal, documents, key_documents, prefix):
-        mask, rows = Mask(causal, documents, key_documents, prefix), []
+    def forward(ctx, q, k, bias, scale, causal, documents, key_documents, prefix, shift, split):
+        mask, rows = Mask(causal, documents, key_documents, prefix, shift, split), []
         for part in _parts(q, k, mask):
             p, log_p = _row_weights(q, k, bias, scale, mask, *part)
             rows.append(-(p * log_p).sum(-1))
         entropy = torch.cat(rows, 2)
         ctx.save_for_backward(q, k, bias, entropy, documents, key_documents, prefix)
-        ctx.scale, ctx.causal = scale, causal
+        ctx.scale, ctx.causal, ctx.shift = scale, causal, shift
         return entropy
 
     @staticmethod
     def backward(ctx, d_entropy):
         q, k, bias, entropy, *described = ctx.saved_tensors
-        mask, wants_bias = Mask(ctx.causal, *described), ctx.needs_input_grad[2]
+        documents, key_documents, prefix = described
+        mask = Mask(ctx.causal, documents, key_documents, prefix, ctx.shift)
+        wants_bias = ctx.needs_input_grad[2]
         dqs, d_biases, dk = [], [], torch.zeros_like(k, dtype=entropy.dtype)
         for queries, keys in _parts(q, k, mask):
             p, log_p = _row_weights(q, k, bias, ctx.scale, mask, queries, keys)
@@ -64,7 +72,7 @@ class _RowEntropy(torch.autograd.Function):
             dqs.append(d_scores @ k[:, :, keys])
             dk = dk + F.pad(d_scores.mT @ q[:, :, queries], (0, 0, 0, unseen))
         d_bias = torch.cat(d_biases, 1).to(bias.dtype) if wants_bias else None
-        return torch.cat(dqs, 2), dk.to(k.dtype), d_bias, *[None] * 5
+        return torch.cat(dqs, 2), dk.to(k.dtype), d_bias, *[None] * 7
 
 
 def _parts(q, k, mask):

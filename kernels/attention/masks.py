@@ -23,17 +23,30 @@ class Mask(NamedTuple):
         key_documents: int [B, K], the keys' documents where they are not the queries'; needs `documents`.
         prefix: int64 [B], with `causal`: keys at places before prefix[b] are seen by all queries of row b (prefix
             LM, Raffel et al. 2020, section 3.2.1), as far as `documents` allows.
+        shift: place of the first key minus place of the first query, where a kernel is given parts of a sequence:
+            then `causal` compares places that far apart, a query may see nothing, `prefix` counts from the first
+            key, and queries and keys need not be as many. None for whole sequences.
+        split: lengths of the sequences of queries and of keys, where queries and keys are only some columns of
+            them. All the above then describes the whole sequences; only a core that knows which columns are here
+            takes such a mask. None where all columns are here.
     """
 
     causal: bool = True
     documents: Tensor | None = None
     key_documents: Tensor | None = None
     prefix: Tensor | None = None
+    shift: int | None = None
+    split: tuple[int, int] | None = None
 
     @property
     def triangular(self) -> bool:
         """Whether no query sees a key after it, so that a kernel may skip those."""
-        return self.causal and self.prefix is None
+        return self.causal and self.prefix is None and self.shift is None
+
+    @property
+    def may_hide_all(self) -> bool:
+        """Whether a query may see no key at all."""
+        return self.key_documents is not None or self.shift is not None
 
 
 _ALL = slice(None)
@@ -54,13 +67,17 @@ def lower(
         queries, keys: how many there are; equal for a causal mask.
         query_slice, key_slice: the rows and columns that are wanted, all by default.
     """
-    assert not mask.causal or queries == keys, "a causal mask needs as many queries as keys"
+    assert mask.split is None, "columns of a sequence need a core that knows which they are"
+    parts = mask.shift is not None
+    assert not mask.causal or parts or queries == keys, "a causal mask needs as many queries as keys"
     seen = None
     if mask.causal:
         place = torch.arange(queries, device=device)
-        seen = (place[query_slice, None] >= place[key_slice])[None, None]
+        key_place = torch.arange(keys, device=device) if parts else place
+        ahead = key_place + mask.shift if mask.shift else key_place
+        seen = (place[query_slice, None] >= ahead[key_slice])[None, None]
         if mask.prefix is not None:
-            seen = seen | (place[key_slice] < mask.prefix[:, None])[:, None, None]
+            seen = seen | (key_place[key_slice] < mask.prefix[:, None])[:, None, None]
     if mask.documents is not None:
         theirs = mask.documents if mask.key_documents is None else mask.key_documents
         same = (mask.documents[:, query_slice, None] == theirs[:, None, key_slice])[:, None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from headway.parallel import expert
+from headway.parallel.context import rules as context
 from headway.parallel.mesh import AXES, Layout
 from headway.parallel.pipeline.rules import check as check_pipeline
 from headway.parallel.recompute.rules import check_recompute
@@ -23,7 +24,7 @@ class Capabilities:
 
 ENGINES = {
     "native": Capabilities(
-        axes=frozenset({"pipeline", "replicate", "shard", "tensor", "expert"}),
+        axes=frozenset({"pipeline", "replicate", "shard", "context", "tensor", "expert"}),
         precisions={
             "cpu": frozenset({"auto", "fp32", "bf16", "fp16", "fp64"}),
             "cuda": frozenset({"auto", "fp32", "bf16", "fp16", "fp64"}),
@@ -44,6 +45,7 @@ def check(job: Job, layout: Layout, device_type: str) -> None:
     check_tensor(job, layout)
     expert.check(job, layout)
     check_pipeline(job, layout)
+    context.check(job, layout)
     check_recompute(job)
     legal = can.precisions.get(device_type, can.precisions["cpu"])
     if job.precision not in legal:

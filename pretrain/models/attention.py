@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from headway.kernels.attention.choose import KernelUnavailable, choose
 from headway.kernels.attention.dense import WeightDropout
-from headway.kernels.attention.entropy import row_entropy
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.registry import MECHANISMS
 from headway.kernels.rotary import Rotation, rotate
@@ -42,6 +41,7 @@ class Core(nn.Module):
         bias_HSM: Tensor | None = None,
     ) -> Tensor:
         """Returns [B, H, S, D]."""
+        assert mask.split is None, "this core needs all columns of a sequence"
         kernel = choose(
             self.mechanism,
             self.request,
@@ -53,6 +53,10 @@ class Core(nn.Module):
             keys=k_BKMD.shape[2],
         )
         return kernel.compute(q_BHSD, k_BKMD, v_BKMD, mask, dropout, self.scale, bias_HSM)
+
+    def entropy(self, q_BHSD: Tensor, k_BKMD: Tensor, mask: Mask, bias_HSM: Tensor | None = None) -> Tensor:
+        """Mean entropy of a sample's rows of weights in nats, [B]."""
+        return MECHANISMS[self.mechanism].entropy(q_BHSD, k_BKMD, mask, self.scale, bias_HSM)
 
     def weights(self, q_BHSD: Tensor, k_BKMD: Tensor, mask: Mask, bias_HSM: Tensor | None = None) -> Tensor:
         """Attention weights by the mechanism's reference, [B, H, S, M]."""
@@ -112,7 +116,7 @@ class Attention(nn.Module):
             q_BHSD, k_BKMD = rotate(q_BHSD, asking), rotate(k_BKMD, turn)
         dropout = self._weight_dropout(noise, x_BSE.shape[1])
         y_BHSD = self.core(q_BHSD, k_BKMD, v_BKMD, mask, dropout, bias_HSM)
-        entropy = row_entropy(q_BHSD, k_BKMD, mask, self.core.scale, bias_HSM) if self.wants_entropy else None
+        entropy = self.core.entropy(q_BHSD, k_BKMD, mask, bias_HSM) if self.wants_entropy else None
         return self.o(y_BHSD.transpose(1, 2).flatten(2)), entropy
 
     def _heads(self, x: Tensor) -> Tensor:

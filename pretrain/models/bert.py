@@ -11,6 +11,7 @@ from torch import Tensor
 
 from headway.kernels.attention.masks import Mask
 from headway.pretrain import config
+from headway.pretrain.models.columns import Columns
 from headway.pretrain.models.embeddings import TokenEmbedding
 from headway.pretrain.models.hidden import Hidden
 from headway.pretrain.models.inputs import Inputs
@@ -34,19 +35,24 @@ class BERT(Tower):
         segments_BS: Tensor | None = None,
         noise: Noise | None = None,
         embedded_BSE: Tensor | None = None,
+        columns: Columns | None = None,
     ) -> Hidden:
         """
         Args:
             tokens_BS: int64.
-            documents_BS: int; tokens see their own document only (padding is document -1). None: all see all.
+            documents_BS: int, of the whole row; tokens see their own document only (padding is document -1). None: all
+                see all.
             segments_BS: int64, rows of the segment table; 0 if None.
             noise: what dropout depends on; None drops nothing.
             embedded_BSE: what goes into the first block, where something else has embedded the tokens.
+            columns: which columns of the row the tokens are; all if None.
         """
-        positions_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
+        columns = Columns.of(columns, tokens_BS)
         x_BSE = (
-            self.embed(tokens_BS, positions_S, noise, segments_BS) if embedded_BSE is None else embedded_BSE
+            self.embed(tokens_BS, columns.places_S, noise, segments_BS)
+            if embedded_BSE is None
+            else embedded_BSE
         )
-        final, sides = self.run(x_BSE, positions_S, Mask(False, documents_BS), noise)
+        final, sides = self.run(x_BSE, columns, Mask(False, documents_BS), noise)
         pooled = None if self.pooler is None else torch.tanh(self.pooler(final[:, 0]))
         return Hidden(final, sides, pooled)

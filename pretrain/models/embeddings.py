@@ -54,7 +54,7 @@ class TokenEmbedding(nn.Module):
             x_BSE = x_BSE + self.segments(torch.zeros_like(tokens_BS) if segments_BS is None else segments_BS)
         if self.norm is not None:
             x_BSE = self.norm(x_BSE)
-        x_BSE = self.dropout(x_BSE, noise)
+        x_BSE = self.dropout(x_BSE, noise and noise.over(positions_S))
         return x_BSE if self.project is None else self.project(x_BSE)
 
 

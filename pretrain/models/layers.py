@@ -36,10 +36,14 @@ class Noise(NamedTuple):
         return cls(key, slots_B, positions_S)
 
     def places(self, length: int) -> Tensor:
-        """Positions of the columns, int64 [S]."""
+        """Positions of the columns, int64 [S]: the first so many, where the others are not computed."""
         if self.positions_S is not None:
-            return self.positions_S
+            return self.positions_S[:length]
         return torch.arange(length, device=self.key.device)
+
+    def over(self, positions_S: Tensor) -> Noise:
+        """The same, for columns at these places."""
+        return self._replace(positions_S=positions_S)
 
     def again(self, times: int) -> Noise:
         """Noise of a module's next use in the same forward: blocks that share weights do not share dropout."""

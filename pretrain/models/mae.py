@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from headway.kernels.attention.masks import Mask
 from headway.pretrain import config
+from headway.pretrain.models.columns import Columns
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Linear, Noise
 from headway.pretrain.models.positions import SinusoidalGrid
@@ -35,9 +36,18 @@ class PixelDecoder(Tower):
         self.head = Linear(mae.hidden, inputs.channels * model.vision.patch**2)
         self.grid = grid
 
-    def forward(self, encoded_BKE: Tensor, visible_BK: Tensor, noise: Noise | None = None) -> Tensor:
-        """Pixels of all patches [B, N, P], from the encoder's output (class token first, if there is one)."""
-        return self.pixels(self.decode(self.fill(encoded_BKE, visible_BK), noise))
+    def forward(
+        self,
+        encoded_BKE: Tensor,
+        visible_BK: Tensor,
+        noise: Noise | None = None,
+        columns: Columns | None = None,
+    ) -> Tensor:
+        """Pixels of all patches [B, N, P], from the encoder's output (class token first, if there is one).
+
+        `columns`: which of these places blocks compute here; all if None.
+        """
+        return self.pixels(self.decode(self.fill(encoded_BKE, visible_BK), noise, columns))
 
     def fill(self, encoded_BKE: Tensor, visible_BK: Tensor) -> Tensor:
         """What goes into the first block: [B, 1 + N, D] with the class token, if there is one."""
@@ -48,10 +58,10 @@ class PixelDecoder(Tower):
         x_BND = torch.cat((head, blank.scatter(1, index, body)), 1)
         return x_BND + self.positions(self.grid, self.grid, x_BND.dtype, x_BND.device, bool(self.first))
 
-    def decode(self, x_BND: Tensor, noise: Noise | None = None) -> Tensor:
+    def decode(self, x_BND: Tensor, noise: Noise | None = None, columns: Columns | None = None) -> Tensor:
         """Blocks and final norm."""
-        places = torch.arange(x_BND.shape[1], device=x_BND.device)
-        return self.run(x_BND, places, Mask(False), noise)[0]
+        columns = Columns.of(columns, x_BND)
+        return self.run(columns.cut(x_BND), columns, Mask(False), noise)[0]
 
     def pixels(self, final_BND: Tensor) -> Tensor:
         """[B, N, P]"""

@@ -106,21 +106,29 @@ class MoE(nn.Module):
         self.down_bias = parameter(x, hidden) if model.bias else None
         self.shared = MLP(model, e.shared * width) if e.shared else None
         self.dispatcher: nn.Module = Dispatcher(model)
+        self.choose = route  # `parallel/` replaces it where only some columns of a row are here
         self.register_buffer("balance_bias", torch.zeros(x) if e.bias_rate else None)
 
     def forward(
-        self, x_BSE: Tensor, noise: Noise | None, valid_BS: Tensor | None = None
+        self,
+        x_BSE: Tensor,
+        noise: Noise | None,
+        valid_BS: Tensor | None = None,
+        length: int | None = None,
     ) -> tuple[Tensor, Side]:
         """Output [B, S, E] in the dtype of products, and what `routing.route` says of every row.
 
         Args:
             noise: of the router's jitter; None has none.
-            valid_BS: bool, false for padding, which no routed expert computes; all tokens if not given.
+            valid_BS: bool, of the whole row; false for padding, which no routed expert computes; all tokens if not
+                given.
+            length: of the whole row, where only some of its columns are here.
         """
         if valid_BS is None:
-            valid_BS = torch.ones(x_BSE.shape[:2], dtype=torch.bool, device=x_BSE.device)
+            shape = x_BSE.shape[0], length or x_BSE.shape[1]
+            valid_BS = torch.ones(shape, dtype=torch.bool, device=x_BSE.device)
         logits_BSX = self.router(self.jitter(x_BSE, noise))
-        pairs, side = route(logits_BSX, self.experts, valid_BS, self.balance_bias)
+        pairs, side = self.choose(logits_BSX, self.experts, valid_BS, self.balance_bias)
         x_BSE = narrowed(x_BSE)
         weights = Weights(self.up, self.down, self.gate, self.up_bias, self.down_bias, self.gate_bias)
         y_NE = self.dispatcher(x_BSE.flatten(0, 1), pairs, weights)

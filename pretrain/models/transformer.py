@@ -15,6 +15,7 @@ from headway.kernels.attention.masks import Mask
 from headway.kernels.rotary import Rotation
 from headway.pretrain import config
 from headway.pretrain.models.attention import Attention
+from headway.pretrain.models.columns import Columns
 from headway.pretrain.models.layers import MLP, Dropout, Noise, StochasticDepth, build_norm
 from headway.pretrain.models.moe import MoE
 from headway.pretrain.models.positions import RelativeBias, RotaryPositions
@@ -113,8 +114,9 @@ class Block(nn.Module):
     def _feed_forward(self, x_BSE: Tensor, context: Context, side: Side) -> Tensor:
         inputs = self.mlp_norm(x_BSE) if self.pre else x_BSE
         if isinstance(self.mlp, MoE):
-            documents = context.mask.documents
-            added, routed = self.mlp(inputs, context.noise, None if documents is None else documents >= 0)
+            documents, split = context.mask.documents, context.mask.split
+            valid_BS = None if documents is None else documents >= 0
+            added, routed = self.mlp(inputs, context.noise, valid_BS, split and split[0])
             side.update(routed)
         else:
             added = self.mlp(inputs)
@@ -204,16 +206,24 @@ class Tower(nn.Module):
     def run(
         self,
         x_BSE: Tensor,
-        positions_S: Tensor,
+        columns: Columns,
         mask: Mask,
         noise: Noise | None = None,
         memory_BME: Tensor | None = None,
         memory_mask: Mask | None = None,
         outputs: int | None = None,
     ) -> tuple[Tensor, list[Side]]:
-        """Blocks and final norm: [B, S, E], or of the first `outputs` places; and what the blocks give beside."""
-        turn = None if self.rotary is None else self.rotary(positions_S, x_BSE.dtype)
-        bias = None if self.relative is None else self.relative(positions_S, positions_S, not self.causal)
+        """Blocks and final norm: [B, S, E], or of the first `outputs` places; and what the blocks give beside.
+
+        Args:
+            x_BSE: the columns that are here.
+            columns: which they are.
+            mask: of the whole sequence; `memory_mask` is of the whole of both.
+        """
+        places_S, mask = columns.places_S, mask._replace(split=columns.split)
+        noise = noise and noise.over(places_S)
+        turn = None if self.rotary is None else self.rotary(places_S, x_BSE.dtype)
+        bias = None if self.relative is None else self.relative(places_S, columns.all_S, not self.causal)
         context = Context(mask, turn, noise, bias, memory_BME, memory_mask or Mask(causal=False), outputs)
         x_BSE, sides = self.blocks(x_BSE, context)
         return self.norm(x_BSE), sides

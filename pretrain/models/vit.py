@@ -5,11 +5,11 @@ Shapes: B batch, C channels, N patches, E hidden size.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from headway.kernels.attention.masks import Mask
 from headway.pretrain import config
+from headway.pretrain.models.columns import Columns
 from headway.pretrain.models.embeddings import PatchEmbedding
 from headway.pretrain.models.hidden import Hidden
 from headway.pretrain.models.inputs import Inputs
@@ -30,6 +30,7 @@ class ViT(Tower):
         noise: Noise | None = None,
         outputs: int | None = None,
         embedded_BNE: Tensor | None = None,
+        columns: Columns | None = None,
     ) -> Hidden:
         """
         Args:
@@ -38,11 +39,12 @@ class ViT(Tower):
             noise: what dropout depends on; None drops nothing.
             outputs: how many places of the result are wanted, from the first on; all if None.
             embedded_BNE: what goes into the first block, where something else has embedded the patches.
+            columns: which of the places (class token first) blocks compute here; all if None.
 
         Returns:
             `final` [B, 1 + N, E]: the class token, if there is one, and the patches that are read, in their order;
             or as many of these as are wanted.
         """
         x_BNE = self.embed(pixels_BCHW, noise, visible_BK) if embedded_BNE is None else embedded_BNE
-        places = torch.arange(x_BNE.shape[1], device=x_BNE.device)
-        return Hidden(*self.run(x_BNE, places, Mask(False), noise, outputs=outputs))
+        columns = Columns.of(columns, x_BNE)
+        return Hidden(*self.run(columns.cut(x_BNE), columns, Mask(False), noise, outputs=outputs))

@@ -15,6 +15,7 @@ from headway.kernels.cross_entropy import IGNORE, Losses, Options, linear_cross_
 from headway.pretrain import config
 from headway.pretrain.data.samples import Rows
 from headway.pretrain.engine import Batch
+from headway.pretrain.models.columns import Columns
 from headway.pretrain.models.hidden import Hidden
 from headway.pretrain.models.layers import Noise
 from headway.pretrain.models.moe import MoE
@@ -44,6 +45,10 @@ class LossOutput(NamedTuple):
     metrics: dict[str, Mean]
 
 
+ALL: Mapping[str, Columns] = {}
+"""All columns of all sequences are here."""
+
+
 class Objective(nn.Module):
     """Base of all objectives.
 
@@ -68,15 +73,21 @@ class Objective(nn.Module):
             "attention_entropy": shape.attention.entropy_penalty,
         }
 
-    def forward(self, batch: Batch, noise: Noise | None = None) -> LossOutput:
+    def forward(
+        self, batch: Batch, noise: Noise | None = None, columns: Mapping[str, Columns] = ALL
+    ) -> LossOutput:
         """
         Args:
             batch: what `collate` made, or a slice of its rows.
             noise: what dropout depends on; None drops nothing.
+            columns: of every sequence, by the name of the tensor that is read, which of its columns are here, where
+                others are elsewhere. The batch then has these columns only of all its tensors along that sequence
+                but `documents` (`target_documents`), which masks need whole.
         """
         hidden, sides = None, []
         for tower in range(len(self.towers)):
-            hidden = self.through(tower, batch, noise, None if hidden is None else hidden.final)
+            before = None if hidden is None else hidden.final
+            hidden = self.through(tower, batch, noise, before, columns=columns)
             sides += hidden.sides
         assert hidden is not None
         return self.score(batch, hidden._replace(sides=sides), noise)
@@ -88,6 +99,7 @@ class Objective(nn.Module):
         noise: Noise | None = None,
         before: Tensor | None = None,
         embedded: Tensor | None = None,
+        columns: Mapping[str, Columns] = ALL,
     ) -> Hidden:
         """What one tower makes of a batch, from what the tower before it gave.
 
@@ -97,6 +109,7 @@ class Objective(nn.Module):
             noise: as in `forward`.
             before: `final` of the tower before.
             embedded: what goes into the first block, where something else has computed it.
+            columns: as in `forward`.
         """
         raise NotImplementedError
 

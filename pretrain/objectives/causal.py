@@ -6,6 +6,8 @@ Shapes: B batch, S sequence, E hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -17,11 +19,13 @@ from headway.pretrain.data.samples import Rows
 from headway.pretrain.data.specials import Specials
 from headway.pretrain.engine import Batch
 from headway.pretrain.models.attention import attention_maps
+from headway.pretrain.models.columns import Columns
 from headway.pretrain.models.gpt import GPT
 from headway.pretrain.models.hidden import Hidden
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Linear, Noise, narrowed
 from headway.pretrain.objectives.base import (
+    ALL,
     ChunkedLoss,
     LossOutput,
     Objective,
@@ -66,13 +70,12 @@ class CausalLM(Objective):
         noise: Noise | None = None,
         before: Tensor | None = None,
         embedded: Tensor | None = None,
+        columns: Mapping[str, Columns] = ALL,
     ) -> Hidden:
-        """Of a batch: `tokens` and `labels` int64 [B, S] (IGNORE where not scored); `documents` [B, S], `prefix` [B]
-        and `positions` [S] (the columns' places in the sequence) where they are needed."""
-        documents, positions = batch.get("documents"), batch.get("positions")
-        hidden: Hidden = self.model(
-            batch["tokens"], documents, positions, noise, batch.get("prefix"), embedded
-        )
+        """Of a batch: `tokens` and `labels` int64 [B, S] (IGNORE where not scored); `documents` [B, S] and `prefix` [B]
+        where they are needed."""
+        documents, here = batch.get("documents"), columns.get("tokens")
+        hidden: Hidden = self.model(batch["tokens"], documents, here, noise, batch.get("prefix"), embedded)
         return hidden
 
     def score(self, batch: Batch, hidden: Hidden, noise: Noise | None = None) -> LossOutput:

@@ -5,6 +5,7 @@ Shapes: B batch, N patches, E hidden size, Y classes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ from headway.pretrain.config import Job
 from headway.pretrain.data.samples import Rows
 from headway.pretrain.engine import Batch
 from headway.pretrain.models.attention import attention_maps
+from headway.pretrain.models.columns import Columns
 from headway.pretrain.models.hidden import Hidden
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Linear, Noise
 from headway.pretrain.models.moe import MoE
 from headway.pretrain.models.vit import ViT
-from headway.pretrain.objectives.base import LossOutput, Mean, Objective, passed, real_rows, valid
+from headway.pretrain.objectives.base import ALL, LossOutput, Mean, Objective, passed, real_rows, valid
 
 
 class Classifier(Objective):
@@ -32,6 +34,7 @@ class Classifier(Objective):
 
     model: ViT
     scored = "rows"
+    model: ViT
 
     def __init__(self, job: Job, inputs: Inputs) -> None:
         shape = job.model
@@ -53,9 +56,12 @@ class Classifier(Objective):
         noise: Noise | None = None,
         before: Tensor | None = None,
         embedded: Tensor | None = None,
+        columns: Mapping[str, Columns] = ALL,
     ) -> Hidden:
         """Of a batch: `pixels` [B, C, H, W], `labels` int64 [B]; `partner` [B] and `share` [B] if mixed."""
-        hidden: Hidden = self.model(batch["pixels"], None, noise, self.outputs, embedded)
+        hidden: Hidden = self.model(
+            batch["pixels"], None, noise, self.outputs, embedded, columns.get("pixels")
+        )
         return hidden
 
     def score(self, batch: Batch, hidden: Hidden, noise: Noise | None = None) -> LossOutput:

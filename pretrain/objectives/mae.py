@@ -6,6 +6,8 @@ Shapes: B batch, C channels, N patches, K visible patches, P pixels of a patch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -14,13 +16,14 @@ from headway.pretrain.config import Job
 from headway.pretrain.data.samples import Rows
 from headway.pretrain.engine import Batch
 from headway.pretrain.models.attention import attention_maps
+from headway.pretrain.models.columns import Columns
 from headway.pretrain.models.embeddings import patchify, unpatchify
 from headway.pretrain.models.hidden import Hidden
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Noise
 from headway.pretrain.models.mae import PixelDecoder
 from headway.pretrain.models.vit import ViT
-from headway.pretrain.objectives.base import LossOutput, Objective, passed, real_rows
+from headway.pretrain.objectives.base import ALL, LossOutput, Objective, passed, real_rows
 
 EPS = 1e-6
 """Added to a patch's variance (He et al.'s code)."""
@@ -51,16 +54,19 @@ class MaskedAutoencoder(Objective):
         noise: Noise | None = None,
         before: Tensor | None = None,
         embedded: Tensor | None = None,
+        columns: Mapping[str, Columns] = ALL,
     ) -> Hidden:
         """Of a batch: `pixels` [B, C, H, W], `visible` int64 [B, K], `scored` bool [B, N]."""
         visible_BK = batch["visible"]
         if tower == 0:
-            hidden: Hidden = self.model(batch["pixels"], visible_BK, noise, None, embedded)
+            hidden: Hidden = self.model(
+                batch["pixels"], visible_BK, noise, None, embedded, columns.get("visible")
+            )
             return hidden
         if embedded is None:
             assert before is not None
             embedded = self.decoder.fill(before, visible_BK)
-        return Hidden(self.decoder.decode(embedded, noise), [])
+        return Hidden(self.decoder.decode(embedded, noise, columns.get("pixels")), [])
 
     def score(self, batch: Batch, hidden: Hidden, noise: Noise | None = None) -> LossOutput:
         pixels = batch["pixels"]

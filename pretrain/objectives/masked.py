@@ -5,6 +5,8 @@ Shapes: B batch, S sequence, E hidden size, V vocabulary, M predicted tokens of 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,10 +22,12 @@ from headway.pretrain.data.specials import Specials
 from headway.pretrain.engine import Batch
 from headway.pretrain.models.attention import attention_maps
 from headway.pretrain.models.bert import BERT
+from headway.pretrain.models.columns import Columns
 from headway.pretrain.models.hidden import Hidden
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Linear, Noise, build_norm, narrowed
 from headway.pretrain.objectives.base import (
+    ALL,
     ChunkedLoss,
     LossOutput,
     Mean,
@@ -92,11 +96,14 @@ class MaskedLM(Objective):
         noise: Noise | None = None,
         before: Tensor | None = None,
         embedded: Tensor | None = None,
+        columns: Mapping[str, Columns] = ALL,
     ) -> Hidden:
         """Of a batch: `tokens`, `labels` int64 [B, S]; `documents`, `segments` [B, S] and `pair` [B] where they are
         needed."""
         documents, segments = batch.get("documents"), batch.get("segments")
-        hidden: Hidden = self.model(batch["tokens"], documents, segments, noise, embedded)
+        hidden: Hidden = self.model(
+            batch["tokens"], documents, segments, noise, embedded, columns.get("tokens")
+        )
         return hidden
 
     def score(self, batch: Batch, hidden: Hidden, noise: Noise | None = None) -> LossOutput:

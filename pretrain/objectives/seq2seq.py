@@ -6,7 +6,7 @@ Shapes: B batch, S encoder's sequence, T decoder's sequence, E hidden size, V vo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,11 +19,13 @@ from headway.pretrain.data.samples import Rows
 from headway.pretrain.data.specials import Specials
 from headway.pretrain.engine import Batch
 from headway.pretrain.models.attention import attention_maps
+from headway.pretrain.models.columns import Columns
 from headway.pretrain.models.hidden import Hidden
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Linear, Noise, narrowed
 from headway.pretrain.models.t5 import T5
 from headway.pretrain.objectives.base import (
+    ALL,
     ChunkedLoss,
     LossOutput,
     Objective,
@@ -69,15 +71,16 @@ class Seq2SeqLM(Objective):
         noise: Noise | None = None,
         before: Tensor | None = None,
         embedded: Tensor | None = None,
+        columns: Mapping[str, Columns] = ALL,
     ) -> Hidden:
         """Of a batch: `tokens` int64 [B, S], `targets` (what the decoder reads) and `labels` int64 [B, T]; `documents`
         [B, S] and `target_documents` [B, T], -1 at padding, where rows are padded."""
-        documents = batch.get("documents")
+        documents, read = batch.get("documents"), columns.get("tokens")
         if tower == 0:
-            return Hidden(*self.model.encode(batch["tokens"], documents, noise, embedded))
+            return Hidden(*self.model.encode(batch["tokens"], documents, noise, embedded, read))
         assert before is not None
-        asked = batch.get("target_documents")
-        return Hidden(*self.model.decode(before, batch["targets"], documents, asked, noise, embedded))
+        asked = batch.get("target_documents"), noise, embedded, read, columns.get("targets")
+        return Hidden(*self.model.decode(before, batch["targets"], documents, *asked))
 
     def score(self, batch: Batch, hidden: Hidden, noise: Noise | None = None) -> LossOutput:
         labels_BT = batch["labels"]

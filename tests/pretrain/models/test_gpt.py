@@ -6,6 +6,7 @@ import torch
 from headway.pretrain import config
 from headway.pretrain.errors import JobError
 from headway.pretrain.models.attention import attention_maps
+from headway.pretrain.models.columns import Columns
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.objectives import build_objective
 
@@ -146,9 +147,9 @@ def test_isolated_documents_are_separate_sequences():
 def test_positions_can_be_given():
     ours = objective(layers=1, hidden=24, heads=4)
     tokens = torch.randint(0, VOCAB, (2, 7))
-    moved = ours.model(tokens, positions_S=torch.arange(7) + 5).final
+    moved = ours.model(tokens, columns=Columns(torch.arange(7) + 5)).final
     assert not torch.allclose(moved, ours.model(tokens).final)
-    given = ours.model(tokens, positions_S=torch.arange(7)).final
+    given = ours.model(tokens, columns=Columns(torch.arange(7))).final
     assert torch.equal(given, ours.model(tokens).final)
 
 

@@ -5,6 +5,7 @@ import torch
 
 from headway.kernels.attention.masks import Mask
 from headway.pretrain import config
+from headway.pretrain.models.columns import Columns
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Noise
 from headway.pretrain.models.transformer import Tower
@@ -117,7 +118,8 @@ def test_fewer_outputs_are_the_first_of_all(positions):
         torch.nn.init.normal_(p, std=0.3)
     x, noise = torch.randn(4, LENGTH, 32, dtype=torch.float64), Noise.at(0, 1, torch.arange(4))
     every, some = (
-        tower.run(x, torch.arange(LENGTH), Mask(False), noise, outputs=outputs)[0] for outputs in (None, 3)
+        tower.run(x, Columns(torch.arange(LENGTH)), Mask(False), noise, outputs=outputs)[0]
+        for outputs in (None, 3)
     )
     assert some.shape == (4, 3, 32)
     torch.testing.assert_close(some, every[:, :3], rtol=1e-12, atol=1e-12)  # fp64, other shapes of products

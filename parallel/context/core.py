@@ -1,0 +1,67 @@
+"""The attention core of a rank that has some columns of every row.
+
+Shapes: see `headway.pretrain.models.attention`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headway.kernels.attention.dense import WeightDropout
+from headway.kernels.attention.entropy import every_row
+from headway.kernels.attention.masks import Mask
+from headway.parallel.context import ring, ulysses
+from headway.parallel.context.exchange import Team
+from headway.parallel.context.layout import cuts
+from headway.pretrain.models.attention import Core
+
+
+class ContextCore(Core):
+    """Takes the place of a core; what it is given whole (its mask has no `split`), it computes as that did."""
+
+    def __init__(self, core: Core, team: Team, method: str) -> None:
+        torch.nn.Module.__init__(self)
+        self.mechanism, self.request, self.scale = core.mechanism, core.request, core.scale
+        self.team, self.method = team, method
+
+    def forward(
+        self,
+        q_BHSD: Tensor,
+        k_BKMD: Tensor,
+        v_BKMD: Tensor,
+        mask: Mask,
+        dropout: WeightDropout | None,
+        bias_HSM: Tensor | None = None,
+    ) -> Tensor:
+        """Returns [B, H, S, D]; the bias is of the queries here and of all keys."""
+        if mask.split is None:
+            return super().forward(q_BHSD, k_BKMD, v_BKMD, mask, dropout, bias_HSM)
+        return self._together(q_BHSD, k_BKMD, v_BKMD, mask, dropout, bias_HSM)
+
+    @torch.compiler.disable
+    def _together(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: WeightDropout | None, bias: Tensor | None
+    ) -> Tensor:
+        if self.method == "ring":
+            return ring.attention(q, k, v, mask, dropout, self.scale, bias, self.team)
+        return ulysses.attention(q, k, v, mask, dropout, bias, self.team, super().forward)
+
+    @torch.compiler.disable
+    def entropy(self, q_BHSD: Tensor, k_BKMD: Tensor, mask: Mask, bias_HSM: Tensor | None = None) -> Tensor:
+        """Mean entropy of a sample's rows of weights in nats, [B], of all columns, equal on all ranks."""
+        if mask.split is None:
+            return super().entropy(q_BHSD, k_BKMD, mask, bias_HSM)
+        total = mask.split[0]
+        here = self.team.runs(total)
+        k_BKTD = self.team.gather(k_BKMD.transpose(1, 2), total).transpose(1, 2)
+        sums = q_BHSD.new_zeros(len(q_BHSD), dtype=torch.promote_types(q_BHSD.dtype, torch.float32))
+        for run, cut in zip(here, cuts(here), strict=True):
+            seen = ring.narrowed(mask, run, range(total))
+            bias = None if bias_HSM is None else bias_HSM[:, cut]
+            rows_BHQ = every_row(q_BHSD[:, :, cut], k_BKTD, seen, self.scale, bias)
+            if mask.documents is not None:
+                rows_BHQ = torch.where(seen.documents[:, None] >= 0, rows_BHQ, 0)  # type: ignore[index]
+            sums = sums + rows_BHQ.sum((1, 2))
+        counts = total if mask.documents is None else (mask.documents >= 0).sum(1).clamp(min=1)
+        return self.team.sum(sums) / (counts * q_BHSD.shape[1])
