@@ -34,7 +34,6 @@ class Classifier(Objective):
 
     model: ViT
     scored = "rows"
-    model: ViT
 
     def __init__(self, job: Job, inputs: Inputs) -> None:
         shape = job.model
