@@ -81,8 +81,18 @@ class Rows(Local):
         return y if bias is None else y + bias.to(y.dtype)
 
 
-class SpectralPart:
-    """sigmaReparam of a weight that is cut: u^T W v is a sum over ranks."""
+class SpectralPart(Local):
+    """sigmaReparam of a weight that is cut: u^T W v is a sum over ranks.
+
+    Attributes:
+        cut: the dim of the weight that is cut.
+        starts: of outputs, where the ranks after the first begin.
+    """
+
+    direction: Tensor
+    weight: Tensor
+    cut: int
+    starts: list[int]
 
     def sigma(self) -> Tensor:
         u_O, weight_OI, cut = self.direction, self.weight, self.cut
@@ -184,8 +194,9 @@ def matrix(linear: Any) -> Tensor:
 
 def become(module: nn.Module, role: type, **facts: Any) -> None:
     """Make a module play a role beside what it is; `facts` are the attributes that the role reads."""
+    kind: Any = type(module)
     if not isinstance(module, role):
-        module.__class__ = _played(role, type(module))
+        module.__class__ = _played(role, kind)
     module.__dict__.update(facts)
 
 

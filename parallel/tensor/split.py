@@ -100,7 +100,7 @@ class Cutter:
                 self._become(module, roles.Experts)
             if not self.spread_experts:
                 module.__dict__["shares"] = frozenset({"down_bias"})
-                module.dispatcher = roles.Widths(module.dispatcher, self.group, self.rank)  # type: ignore[assignment]
+                module.dispatcher = roles.Widths(module.dispatcher, self.group, self.rank)
 
     def words(self, objective: Any, job: Job) -> None:
         """The table of words, the head and the loss."""

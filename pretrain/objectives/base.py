@@ -86,7 +86,7 @@ class Objective(nn.Module):
         """
         hidden, sides = None, []
         for tower in range(len(self.towers)):
-            before = None if hidden is None else hidden.final
+            before: Tensor | None = None if hidden is None else hidden.final
             hidden = self.through(tower, batch, noise, before, columns=columns)
             sides += hidden.sides
         assert hidden is not None
