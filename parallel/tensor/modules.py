@@ -117,11 +117,11 @@ class Inner(Local):
 class Experts(Local):
     """A layer of experts where the sequence is cut: rows are routed whole."""
 
-    def forward(self, x_BSE, noise, valid_BS=None):
+    def forward(self, x_BSE, noise, valid_BS=None, length=None):
         columns = self.columns
         if noise is not None:
             noise = noise._replace(positions_S=columns.positions)
-        y_BSE, side = super().forward(whole(x_BSE, columns), noise, valid_BS)  # type: ignore[misc]
+        y_BSE, side = super().forward(whole(x_BSE, columns), noise, valid_BS, length)  # type: ignore[misc]
         return part(y_BSE, columns), side
 
 

@@ -23,7 +23,7 @@ from headway.pretrain.models.attention import Core
 from headway.tests.parallel.family_cases import CASES, job_of
 from headway.tests.parallel.test_families import ROWS, STEPS, compare, curves, evaluated
 
-slow = pytest.mark.slow
+matrix = pytest.mark.matrix
 
 
 def plain(x):
@@ -129,8 +129,8 @@ CASES_OF_CORES = [(name, bias, p) for name in MASKS for bias in (False, True) fo
 
 @pytest.mark.parametrize(("method", "ranks", "kv_heads"), [
     ("ring", 2, 2), ("ulysses", 2, 1),
-    pytest.param("ring", 3, 1, marks=slow), pytest.param("ring", 4, 4, marks=slow),
-    pytest.param("ulysses", 4, 2, marks=slow),
+    pytest.param("ring", 3, 1, marks=matrix), pytest.param("ring", 4, 4, marks=matrix),
+    pytest.param("ulysses", 4, 2, marks=matrix),
 ])  # fmt: skip
 def test_attention_of_columns_is_the_reference(pool, method, ranks, kv_heads):
     each = pool(attended, ranks=ranks, method=method, cases=CASES_OF_CORES, kv_heads=kv_heads)
@@ -261,11 +261,11 @@ FOUR, EIGHT = {"context": 4}, {"context": 2, "shard": 2, "replicate": 2}
 
 @pytest.mark.parametrize(("ranks", "parallel", "names"), [
     pytest.param(2, RING, ["t5", "experts"], id="ring"),
-    pytest.param(2, RING, [name for name in CASES if name not in FEW], id="ring of the others", marks=slow),
-    *(pytest.param(4, FOUR, [name], id=f"ring of four, {name}", marks=slow) for name in CASES),
-    pytest.param(4, RING | {"shard": 2, "micro_batch": 3}, list(CASES), id="with shards", marks=slow),
-    pytest.param(4, RING | {"replicate": 2, "shard": 1}, ["bert", "spectral", "mae"], id="with replicas", marks=slow),
-    pytest.param(8, EIGHT | {"micro_batch": 1}, ["albert", "dropless", "vit"], id="with both", marks=slow),
+    pytest.param(2, RING, [name for name in CASES if name not in FEW], id="ring of the others", marks=matrix),
+    *(pytest.param(4, FOUR, [name], id=f"ring of four, {name}", marks=matrix) for name in CASES),
+    pytest.param(4, RING | {"shard": 2, "micro_batch": 3}, list(CASES), id="with shards", marks=matrix),
+    pytest.param(4, RING | {"replicate": 2, "shard": 1}, ["bert", "spectral", "mae"], id="with replicas", marks=matrix),
+    pytest.param(8, EIGHT | {"micro_batch": 1}, ["albert", "dropless", "vit"], id="with both", marks=matrix),
 ])  # fmt: skip
 def test_rings_draw_the_curves_of_one_process(pool, alone, ranks, parallel, names):
     for found in pool(curves, ranks=ranks, parallel=parallel, names=names):
@@ -275,11 +275,11 @@ def test_rings_draw_the_curves_of_one_process(pool, alone, ranks, parallel, name
 
 @pytest.mark.parametrize(("ranks", "parallel", "names"), [
     pytest.param(2, ULYSSES, ["mae"], id="ulysses"),
-    pytest.param(2, ULYSSES, [name for name in CASES if name != "mae"], id="ulysses of the others", marks=slow),
-    *(pytest.param(4, ULYSSES | FOUR, [name], id=f"ulysses of four, {name}", marks=slow) for name in CASES),
+    pytest.param(2, ULYSSES, [name for name in CASES if name != "mae"], id="ulysses of the others", marks=matrix),
+    *(pytest.param(4, ULYSSES | FOUR, [name], id=f"ulysses of four, {name}", marks=matrix) for name in CASES),
     pytest.param(4, ULYSSES | {"shard": 2, "micro_batch": 2}, ["t5", "experts", "spectral"], id="with shards",
-                 marks=slow),
-    pytest.param(4, ULYSSES | {"replicate": 2, "shard": 1}, ["roberta", "vit"], id="with replicas", marks=slow),
+                 marks=matrix),
+    pytest.param(4, ULYSSES | {"replicate": 2, "shard": 1}, ["roberta", "vit"], id="with replicas", marks=matrix),
 ])  # fmt: skip
 def test_ulysses_draws_the_curves_of_one_process(pool, alone, ranks, parallel, names):
     for found in pool(curves_with_four_heads, ranks=ranks, parallel=parallel, names=names):
@@ -287,7 +287,7 @@ def test_ulysses_draws_the_curves_of_one_process(pool, alone, ranks, parallel, n
             compare(name, found[name], alone(curves_with_four_heads, name))
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_evaluation_is_that_of_one_process(pool):
     names = ["vit", "albert", "mae", "dropless", "spectral", "ul2"]
     expected = evaluated(0, 1, {}, names)
@@ -325,7 +325,7 @@ def looked_at(rank, world, parallel, names):
     return found
 
 
-@pytest.mark.parametrize("names", [["mae"], pytest.param(["bert", "experts", "t5"], marks=slow)])
+@pytest.mark.parametrize("names", [["mae"], pytest.param(["bert", "experts", "t5"], marks=matrix)])
 def test_reports_read_whole_rows_and_lsuv_all_columns(pool, names):
     expected = looked_at(0, 1, {}, names)
     for found in pool(looked_at, ranks=2, parallel=RING, names=names):

@@ -113,12 +113,12 @@ def checked(rank, world, name, parallel, at, kind):
     return said, named, moved
 
 
-SLOW = pytest.mark.slow
+MATRIX = pytest.mark.matrix
 CLEAN = [
     (2, {"replicate": 2, "shard": 1}, ["roberta", "spectral", "t5", "mae", "bert"]),
-    pytest.param(2, {"shard": 2}, ["spectral", "t5", "mae", "experts", "bert"], marks=SLOW),
-    pytest.param(3, {"replicate": 3, "shard": 1}, ["vit"], marks=SLOW),
-    pytest.param(4, {"replicate": 4, "shard": 1}, ["albert"], marks=SLOW),
+    pytest.param(2, {"shard": 2}, ["spectral", "t5", "mae", "experts", "bert"], marks=MATRIX),
+    pytest.param(3, {"replicate": 3, "shard": 1}, ["vit"], marks=MATRIX),
+    pytest.param(4, {"replicate": 4, "shard": 1}, ["albert"], marks=MATRIX),
     (4, {"replicate": 2, "shard": 2}, ["spectral", "t5", "mae"]),
 ]
 
@@ -135,10 +135,10 @@ WOUNDS = [
     (2, {"replicate": 2, "shard": 1}, 1, "mlp.down.weight", None),
     (3, {"replicate": 3, "shard": 1}, 2, "attention.q.weight", [2]),
     (4, {"replicate": 4, "shard": 1}, 0, "optimizer.model.blocks.0.attention.q.weight.exp_avg_sq", [0]),
-    pytest.param(4, {"replicate": 4, "shard": 1}, 3, "balance_bias", [3], marks=SLOW),
-    pytest.param(3, {"replicate": 3, "shard": 1}, 1, "ema.model.blocks.1.attention", [1], marks=SLOW),
+    pytest.param(4, {"replicate": 4, "shard": 1}, 3, "balance_bias", [3], marks=MATRIX),
+    pytest.param(3, {"replicate": 3, "shard": 1}, 1, "ema.model.blocks.1.attention", [1], marks=MATRIX),
     (4, {"replicate": 2, "shard": 2}, 3, "model.blocks.0.attention.q.weight", None),
-    pytest.param(3, {"shard": 3}, 2, "balance_bias", [2], marks=SLOW),
+    pytest.param(3, {"shard": 3}, 2, "balance_bias", [2], marks=MATRIX),
 ]
 
 

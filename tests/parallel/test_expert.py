@@ -86,7 +86,7 @@ def alone():
     return of
 
 
-slow, matrix = pytest.mark.slow, pytest.mark.matrix
+matrix = pytest.mark.matrix
 LAYOUTS = [
     (2, {"expert": 2, "shard": 2}, ["experts", "roberta", "dropless"]),
     (2, {"expert": 2, "shard": 1, "tensor": 2}, ["transformer"]),
@@ -144,10 +144,10 @@ def test_a_rank_holds_its_share(pool):
 OTHERS = [
     (1, {}),
     (2, {"shard": 2}),
-    pytest.param(4, {"expert": 4, "shard": 4}, marks=slow),
-    pytest.param(4, {"expert": 2, "replicate": 2, "shard": 2}, marks=slow),
-    pytest.param(6, {"expert": 2, "shard": 6}, marks=slow),
-    pytest.param(2, {"expert": 2, "shard": 1, "tensor": 2}, marks=slow),
+    pytest.param(4, {"expert": 4, "shard": 4}, marks=matrix),
+    pytest.param(4, {"expert": 2, "replicate": 2, "shard": 2}, marks=matrix),
+    pytest.param(6, {"expert": 2, "shard": 6}, marks=matrix),
+    pytest.param(2, {"expert": 2, "shard": 1, "tensor": 2}, marks=matrix),
 ]
 KEPT = ["batched", "transformer"]  # an average and a balancing bias; Adafactor, two towers
 
@@ -235,7 +235,7 @@ def engines(rank, world, parallel, name, precision, compiled):
         return curves(rank, world, parallel, [name])[name]
 
 
-@slow
+@matrix
 def test_compiled_blocks_draw_the_same_curve(pool, alone):
     torch.compiler.reset()
     settings = {"parallel": {"expert": 2, "shard": 2}, "name": "experts", "precision": "fp64"}
@@ -243,7 +243,7 @@ def test_compiled_blocks_draw_the_same_curve(pool, alone):
         compare("experts", found, alone("experts"))
 
 
-@slow
+@matrix
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("bf16", 1e-2)])
 def test_narrow_precisions_stay_near(pool, alone, precision, bound):
     settings = {"parallel": {"expert": 2, "shard": 2}, "name": "roberta", "precision": precision}

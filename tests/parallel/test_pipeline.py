@@ -38,7 +38,7 @@ def draw(pool, ranks, parallel, names):
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in ("t5", "vit") else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+    "name", [n if n in ("t5", "vit") else pytest.param(n, marks=pytest.mark.matrix) for n in CASES]
 )
 def test_every_family_draws_the_curve_of_one_process(pool, name):
     """Among them three blocks on two stages (vit), a tied table (t5, bert), experts with balancing biases."""
@@ -60,7 +60,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize(
     ("parallel", "names"),
-    [LAYOUTS[3], *(pytest.param(*case, marks=pytest.mark.slow) for i, case in enumerate(LAYOUTS) if i != 3)],
+    [LAYOUTS[3], *(pytest.param(*case, marks=pytest.mark.matrix) for i, case in enumerate(LAYOUTS) if i != 3)],
 )
 def test_schedules_and_layouts_draw_the_curve_of_one_process(pool, parallel, names):
     """`experts` and `albert` use a block twice: over four stages both uses are on ranks of their own."""
@@ -68,7 +68,7 @@ def test_schedules_and_layouts_draw_the_curve_of_one_process(pool, parallel, nam
     draw(pool, ranks, parallel, names)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "parallel", [{"pipeline": 2}, {"pipeline": 2, "schedule": "gpipe", "micro_batch": 5}]
 )
@@ -80,7 +80,7 @@ def test_fp32_and_bf16_stay_near(pool, parallel):
             assert found[0] == pytest.approx(exact, rel=bound)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_checkpoint_of_a_pipeline_resumes_elsewhere_and_back(pool, tmp_path):
     """Stages merge by name: two ranks of a pipeline, one process, two shards, and back."""
     for name in ("spectral", "t5"):
@@ -105,7 +105,7 @@ def test_a_checkpoint_of_a_pipeline_resumes_elsewhere_and_back(pool, tmp_path):
 
 @pytest.mark.parametrize(
     "names",
-    [["albert"], pytest.param(["vit", "mae", "dropless", "experts", "spectral"], marks=pytest.mark.slow)],
+    [["albert"], pytest.param(["vit", "mae", "dropless", "experts", "spectral"], marks=pytest.mark.matrix)],
 )
 def test_evaluation_is_the_same(pool, names):
     alone = evaluated(0, 1, {}, names)

@@ -62,7 +62,7 @@ def same(found, expected):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.matrix) for n in CASES]
 )
 def test_every_family_has_the_same_bits(plain, monkeypatch, name, setting):
     monkeypatch.setattr(offload, "SMALL", offload.SMALL)
@@ -74,10 +74,10 @@ def test_every_family_has_the_same_bits(plain, monkeypatch, name, setting):
     [
         ("full", ["experts", "t5"]),
         ("products, offload", ["spectral"]),
-        pytest.param("full", list(CASES), marks=pytest.mark.slow),
-        pytest.param("products", list(CASES), marks=pytest.mark.slow),
-        pytest.param("attention", list(CASES), marks=pytest.mark.slow),
-        pytest.param("offload", list(CASES), marks=pytest.mark.slow),
+        pytest.param("full", list(CASES), marks=pytest.mark.matrix),
+        pytest.param("products", list(CASES), marks=pytest.mark.matrix),
+        pytest.param("attention", list(CASES), marks=pytest.mark.matrix),
+        pytest.param("offload", list(CASES), marks=pytest.mark.matrix),
     ],
 )
 def test_sharded_runs_have_the_same_bits(pool, setting, names):
@@ -117,7 +117,7 @@ def test_autocast_is_the_same_when_it_is_computed_again(setting):
     same(trained(small(parallel, "bf16")), trained(small(precision="bf16")))
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("setting", ["full", "offload", "attention", "products"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_compiled_blocks_are_the_same_when_they_are_computed_again(setting, precision):

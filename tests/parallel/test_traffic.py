@@ -86,17 +86,17 @@ def expected(job, layout, shapes):
 
 
 NAMES = ["dropless", "roberta", "ul2", "transformer", "vit", "mae"]
-SLOW = pytest.mark.slow
+MATRIX = pytest.mark.matrix
 LAYOUTS = [
     (2, {"replicate": 2, "shard": 1, "micro_batch": 2}, ["roberta"]),
     (2, {"shard": 2}, NAMES),
     (4, {"replicate": 2, "shard": 2}, ["dropless"]),
-    pytest.param(2, {"replicate": 2, "shard": 1}, NAMES, marks=SLOW),
-    pytest.param(2, {"shard": 2, "reshard": False, "micro_batch": 3}, NAMES, marks=SLOW),
-    pytest.param(3, {"replicate": 3, "shard": 1}, ["dropless"], marks=SLOW),
-    pytest.param(3, {"shard": 3, "micro_batch": 2}, ["dropless", "vit"], marks=SLOW),
-    pytest.param(4, {"replicate": 2, "shard": 2, "reshard": False}, ["ul2", "mae"], marks=SLOW),
-    pytest.param(4, {"shard": 4}, ["dropless"], marks=SLOW),
+    pytest.param(2, {"replicate": 2, "shard": 1}, NAMES, marks=MATRIX),
+    pytest.param(2, {"shard": 2, "reshard": False, "micro_batch": 3}, NAMES, marks=MATRIX),
+    pytest.param(3, {"replicate": 3, "shard": 1}, ["dropless"], marks=MATRIX),
+    pytest.param(3, {"shard": 3, "micro_batch": 2}, ["dropless", "vit"], marks=MATRIX),
+    pytest.param(4, {"replicate": 2, "shard": 2, "reshard": False}, ["ul2", "mae"], marks=MATRIX),
+    pytest.param(4, {"shard": 4}, ["dropless"], marks=MATRIX),
 ]
 
 
