@@ -69,9 +69,7 @@ def test_schedules_and_layouts_draw_the_curve_of_one_process(pool, parallel, nam
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "parallel", [{"pipeline": 2}, {"pipeline": 2, "schedule": "gpipe", "micro_batch": 5}]
-)
+@pytest.mark.parametrize("parallel", [{"pipeline": 2}, {"pipeline": 2, "schedule": "gpipe"}])
 def test_fp32_and_bf16_stay_near(pool, parallel):
     exact = curve(0, 1, {})[0]
     parallel = parallel | {"micro_batch": 3}
