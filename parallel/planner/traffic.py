@@ -158,6 +158,16 @@ def tensor_layer(activation: float, micro_batches: int = 1, *, sequence: bool = 
     ]
 
 
+def sequence_ends(activation: float, micro_batches: int = 1) -> list[Moved]:
+    """Both ends of a stack of blocks under sequence parallelism: what comes out is gathered in the forward, and the
+    gradient of what went in in the backward.
+
+    Args:
+        activation: bytes of B S E.
+    """
+    return [Moved("tensor", "all_gather", 2 * micro_batches * activation)]
+
+
 def vocabulary(activation: float, row: float, micro_batches: int = 1) -> list[Moved]:
     """Embedding, head and loss over a vocabulary that is cut (Shoeybi et al. 2019, section 3): the embedding's sum in
     the forward and the gradient of the head's input in the backward, B S E each; the loss exchanges the maximum, the

@@ -36,13 +36,13 @@ def row_loss_over(first: int, vocabulary: int, group: str) -> RowLoss:
         parts = [
             (wide - top).exp().sum(1, keepdim=True),
             torch.where(mine, wide.gather(1, target), 0),
-            wide.sum(1, keepdim=True) if smoothing else torch.zeros_like(top),
+            *([wide.sum(1, keepdim=True)] if smoothing else []),
         ]
-        exponentials, picked, every = total(torch.cat(parts, 1), group).split(1, 1)
+        exponentials, picked, *every = total(torch.cat(parts, 1), group).split(1, 1)
         lse = exponentials.log() + top
         chosen = picked - lse
         if smoothing:
-            chosen = (1 - smoothing) * chosen + smoothing * (every / vocabulary - lse)
+            chosen = (1 - smoothing) * chosen + smoothing * (every[0] / vocabulary - lse)
         nll = -torch.where(valid, chosen, 0).sum()
         z = torch.where(valid, lse.square(), 0).sum() * z_loss
         correct = valid.new_zeros(())

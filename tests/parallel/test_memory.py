@@ -85,7 +85,9 @@ def predicted(job, kernel, **ranks):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.matrix) for n in GPTS])
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.matrix) for n in GPTS]
+)
 def test_a_step_takes_the_bytes_of_the_formulas(name, policy):
     model, precision, kernel = GPTS[name]
     job = job_of(model, {"recompute": policy}, precision)
@@ -128,7 +130,11 @@ ALL = [(stage, policy) for stage in STAGES for policy in POLICIES]
 
 @pytest.mark.parametrize(
     ("ranks", "keys"),
-    [(2, SOME), pytest.param(2, ALL, marks=pytest.mark.matrix), pytest.param(4, ALL, marks=pytest.mark.matrix)],
+    [
+        (2, SOME),
+        pytest.param(2, ALL, marks=pytest.mark.matrix),
+        pytest.param(4, ALL, marks=pytest.mark.matrix),
+    ],
 )
 def test_every_zero_stage_takes_the_bytes_of_the_formulas(pool, ranks, keys):
     """Whole recomputation leaves mostly model states, none mostly activations."""
