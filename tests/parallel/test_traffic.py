@@ -6,7 +6,6 @@ import torch.distributed as dist
 from torch.distributed._functional_collectives import all_to_all_single
 
 from headway.parallel import mesh
-from headway.parallel.engines.capabilities import ENGINES
 from headway.parallel.engines.native import NativeEngine
 from headway.parallel.planner import traffic as formulas
 from headway.parallel.planner.traffic import Moved, added, sent
@@ -19,7 +18,6 @@ from headway.tests.parallel.family_cases import LENGTH, SPECIALS, TARGET, build,
 ROWS = 12
 SMALL = 512
 """Bytes below which a collective carries counts, sums and norms, not tensors of the model."""
-AXES = ENGINES["native"].axes
 
 
 def job_at(name, parallel, model=None):
