@@ -56,9 +56,8 @@ class Cutter:
         self.attentions = [m for m in objective.modules() if isinstance(m, Attention)]
         self.copied = {layer for m in self.attentions for layer in (m.k, m.v) if _heads(m, m.k) % self.ranks}
         self.whole_heads = _heads(self.attentions[0], self.attentions[0].q)
-        self.columns: dict[
-            nn.Module, Columns
-        ] = {}  # of what stands in a block and is called on a part of the sequence
+        # Of modules in blocks that are called on a part of the sequence.
+        self.columns: dict[nn.Module, Columns] = {}
 
     def cut_sequences(self, objective: Objective) -> None:
         """Say which modules see a part of the sequence: those of blocks, but for what experts own."""
@@ -149,20 +148,15 @@ class Cutter:
             self._become(layer, roles.SpectralPart, cut=cut, starts=starts)
 
     def _spread(self, name: str, parameter: nn.Parameter, dim: int | None) -> nn.Parameter:
-        if (
-            dim is not None
-            and -(-parameter.shape[dim] // self.ranks) * (self.ranks - 1) >= parameter.shape[dim]
-        ):
-            rule = f"{name} has {parameter.shape[dim]} rows to cut: a rank would have none"
-            raise JobError("parallel.tensor", self.ranks, rule, 1)
+        if dim is not None:
+            size = parameter.shape[dim]
+            if -(-size // self.ranks) * (self.ranks - 1) >= size:
+                rule = f"{name} has {size} rows to cut: a rank would have none"
+                raise JobError("parallel.tensor", self.ranks, rule, 1)
         placement = Replicate() if dim is None else Shard(dim)
         local = parameter.data if dim is None else parameter.data.chunk(self.ranks, dim)[self.rank]
-        return nn.Parameter(
-            self._dtensor(
-                torch.empty_like(local, memory_format=torch.contiguous_format), placement, parameter
-            ),
-            parameter.requires_grad,
-        )
+        fresh = torch.empty_like(local, memory_format=torch.contiguous_format)
+        return nn.Parameter(self._dtensor(fresh, placement, parameter), parameter.requires_grad)
 
     def _dtensor(self, local: Tensor, placement: Replicate | Shard, like: Tensor) -> DTensor:
         """A part as a DTensor of the shape of `like`."""
