@@ -35,7 +35,7 @@ GPTS = {  # model, precision, what computes attention
     "experts": ({"experts": {"count": 4}}, "fp32", "sdpa"),
     "fp64": ({}, "fp64", "sdpa"),
 }  # fmt: skip
-QUICK = ("gelu", "swiglu bf16", "reference")
+QUICK = ("swiglu bf16",)
 
 
 def job_of(model, parallel, precision="fp32", ranks=1):
@@ -131,7 +131,7 @@ ALL = [(stage, policy) for stage in STAGES for policy in POLICIES]
 @pytest.mark.parametrize(
     ("ranks", "keys"),
     [
-        (2, SOME),
+        (2, SOME[1:]),
         pytest.param(2, ALL, marks=pytest.mark.matrix),
         pytest.param(4, ALL, marks=pytest.mark.matrix),
     ],

@@ -26,7 +26,7 @@ SETTINGS = {
     "offload": {"offload": True},
     "products, offload": {"recompute": "products", "offload": True},
 }
-QUICK = ["t5", "spectral"]
+QUICK = ["t5"]
 
 
 def two_steps(rank, world, parallel, names, precision="fp64", compiled=False):
@@ -111,7 +111,13 @@ def trained(job, compiled=False):
     return [(r.loss, r.grad_norm) for r in results], weights
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        s if s in ("full", "products, offload") else pytest.param(s, marks=pytest.mark.matrix)
+        for s in SETTINGS
+    ],
+)
 def test_autocast_is_the_same_when_it_is_computed_again(setting):
     parallel = SETTINGS[setting] | ({"recompute_budget": 0.01} if setting == "budget" else {})
     same(trained(small(parallel, "bf16")), trained(small(precision="bf16")))
@@ -183,7 +189,7 @@ def test_a_budget_chooses_the_best_of_all_choices():
         assert sum(cost(p, policy) for p, policy in zip(blocks, ours, strict=True)) == min(costs)
 
 
-@pytest.mark.parametrize("share", [0.25, 0.7])
+@pytest.mark.parametrize("share", [0.25, pytest.param(0.7, marks=pytest.mark.matrix)])
 def test_the_tracker_says_that_a_budget_is_held(share):
     from headway.tests.parallel.test_memory import VOCAB, batch_of, measured
 
