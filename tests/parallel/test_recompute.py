@@ -27,6 +27,9 @@ SETTINGS = {
     "products, offload": {"recompute": "products", "offload": True},
 }
 QUICK = ["t5"]
+BRIEFLY = [
+    s if s in ("full", "products, offload") else pytest.param(s, marks=pytest.mark.matrix) for s in SETTINGS
+]
 
 
 def two_steps(rank, world, parallel, names, precision="fp64", compiled=False):
