@@ -26,14 +26,13 @@ def spread(objective: Objective, job: Job, world: World) -> None:
 
     Anything else that calls the model (maps, logits, reconstructions) has all columns on every rank.
     """
-    team = Team(world.group("context"), world.layout.context, world.place("context"))
+    slicer = slicer_of(objective, world)
+    team, cut = slicer.team, slicer.cut
     for module in list(objective.modules()):
         if isinstance(module, Attention):
             module.core = ContextCore(module.core, team, job.parallel.context_method)
         elif isinstance(module, MoE):
             module.choose = RowRouter(team)
-    cut = CUTS[type(objective)]
-    slicer = Slicer(team, cut)
     objective.register_forward_pre_hook(slicer.before)
     objective.register_forward_hook(slicer.after)
     if not cut.sequences:  # images: heads read whole sequences
@@ -44,6 +43,12 @@ def spread(objective: Objective, job: Job, world: World) -> None:
         objective.outputs = None  # a rank without the class token has work in the last block too
     if isinstance(objective, MaskedLM) and (reader := objective.model.pooler or objective.pair):
         reader.register_forward_pre_hook(_take_first(team))
+
+
+def slicer_of(objective: Objective, world: World) -> Slicer:
+    """What cuts the objective's batches into the columns of this rank."""
+    team = Team(world.group("context"), world.layout.context, world.place("context"))
+    return Slicer(team, next(cut for kind, cut in CUTS.items() if isinstance(objective, kind)))
 
 
 def _take_first(team: Team) -> Any:

@@ -16,6 +16,7 @@ from headway.parallel.context.exchange import Team
 from headway.parallel.context.layout import places
 from headway.pretrain.engine import Batch
 from headway.pretrain.models.columns import Columns
+from headway.pretrain.models.transformer import Stack
 from headway.pretrain.objectives import LossOutput, Mean, Objective
 from headway.pretrain.objectives.causal import CausalLM
 from headway.pretrain.objectives.classify import Classifier
@@ -61,7 +62,7 @@ def lengths(objective: Objective, batch: Batch, cut: Cut) -> dict[str, int]:
 
 
 class Slicer:
-    """Hooks of an objective's forward: batch in, shares out."""
+    """Hooks of an objective's forward: batch in, shares out. Stages of a pipeline call it themselves."""
 
     def __init__(self, team: Team, cut: Cut) -> None:
         self.team, self.cut = team, cut
@@ -87,6 +88,10 @@ class Slicer:
         return batch | cut
 
     def after(self, objective: Objective, args: tuple[Any, ...], out: LossOutput) -> LossOutput:
+        """What the objective gives -> this rank's share of it."""
+        return self.shared(out)
+
+    def shared(self, out: LossOutput) -> LossOutput:
         """What all ranks compute alike is divided among them."""
         ranks = self.team.ranks
         terms = {name: t if name in self.cut.own else t / ranks for name, t in out.terms.items()}
@@ -98,11 +103,12 @@ class Slicer:
 
 
 def gather_columns(team: Team) -> Any:
-    """A hook of a stack that gives what follows it all columns."""
+    """A hook of a stack that gives what follows its last block all columns."""
 
     @torch.compiler.disable
-    def hook(stack: torch.nn.Module, args: tuple[Any, ...], out: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+    def hook(stack: Stack, args: tuple[Any, ...], out: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
         split = args[1].mask.split
-        return out if split is None else (team.gather(out[0], split[0]), out[1])
+        ended = stack.span is None or stack.span[1] == stack.uses
+        return (team.gather(out[0], split[0]), out[1]) if split and ended else out
 
     return hook

@@ -11,9 +11,6 @@ def check(job: Job, layout: Layout) -> None:
     """Raise JobError if the job cannot be spread along the context axis as it asks."""
     if layout.context == 1:
         return
-    if layout.pipeline > 1:
-        rule = "stages of a pipeline send whole rows to each other, not some columns of them"
-        raise JobError("parallel.context", layout.context, rule, "1, or parallel.pipeline = 1")
     _check_lengths(job, layout)
     _check_kernel(job)
     if job.parallel.context_method == "ulysses":

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, schedules
 
+from headway.parallel.context.apply import slicer_of
 from headway.parallel.mesh import World
 from headway.parallel.pipeline.messages import Messages, Shapes
 from headway.parallel.pipeline.plan import Plan, tensors_of
@@ -53,8 +54,8 @@ class WholeBackward(PipelineStage):
 class Pipeline:
     """The stages of this rank, and how the ranks of a pipeline work through a batch together.
 
-    All ranks of a pipeline have the same rows: each stage reads its own copy of the batch, and only what blocks
-    compute travels. Under FSDP, parameters are gathered once a step and gradients reduced after the last micro-batch.
+    All ranks of a pipeline have the same rows (and columns of them): each stage reads its own copy of the batch, and
+    only what blocks compute travels. Under FSDP, parameters are gathered once a step and gradients reduced after the last micro-batch.
 
     Args:
         plan: how the objective was cut.
@@ -82,6 +83,7 @@ class Pipeline:
         self.stages = [StageModule(objective, plan, s, autocast) for s in plan.at(self.place)]
         self.messages = Messages(world.group("pipeline"), world.device)
         self.shared = Shared(plan.holders, world)
+        self.slicer = slicer_of(objective, world) if world.layout.context > 1 else None
         self.shapes: dict[Any, list[Shapes]] = {}
         self.schedules: dict[Any, Any] = {}
         self.names: dict[str, Any] = {}
@@ -99,7 +101,7 @@ class Pipeline:
         noises: list[Noise | None] = [Noise.at(seed, step, micro["slot"]) for micro in micros]
         with self._gathered(reduce=True):
             shapes = self._shapes(micros[0])
-            work = self._give(Work(micros, noises, counts, weight))
+            work = self._give(self._work(micros, noises, counts, weight))
             schedule = self._schedule(len(micros), rows_of(micros[0]), shapes)
             for stage in getattr(schedule, "_stages", None) or [schedule._stage]:
                 stage.has_backward = True
@@ -149,7 +151,7 @@ class Pipeline:
         micros = self._cut(batch)
         with self._gathered(reduce=False):
             shapes = self._shapes(micros[0])
-            work = self._give(Work(micros, [None] * len(micros)))
+            work = self._give(self._work(micros, [None] * len(micros)))
             kept: dict[tuple[int, int], Any] = {}
             for module, around in zip(self.stages, shapes, strict=True):
                 number = module.stage.number
@@ -218,6 +220,20 @@ class Pipeline:
         count = rows_of(batch)
         return [{k: v[i : i + self.rows] for k, v in batch.items()} for i in range(0, count, self.rows)]
 
+    def _work(
+        self,
+        micros: list[Batch],
+        noises: list[Noise | None],
+        counts: dict[str, float] | None = None,
+        weight: float = 1.0,
+    ) -> Work:
+        """What stages are told, of this rank's columns where sequences are cut."""
+        if self.slicer is None:
+            return Work(micros, noises, counts or {}, weight)
+        here = [self.slicer.before(self.objective, (micro,)) for micro in micros]
+        batches, columns = [batch for batch, *_ in here], [columns for *_, columns in here]
+        return Work(batches, noises, counts or {}, weight, columns, self.slicer.shared)
+
     def _rank(self, stage: int) -> int:
         """Global rank of the holder of a stage."""
         return dist.get_global_rank(self.world.group("pipeline"), self.plan.places[stage])
@@ -231,7 +247,7 @@ class Pipeline:
         """What goes into and out of this rank's stages, for batches like this one."""
         key = tuple((name, tuple(value.shape[1:]), value.dtype) for name, value in sorted(micro.items()))
         if key not in self.shapes:
-            self._give(Work([{name: value[:1] for name, value in micro.items()}], [None]))
+            self._give(self._work([{name: value[:1] for name, value in micro.items()}], [None]))
             with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
                 self.shapes[key] = self._explore()
         for module, around in zip(self.stages, self.shapes[key], strict=True):

@@ -8,7 +8,7 @@ Shapes: B rows of a micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,10 +19,12 @@ from torch.distributed.fsdp import FSDPModule
 
 from headway.parallel.pipeline.plan import Plan, Stage
 from headway.pretrain.engine import Batch
+from headway.pretrain.models.columns import Columns
 from headway.pretrain.models.hidden import Hidden
 from headway.pretrain.models.layers import Noise
 from headway.pretrain.models.routing import Side
 from headway.pretrain.objectives import LossOutput, Mean, Objective
+from headway.pretrain.objectives.base import ALL
 
 SideShape = list[tuple[str, int]]
 """Names of what a use of a block gives beside, and numbers of a row; 0 for a number alone."""
@@ -44,6 +46,8 @@ class Work:
         noises: of each; None drops nothing.
         counts: what the terms of the loss are divided by; none where nothing is differentiated.
         weight: of the loss in what is differentiated.
+        columns: of each micro-batch's sequences, those that are here; empty for all. See `Objective.forward`.
+        share: what this rank's share is of the sums that the objective gives.
         found: of each micro-batch, the sums.
     """
 
@@ -51,6 +55,8 @@ class Work:
     noises: list[Noise | None]
     counts: dict[str, float] = field(default_factory=dict)
     weight: float = 1.0
+    columns: list[Mapping[str, Columns]] = field(default_factory=list)
+    share: Callable[[LossOutput], LossOutput] = lambda out: out  # noqa: E731
     found: dict[int, LossOutput] = field(default_factory=dict)
 
 
@@ -89,13 +95,14 @@ class StageModule(nn.Module):
         """
         assert self.work is not None
         batch, noise = self.work.batches[micro], self.work.noises[micro]
+        columns = self.work.columns[micro] if self.work.columns else ALL
         given = dict(zip((*self.incoming, "sides"), received, strict=False))
         with self.autocast():
-            hidden, before = self._towers(batch, noise, given)
+            hidden, before = self._towers(batch, noise, given, columns)
             self.own = [[(n, v[0].numel() if v.dim() > 1 else 0) for n, v in s.items()] for s in hidden.sides]
             if self.stage.last:
                 sides = [*self._unpack(given.get("sides")), *hidden.sides]
-                out = self.view.score(batch, hidden._replace(sides=sides), noise)
+                out = self.work.share(self.view.score(batch, hidden._replace(sides=sides), noise))
         if self.stage.last:
             return self._weighed(out, micro)
         made: dict[str, Any] = {
@@ -106,13 +113,15 @@ class StageModule(nn.Module):
         packed = self._pack(given.get("sides"), hidden.sides)
         return (*sent, *([] if packed is None else [_own_node(packed, received)]))
 
-    def _towers(self, batch: Batch, noise: Noise | None, given: dict[str, Tensor]) -> Towers:
+    def _towers(
+        self, batch: Batch, noise: Noise | None, given: dict[str, Tensor], columns: Mapping[str, Columns]
+    ) -> Towers:
         before, stream = given.get("before"), given.get("stream")
         hidden: Hidden | None = None
         sides: list[Side] = []
         for tower in sorted(self.stage.spans):
             before = before if hidden is None else hidden.final
-            hidden = self.view.through(tower, batch, noise, before, stream)
+            hidden = self.view.through(tower, batch, noise, before, stream, columns)
             stream = None
             sides += hidden.sides
         assert hidden is not None

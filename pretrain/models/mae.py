@@ -47,21 +47,21 @@ class PixelDecoder(Tower):
 
         `columns`: which of these places blocks compute here; all if None.
         """
-        return self.pixels(self.decode(self.fill(encoded_BKE, visible_BK), noise, columns))
+        return self.pixels(self.decode(self.fill(encoded_BKE, visible_BK, columns), noise, columns))
 
-    def fill(self, encoded_BKE: Tensor, visible_BK: Tensor) -> Tensor:
-        """What goes into the first block: [B, 1 + N, D] with the class token, if there is one."""
+    def fill(self, encoded_BKE: Tensor, visible_BK: Tensor, columns: Columns | None = None) -> Tensor:
+        """What goes into the first block: [B, 1 + N, D] with the class token, if there is one; or some columns."""
         x_BKD = self.embed(encoded_BKE)
         head, body = x_BKD[:, : self.first], x_BKD[:, self.first :]
         index = visible_BK.unsqueeze(-1).expand(-1, -1, body.shape[-1])
         blank = self.mask_token.to(body.dtype).expand(body.shape[0], self.grid**2, -1)
         x_BND = torch.cat((head, blank.scatter(1, index, body)), 1)
-        return x_BND + self.positions(self.grid, self.grid, x_BND.dtype, x_BND.device, bool(self.first))
+        x_BND = x_BND + self.positions(self.grid, self.grid, x_BND.dtype, x_BND.device, bool(self.first))
+        return x_BND if columns is None else columns.cut(x_BND)
 
     def decode(self, x_BND: Tensor, noise: Noise | None = None, columns: Columns | None = None) -> Tensor:
-        """Blocks and final norm."""
-        columns = Columns.of(columns, x_BND)
-        return self.run(columns.cut(x_BND), columns, Mask(False), noise)[0]
+        """Blocks and final norm, of the columns that `fill` gave."""
+        return self.run(x_BND, Columns.of(columns, x_BND), Mask(False), noise)[0]
 
     def pixels(self, final_BND: Tensor) -> Tensor:
         """[B, N, P]"""

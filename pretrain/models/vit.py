@@ -38,13 +38,17 @@ class ViT(Tower):
             visible_BK: int64, numbers of the patches that are read; all if None.
             noise: what dropout depends on; None drops nothing.
             outputs: how many places of the result are wanted, from the first on; all if None.
-            embedded_BNE: what goes into the first block, where something else has embedded the patches.
+            embedded_BNE: what goes into the first block (the columns that are here), where something else has
+                embedded the patches.
             columns: which of the places (class token first) blocks compute here; all if None.
 
         Returns:
             `final` [B, 1 + N, E]: the class token, if there is one, and the patches that are read, in their order;
             or as many of these as are wanted.
         """
-        x_BNE = self.embed(pixels_BCHW, noise, visible_BK) if embedded_BNE is None else embedded_BNE
-        columns = Columns.of(columns, x_BNE)
-        return Hidden(*self.run(columns.cut(x_BNE), columns, Mask(False), noise, outputs=outputs))
+        x_BNE = embedded_BNE
+        if x_BNE is None:
+            x_BNE = self.embed(pixels_BCHW, noise, visible_BK)
+            x_BNE = x_BNE if columns is None else columns.cut(x_BNE)
+        here = Columns.of(columns, x_BNE)
+        return Hidden(*self.run(x_BNE, here, Mask(False), noise, outputs=outputs))

@@ -108,7 +108,7 @@ class Objective(nn.Module):
             batch: as in `forward`.
             noise: as in `forward`.
             before: `final` of the tower before.
-            embedded: what goes into the first block, where something else has computed it.
+            embedded: what goes into the first block (the columns that are here), where something else has computed it.
             columns: as in `forward`.
         """
         raise NotImplementedError

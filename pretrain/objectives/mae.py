@@ -63,10 +63,11 @@ class MaskedAutoencoder(Objective):
                 batch["pixels"], visible_BK, noise, None, embedded, columns.get("visible")
             )
             return hidden
+        here = columns.get("pixels")
         if embedded is None:
             assert before is not None
-            embedded = self.decoder.fill(before, visible_BK)
-        return Hidden(self.decoder.decode(embedded, noise, columns.get("pixels")), [])
+            embedded = self.decoder.fill(before, visible_BK, here)
+        return Hidden(self.decoder.decode(embedded, noise, here), [])
 
     def score(self, batch: Batch, hidden: Hidden, noise: Noise | None = None) -> LossOutput:
         pixels = batch["pixels"]

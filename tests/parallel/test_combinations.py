@@ -32,6 +32,8 @@ PAIRS = {
     "tensor x ulysses": ONE | {"tensor": 2, "context": 2, "context_method": "ulysses"},
     "tensor x shard": {"tensor": 2, "shard": 2},
     "tensor x replicate": ONE | {"tensor": 2, "replicate": 2},
+    "pipeline x context": ONE | {"pipeline": 2, "context": 2, "micro_batch": 3},
+    "pipeline x ulysses": ONE | {"pipeline": 2, "context": 2, "context_method": "ulysses", "micro_batch": 3},
     "context x shard": {"context": 2, "shard": 2},
     "context x replicate": ONE | {"context": 2, "replicate": 2},
     "pipeline x shard": {"pipeline": 2, "shard": 2, "micro_batch": 3},
