@@ -94,6 +94,7 @@ VIT = {
 }
 
 CASES: dict[str, dict[str, Any]] = {
+    "gpt": {"model": {"attention": {"dropout": 0.1}}},
     "bert": BERT | {"optimizer": {"name": "lamb"}},
     "albert": {
         "model": BERT["model"] | {"layers": 4, "unique_layers": 2, "embedding_size": 10,
@@ -157,22 +158,40 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+Tree = dict[str, Any]
+
+
+def merged(tree: Tree, more: Tree) -> Tree:
+    """A tree with some values changed."""
+    both = {
+        name: merged(tree[name], value)
+        for name, value in more.items()
+        if isinstance(value, dict) and isinstance(tree.get(name), dict)
+    }
+    return tree | more | both
+
+
 def job_of(
-    name: str, parallel: dict[str, Any], steps: int, rows: int, model: dict[str, Any] | None = None
+    name: str,
+    parallel: Tree,
+    steps: int,
+    rows: int,
+    more: Tree | None = None,
+    precision: str = "fp64",
 ) -> Job:
-    """A case as a job in fp64: narrow, two blocks, dropout on, clipping on; `model` changes its shape."""
+    """A case as a job: narrow, two blocks, dropout on, clipping on; `more` are settings that it has beside."""
     case = CASES[name]
-    tree: dict[str, Any] = {
-        "model": {"layers": 2, "hidden": 24, "heads": 3, "dropout": 0.1} | case["model"] | (model or {}),
+    tree: Tree = {
+        "model": {"layers": 2, "hidden": 24, "heads": 3, "dropout": 0.1} | case["model"],
         "data": {"seq_len": LENGTH, "tokenizer": {"kind": "bytes"}} | case.get("data", {}),
         "objective": case.get("objective", {}),
         "optimizer": {"lr": 1e-2, "clip": 0.5} | case.get("optimizer", {}),
         "schedule": {"warmup": 2} | case.get("schedule", {}),
         "parallel": parallel,
         "train": {"steps": steps, "global_batch": rows, "compile": False} | case.get("train", {}),
-        "precision": "fp64",
+        "precision": precision,
     }
-    return Job.model_validate(tree)
+    return Job.model_validate(merged(tree, more or {}))
 
 
 def build(job: Job, device: str = "meta"):

@@ -1,92 +1,98 @@
-"""Axes together: pairs and threes of them, for every family, against one process in fp64, all that is random on."""
+"""The layout matrix: every pair and every three of axes, and every schedule, for every family, against one process.
+
+Eight steps with AdamW, dropout and clipping on, tables tied, in fp64; other optimizers and narrower precisions on a part.
+"""
+
+from itertools import combinations
 
 import pytest
 
-from headway.tests.parallel.test_families import compare, curves
+from headway.parallel.mesh import AXES
+from headway.parallel.pipeline.rules import SCHEDULES
+from headway.tests.parallel.proof import prove
 
-EVEN = {"heads": 4}
-FAMILIES = ["experts", "bert", "t5", "vit"]
+STEPS = 8
+FAMILIES = ["gpt", "bert", "t5", "vit", "experts"]
+PLAIN = {"model": {"heads": 4}, "optimizer": {"name": "adamw"}}
+DEEP = {"model": {"heads": 4, "layers": 4}, "optimizer": {"name": "adamw"}}
+"""Blocks for four stages."""
 
-
-def even_curves(rank, world, parallel, names):
-    return curves(rank, world, parallel, names, EVEN)
-
-
-@pytest.fixture(scope="module")
-def alone():
-    """The curve of one process, by name."""
-    known = {}
-
-    def get(name):
-        if name not in known:
-            known.update(curves(0, 1, {}, [name], EVEN))
-        return known[name]
-
-    return get
+matrix = pytest.mark.matrix
 
 
-ONE = {"shard": 1}
-PAIRS = {
-    "tensor x pipeline": ONE | {"tensor": 2, "pipeline": 2, "micro_batch": 3},
-    "tensor x context": ONE | {"tensor": 2, "context": 2},
-    "tensor x ulysses": ONE | {"tensor": 2, "context": 2, "context_method": "ulysses"},
-    "tensor x shard": {"tensor": 2, "shard": 2},
-    "tensor x replicate": ONE | {"tensor": 2, "replicate": 2},
-    "pipeline x context": ONE | {"pipeline": 2, "context": 2, "micro_batch": 3},
-    "pipeline x ulysses": ONE | {"pipeline": 2, "context": 2, "context_method": "ulysses", "micro_batch": 3},
-    "context x shard": {"context": 2, "shard": 2},
-    "context x replicate": ONE | {"context": 2, "replicate": 2},
-    "pipeline x shard": {"pipeline": 2, "shard": 2, "micro_batch": 3},
-    "pipeline x replicate": ONE | {"pipeline": 2, "replicate": 2, "micro_batch": 3},
-    "shard x replicate": {"shard": 2, "replicate": 2},
+def layout(*axes, **more):
+    """Two ranks along each of some axes; a pipeline has at least two micro-batches."""
+    rows = 12 // 2 ** len({"replicate", "shard"} & set(axes))
+    micro = {"micro_batch": min(3, rows // 2)} if "pipeline" in axes else {}
+    return {"shard": 1} | dict.fromkeys(axes, 2) | micro | more
+
+
+ULYSSES = {"context_method": "ulysses"}
+PAIRS = {" x ".join(axes): layout(*axes) for axes in combinations(AXES, 2)} | {
+    f"{axis} x ulysses": layout("context", axis, **ULYSSES) for axis in ("pipeline", "shard", "tensor")
 }
+THREES = {" x ".join(axes): layout(*axes) for axes in combinations(AXES, 3)}
 EXPERTS = {
-    "expert x tensor": ONE | {"expert": 2, "tensor": 2},
-    "expert x context": ONE | {"expert": 2, "context": 2},
-    "expert x shard": {"expert": 2, "shard": 2},
-    "expert x tensor x shard": {"expert": 4, "tensor": 2, "shard": 2},
-    "expert x pipeline x shard": {"expert": 2, "pipeline": 2, "shard": 2, "micro_batch": 3},
+    "expert x shard": layout("shard", expert=2),
+    "expert x replicate": layout("shard", "replicate", expert=2),
+    "expert x tensor": layout("tensor", expert=2),
+    "expert x context": layout("context", expert=2),
+    "expert x pipeline": layout("shard", "pipeline", expert=2),
+    "expert x tensor x shard": layout("tensor", "shard", expert=4),
+    "expert x context x shard": layout("context", "shard", expert=4),
+    "expert x context x tensor": layout("context", "tensor", expert=2),
+    "expert x tensor x pipeline x shard": layout("tensor", "pipeline", "shard", expert=2),
 }
-THREES = {
-    "tensor x pipeline x shard": {"tensor": 2, "pipeline": 2, "shard": 2, "micro_batch": 3},
-    "tensor x context x shard": {"tensor": 2, "context": 2, "shard": 2},
-    "tensor x context x replicate": ONE | {"tensor": 2, "context": 2, "replicate": 2},
-    "tensor x shard x replicate": {"tensor": 2, "shard": 2, "replicate": 2},
-    "context x shard x replicate": {"context": 2, "shard": 2, "replicate": 2},
-    "pipeline x shard x replicate": {"pipeline": 2, "shard": 2, "replicate": 2, "micro_batch": 1},
-}
-ALWAYS = [("tensor x pipeline", "experts"), ("tensor x context", "t5")]
+ALWAYS = [("pipeline x tensor", "experts"), ("context x tensor", "t5"), ("pipeline x context", "gpt")]
 """What `make test` runs."""
 
 
-def check(pool, alone, parallel, name):
-    ranks = 1
-    for axis in ("pipeline", "replicate", "shard", "context", "tensor"):
-        ranks *= parallel.get(axis, 1)
-    for found in pool(even_curves, ranks=ranks, parallel=parallel, names=[name]):
-        expected = alone(name)
-        held = (
-            expected[3] if parallel.get("pipeline", 1) == 1 else {k: expected[3][k] for k in found[name][3]}
-        )
-        compare(name, found[name], (*expected[:3], held))
-
-
 @pytest.mark.parametrize(("axes", "name"), ALWAYS)
-def test_axes_together_draw_the_curve_of_one_process(pool, alone, axes, name):
-    check(pool, alone, PAIRS[axes], name)
+def test_axes_together_draw_the_curve_of_one_process(pool, axes, name):
+    prove(pool, [name], PAIRS[axes], PLAIN)
 
 
-@pytest.mark.matrix
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("axes", [*PAIRS, *THREES])
-def test_every_pair_and_three_of_axes(pool, alone, axes, name):
-    if (axes, name) in ALWAYS:
-        pytest.skip("run by the test above")
-    check(pool, alone, (PAIRS | THREES)[axes], name)
+@matrix
+@pytest.mark.parametrize("axes", PAIRS)
+def test_every_pair_of_axes(pool, axes):
+    prove(pool, FAMILIES, PAIRS[axes], PLAIN, STEPS)
 
 
-@pytest.mark.matrix
-@pytest.mark.parametrize("name", ["experts", "roberta"])
+@matrix
+@pytest.mark.parametrize("axes", THREES)
+def test_every_three_of_axes(pool, axes):
+    prove(pool, FAMILIES, THREES[axes], PLAIN, STEPS)
+
+
+@matrix
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule(pool, schedule):
+    prove(pool, FAMILIES, layout("pipeline", schedule=schedule), DEEP, STEPS)
+
+
+@matrix
 @pytest.mark.parametrize("axes", EXPERTS)
-def test_experts_beside_other_axes(pool, alone, axes, name):
-    check(pool, alone, EXPERTS[axes], name)
+def test_experts_beside_other_axes(pool, axes):
+    prove(pool, ["experts", "roberta"], EXPERTS[axes], PLAIN, STEPS)
+
+
+@matrix
+@pytest.mark.parametrize("axes", ["tensor", "pipeline", "context", "shard", "replicate"])
+@pytest.mark.parametrize(("optimizer", "name"), [("lamb", "bert"), ("muon", "gpt"), ("adafactor", "t5")])
+def test_optimizers_that_need_whole_tensors(pool, optimizer, name, axes):
+    more = {"model": {"heads": 4}, "optimizer": {"name": optimizer}}
+    prove(pool, [name], layout(*{axes, "shard"}), more, STEPS)
+
+
+@matrix
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("axes", PAIRS)
+def test_narrow_precisions_stay_near(pool, axes, precision):
+    prove(pool, ["gpt"], PAIRS[axes], PLAIN, STEPS, precision)
+
+
+@matrix
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("axes", ["expert x shard", "expert x tensor"])
+def test_experts_in_narrow_precisions_stay_near(pool, axes, precision):
+    prove(pool, ["roberta"], EXPERTS[axes], PLAIN, STEPS, precision)

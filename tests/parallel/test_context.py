@@ -21,7 +21,8 @@ from headway.pretrain import config
 from headway.pretrain.errors import JobError
 from headway.pretrain.models.attention import Core
 from headway.tests.parallel.family_cases import CASES, job_of
-from headway.tests.parallel.test_families import ROWS, STEPS, compare, curves, evaluated
+from headway.tests.parallel.proof import ROWS, STEPS, Running, prove
+from headway.tests.parallel.test_families import evaluates_alike
 
 matrix = pytest.mark.matrix
 
@@ -225,77 +226,39 @@ def test_few_key_heads_are_repeated_for_their_ranks():
 FEW = {name: name for name in ("t5", "experts", "mae")}
 
 
-def with_four_heads():
-    """The cases with heads that four ranks can share."""
-    changed = {}
-    for name, case in CASES.items():
-        model = case["model"] | {"heads": 4}
-        objective = dict(case.get("objective", {}))
-        if "mae" in objective:
-            objective["mae"] = objective["mae"] | {"heads": 4}
-        changed[name] = case | {"model": model, "objective": objective}
-    return patch.dict(CASES, changed)
-
-
-def curves_with_four_heads(rank, world, parallel, names):
-    with with_four_heads():
-        return curves(rank, world, parallel, names)
-
-
-@pytest.fixture(scope="module")
-def alone():
-    """Curves of one process, by heads and name, made when they are asked for."""
-    known = {}
-
-    def get(make, name):
-        if (make, name) not in known:
-            known[make, name] = make(0, 1, {}, [name])[name]
-        return known[make, name]
-
-    return get
-
-
+HEADS = {"model": {"heads": 4}, "objective": {"mae": {"heads": 4}}}
+"""Heads that four ranks can share."""
 RING, ULYSSES = {"context": 2}, {"context": 2, "context_method": "ulysses"}
 FOUR, EIGHT = {"context": 4}, {"context": 2, "shard": 2, "replicate": 2}
 
 
-@pytest.mark.parametrize(("ranks", "parallel", "names"), [
-    pytest.param(2, RING, ["t5", "experts"], id="ring"),
-    pytest.param(2, RING, [name for name in CASES if name not in FEW], id="ring of the others", marks=matrix),
-    *(pytest.param(4, FOUR, [name], id=f"ring of four, {name}", marks=matrix) for name in CASES),
-    pytest.param(4, RING | {"shard": 2, "micro_batch": 3}, list(CASES), id="with shards", marks=matrix),
-    pytest.param(4, RING | {"replicate": 2, "shard": 1}, ["bert", "spectral", "mae"], id="with replicas", marks=matrix),
-    pytest.param(8, EIGHT | {"micro_batch": 1}, ["albert", "dropless", "vit"], id="with both", marks=matrix),
+@pytest.mark.parametrize(("parallel", "names"), [
+    pytest.param(RING, ["t5", "experts"], id="ring"),
+    pytest.param(RING, [name for name in CASES if name not in FEW], id="ring of the others", marks=matrix),
+    *(pytest.param(FOUR, [name], id=f"ring of four, {name}", marks=matrix) for name in CASES),
+    pytest.param(RING | {"shard": 2, "micro_batch": 3}, list(CASES), id="with shards", marks=matrix),
+    pytest.param(RING | {"replicate": 2, "shard": 1}, ["bert", "spectral", "mae"], id="with replicas", marks=matrix),
+    pytest.param(EIGHT | {"micro_batch": 1}, ["albert", "dropless", "vit"], id="with both", marks=matrix),
 ])  # fmt: skip
-def test_rings_draw_the_curves_of_one_process(pool, alone, ranks, parallel, names):
-    for found in pool(curves, ranks=ranks, parallel=parallel, names=names):
-        for name in names:
-            compare(name, found[name], alone(curves, name))
+def test_rings_draw_the_curves_of_one_process(pool, parallel, names):
+    prove(pool, names, parallel)
 
 
-@pytest.mark.parametrize(("ranks", "parallel", "names"), [
-    pytest.param(2, ULYSSES, ["mae"], id="ulysses"),
-    pytest.param(2, ULYSSES, [name for name in CASES if name != "mae"], id="ulysses of the others", marks=matrix),
-    *(pytest.param(4, ULYSSES | FOUR, [name], id=f"ulysses of four, {name}", marks=matrix) for name in CASES),
-    pytest.param(4, ULYSSES | {"shard": 2, "micro_batch": 2}, ["t5", "experts", "spectral"], id="with shards",
+@pytest.mark.parametrize(("parallel", "names"), [
+    pytest.param(ULYSSES, ["mae"], id="ulysses"),
+    pytest.param(ULYSSES, [name for name in CASES if name != "mae"], id="ulysses of the others", marks=matrix),
+    *(pytest.param(ULYSSES | FOUR, [name], id=f"ulysses of four, {name}", marks=matrix) for name in CASES),
+    pytest.param(ULYSSES | {"shard": 2, "micro_batch": 2}, ["t5", "experts", "spectral"], id="with shards",
                  marks=matrix),
-    pytest.param(4, ULYSSES | {"replicate": 2, "shard": 1}, ["roberta", "vit"], id="with replicas", marks=matrix),
+    pytest.param(ULYSSES | {"replicate": 2, "shard": 1}, ["roberta", "vit"], id="with replicas", marks=matrix),
 ])  # fmt: skip
-def test_ulysses_draws_the_curves_of_one_process(pool, alone, ranks, parallel, names):
-    for found in pool(curves_with_four_heads, ranks=ranks, parallel=parallel, names=names):
-        for name in names:
-            compare(name, found[name], alone(curves_with_four_heads, name))
+def test_ulysses_draws_the_curves_of_one_process(pool, parallel, names):
+    prove(pool, names, parallel, HEADS)
 
 
 @pytest.mark.matrix
 def test_evaluation_is_that_of_one_process(pool):
-    names = ["vit", "albert", "mae", "dropless", "spectral", "ul2"]
-    expected = evaluated(0, 1, {}, names)
-    for found in pool(evaluated, ranks=2, parallel=RING, names=names):
-        for name, (sums, loss) in expected.items():
-            for key, value in sums.items():
-                assert found[name][0][key] == pytest.approx(value, rel=1e-9), (name, key)
-            assert found[name][1] == pytest.approx(loss, rel=1e-9)
+    evaluates_alike(pool, RING, ["vit", "albert", "mae", "dropless", "spectral", "ul2"])
 
 
 # -- what whole sequences are still for ------------------------------------------------------------------------
@@ -304,7 +267,6 @@ def test_evaluation_is_that_of_one_process(pool):
 def looked_at(rank, world, parallel, names):
     """Attention maps, logits or images of whole rows after a step, and initial weights by LSUV."""
     from headway.pretrain.objectives.mae import MaskedAutoencoder
-    from headway.tests.parallel.test_families import Running
 
     found = {}
     for name in names:
@@ -340,9 +302,7 @@ def test_reports_read_whole_rows_and_lsuv_all_columns(pool, names):
 
 
 def refused(name, parallel, context, **model):
-    case = CASES[name] | {"model": CASES[name]["model"] | model}
-    with patch.dict(CASES, {name: case}):
-        job = job_of(name, parallel, STEPS, ROWS)
+    job = job_of(name, parallel, STEPS, ROWS, {"model": model})
     with pytest.raises(JobError) as raised:
         capabilities.check(job, mesh.Layout(context=context), "cpu")
     return str(raised.value)

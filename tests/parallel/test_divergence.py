@@ -12,7 +12,7 @@ from headway.parallel.watch.divergence import CHUNK, KINDS, fingerprint, minorit
 from headway.parallel.watch.ranks import places, varying
 from headway.pretrain.errors import DivergenceError, HeadwayError
 from headway.pretrain.optim.sharded import local
-from headway.tests.parallel.test_families import Running
+from headway.tests.parallel.proof import Running
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool]
 

@@ -1,7 +1,5 @@
 """One curve along pipelines: every family and schedule against one process, in fp64, all that is random on."""
 
-from functools import cache
-
 import numpy as np
 import pytest
 
@@ -11,30 +9,8 @@ from headway.parallel.pipeline.plan import place_stages, split_evenly, stages_of
 from headway.parallel.pipeline.rules import micro_rows
 from headway.pretrain.errors import JobError
 from headway.tests.parallel.family_cases import CASES, job_of
-from headway.tests.parallel.test_families import compare, curves, evaluated, resumed, saved
-from headway.tests.parallel.test_native import curve
-
-
-@cache
-def family(name):
-    """The curves of one process."""
-    return curves(0, 1, {}, [name])[name]
-
-
-def compare_parts(name, found, expected):
-    """Each rank holds a part of the state; together they are the whole, and copies are the same bits."""
-    assert set().union(*(rank[-1] for rank in found)) == expected[-1].keys()
-    for rank in found:
-        compare(name, (*rank[:-1], {**expected[-1], **rank[-1]}), expected)
-    for key in expected[-1]:
-        assert len({rank[-1][key].tobytes() for rank in found if key in rank[-1]}) == 1, key
-
-
-def draw(pool, ranks, parallel, names):
-    """Compare cases at a layout with one process."""
-    found = pool(curves, ranks=ranks, timeout=600, parallel=parallel, names=names)
-    for name in names:
-        compare_parts(name, [rank[name] for rank in found], family(name))
+from headway.tests.parallel.proof import prove
+from headway.tests.parallel.test_families import evaluates_alike, resumed, saved
 
 
 @pytest.mark.parametrize(
@@ -42,7 +18,7 @@ def draw(pool, ranks, parallel, names):
 )
 def test_every_family_draws_the_curve_of_one_process(pool, name):
     """Among them three blocks on two stages (vit), a tied table (t5, bert), experts with balancing biases."""
-    draw(pool, 2, {"pipeline": 2}, [name])
+    prove(pool, [name], {"pipeline": 2})
 
 
 LAYOUTS = [
@@ -55,6 +31,7 @@ LAYOUTS = [
     ({"pipeline": 2, "shard": 2}, ["bert", "t5"]),
     ({"pipeline": 2, "shard": 2, "schedule": "zbv"}, ["experts", "t5"]),
     ({"pipeline": 2, "replicate": 2, "shard": 1, "micro_batch": 3}, ["experts", "t5"]),
+    ({"pipeline": 2, "context": 2, "schedule": "zbv"}, ["experts", "t5", "mae"]),
 ]
 
 
@@ -67,18 +44,7 @@ LAYOUTS = [
 )
 def test_schedules_and_layouts_draw_the_curve_of_one_process(pool, parallel, names):
     """`experts` and `albert` use a block twice: over four stages both uses are on ranks of their own."""
-    ranks = int(np.prod([parallel.get(axis, 1) for axis in ("pipeline", "replicate", "shard")]))
-    draw(pool, ranks, parallel, names)
-
-
-@pytest.mark.matrix
-@pytest.mark.parametrize("parallel", [{"pipeline": 2}, {"pipeline": 2, "schedule": "gpipe"}])
-def test_fp32_and_bf16_stay_near(pool, parallel):
-    exact = curve(0, 1, {})[0]
-    parallel = parallel | {"micro_batch": 3}
-    for precision, bound in (("fp32", 1e-5), ("bf16", 1e-2)):
-        for found in pool(curve, ranks=2, parallel=parallel, precision=precision):
-            assert found[0] == pytest.approx(exact, rel=bound)
+    prove(pool, names, parallel)
 
 
 @pytest.mark.matrix
@@ -109,13 +75,7 @@ def test_a_checkpoint_of_a_pipeline_resumes_elsewhere_and_back(pool, tmp_path):
     [["albert"], pytest.param(["vit", "mae", "dropless", "experts", "spectral"], marks=pytest.mark.matrix)],
 )
 def test_evaluation_is_the_same(pool, names):
-    alone = evaluated(0, 1, {}, names)
-    for found in pool(evaluated, ranks=2, parallel={"pipeline": 2}, names=names):
-        for name, (sums, loss) in alone.items():
-            assert found[name][0].keys() == sums.keys()
-            for key, value in sums.items():
-                assert found[name][0][key] == pytest.approx(value, rel=1e-9), (name, key)
-            assert found[name][1] == pytest.approx(loss, rel=1e-9)
+    evaluates_alike(pool, {"pipeline": 2}, names)
 
 
 def test_stages_cost_nearly_the_same():

@@ -14,8 +14,8 @@ from headway.pretrain.config import Job
 from headway.pretrain.errors import JobError
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.sizes import parameters
-from headway.tests.parallel import test_families as families
 from headway.tests.parallel.family_cases import CASES
+from headway.tests.parallel.proof import Running
 
 SETTINGS = {
     "full": {"recompute": "full"},
@@ -37,7 +37,7 @@ def two_steps(rank, world, parallel, names, precision="fp64", compiled=False):
     offload.SMALL = 64  # the test's tensors are small
     found = {}
     for name in names:
-        running = families.Running(name, rank, world, parallel)
+        running = Running(name, rank, world, parallel)
         results = [running.step(step) for step in range(2)]
         found[name] = [(r.loss, r.grad_norm) for r in results], running.whole()
     return found

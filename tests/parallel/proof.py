@@ -1,0 +1,220 @@
+"""The proof of a layout: some steps of a case, on some ranks, beside the same steps in one process.
+
+    prove(pool, ["t5"], {"tensor": 2, "shard": 2})
+
+holds every step's loss, gradient norm and metrics, and the whole state after the last step, to those of one process in
+fp64, with dropout and clipping on. How far they were apart is kept in DEVIATIONS and told at the end of the tests.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+from headway.parallel import mesh
+from headway.parallel.engines.native import NativeEngine
+from headway.pretrain.data.ramp import BatchSizes
+from headway.pretrain.data.stream import SampleStream
+from headway.pretrain.engine import StepResult
+from headway.tests.parallel.family_cases import Tree, build, job_of
+
+STEPS, ROWS = 4, 12
+
+
+class Curve(NamedTuple):
+    """What some steps of a case gave on a rank; `state` is whole, of this rank's stages of a pipeline."""
+
+    losses: list[float]
+    norms: list[float]
+    metrics: list[dict[str, np.ndarray]]
+    state: dict[str, np.ndarray]
+
+
+class Running:
+    """A case under way on one rank."""
+
+    def __init__(
+        self,
+        name: str,
+        rank: int,
+        world: int,
+        parallel: Tree,
+        more: Tree | None = None,
+        steps: int = STEPS,
+        precision: str = "fp64",
+        compiled: bool = False,
+    ) -> None:
+        self.job = job_of(name, parallel, steps, ROWS, more, precision)
+        layout = mesh.lay_out(self.job.parallel, world)
+        self.here = mesh.start(self.job, layout, rank, world, rank, torch.device("cpu"), "gloo")
+        self.objective, samples = build(self.job)
+        self.engine = NativeEngine(
+            self.job, self.objective, self.here, precision=precision, compiled=compiled
+        )
+        self.stream = SampleStream([("memory", samples, 1.0)], seed=0)
+        self.sizes = BatchSizes(self.job.train)
+
+    def step(self, number: int) -> StepResult:
+        first, rows = self.sizes.first(number), self.sizes.rows(number)
+        batch = self.stream.batch(first, rows, self.here.data_rank, self.here.layout.data)
+        return self.engine.train_step(self.objective.collate(batch), number)
+
+    def whole(self) -> dict[str, np.ndarray]:
+        """All tensors of the state, whole: parameters, buffers, averages, moments."""
+        tensors = self.engine.state().tensors
+        return {
+            n: (t.full_tensor() if isinstance(t, DTensor) else t).double().clone().numpy()
+            for n, t in tensors.items()
+        }
+
+
+def curves(
+    rank: int, world: int, parallel: Tree, names: list[str], steps: int = STEPS, **settings: Any
+) -> dict[str, tuple[Any, ...]]:
+    """Name -> the fields of the `Curve` of some steps at a layout; `settings` are those of `Running`."""
+    found = {}
+    for name in names:
+        running = Running(name, rank, world, parallel, steps=steps, **settings)
+        results = [running.step(step) for step in range(steps)]
+        metrics = [{k: np.array(v) for k, v in r.metrics.items()} for r in results]
+        losses, norms = [r.loss for r in results], [r.grad_norm for r in results]
+        found[name] = losses, norms, metrics, running.whole()  # plain things, which go from process to process
+    return found
+
+
+def alone(name: str, more: Tree | None = None, steps: int = STEPS) -> Curve:
+    """The curve of one process in fp64; each is computed once."""
+    return _alone(name, json.dumps(more or {}), steps)
+
+
+@cache
+def _alone(name: str, more: str, steps: int) -> Curve:
+    return Curve(*curves(0, 1, {}, [name], steps, more=json.loads(more))[name])
+
+
+# -- comparing -------------------------------------------------------------------------------------------------
+
+
+class Bound(NamedTuple):
+    """Largest relative deviation of a loss and of a gradient norm; of a parameter, beside an absolute one of 1e-10."""
+
+    loss: float
+    norm: float
+    parameter: float | None = None
+
+
+BOUNDS = {
+    "fp64": Bound(1e-9, 1e-9, 1e-8),  # sums in another order: 1e-16 a step, grown by the steps of a small network
+    "fp32": Bound(1e-5, 2e-4),
+    "bf16": Bound(1e-2, 2e-1),  # products err by 2^-9 relative, and a mean of losses by less; a norm is no mean
+    "fp16": Bound(1e-2, 2e-1),
+}
+
+
+class Deviation(NamedTuple):
+    """How far a case at a layout was from one process: relative for losses and norms, absolute for the state."""
+
+    precision: str
+    layout: str
+    name: str
+    loss: float
+    norm: float
+    state: float
+
+
+DEVIATIONS: list[Deviation] = []
+
+
+def prove(
+    pool: Any,
+    names: list[str],
+    parallel: Tree,
+    more: Tree | None = None,
+    steps: int = STEPS,
+    precision: str = "fp64",
+) -> None:
+    """Assert that every rank of a layout draws the curves of one process."""
+    settings = {"more": more, "steps": steps, "precision": precision}
+    found = pool(curves, ranks=ranks_of(parallel), timeout=600, parallel=parallel, names=names, **settings)
+    for name in names:
+        expected = alone(name, more, steps)
+        each = [Curve(*rank[name]) for rank in found]
+        _note(precision, parallel, name, each, expected)
+        for one in each:
+            compare(name, one, expected, precision)
+        if precision == "fp64":
+            _hold_together(each, expected)
+
+
+def ranks_of(parallel: Tree) -> int:
+    """Ranks of a layout whose axes are all given."""
+    return prod(parallel.get(axis, 1) for axis in mesh.AXES)
+
+
+def compare(name: str, found: Curve, expected: Curve, precision: str = "fp64") -> None:
+    """Assert that a curve is another; of a rank of a pipeline, that what it holds of the state is right."""
+    bound = BOUNDS[precision]
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=bound.loss, err_msg=name)
+    np.testing.assert_allclose(found.norms, expected.norms, rtol=bound.norm, err_msg=name)
+    if bound.parameter is None:
+        return
+    for step, (ours, theirs) in enumerate(zip(found.metrics, expected.metrics, strict=True)):
+        assert ours.keys() == theirs.keys(), name
+        for key, value in theirs.items():
+            np.testing.assert_allclose(
+                ours[key], value, rtol=1e-9, atol=1e-12, err_msg=f"{name} {key} {step}"
+            )
+    assert found.state.keys() <= expected.state.keys(), name
+    for key, value in found.state.items():
+        np.testing.assert_allclose(
+            value, expected.state[key], rtol=bound.parameter, atol=1e-10, err_msg=f"{name} {key}"
+        )
+
+
+def _hold_together(each: list[Curve], expected: Curve) -> None:
+    """Together ranks have the whole state, and copies are the same bits."""
+    assert set().union(*(rank.state for rank in each)) == expected.state.keys()
+    for key in expected.state:
+        assert len({rank.state[key].tobytes() for rank in each if key in rank.state}) == 1, key
+
+
+def _note(precision: str, parallel: Tree, name: str, each: list[Curve], expected: Curve) -> None:
+    def relative(ours: list[float], theirs: list[float]) -> float:
+        return float(np.max(np.abs(np.array(ours) / theirs - 1)))
+
+    layout = ", ".join(f"{k} {v}" for k, v in sorted(parallel.items()) if k != "micro_batch" and v != 1)
+    DEVIATIONS.append(
+        Deviation(
+            precision,
+            layout or "one process",
+            name,
+            max(relative(rank.losses, expected.losses) for rank in each),
+            max(relative(rank.norms, expected.norms) for rank in each),
+            max(
+                float(np.max(np.abs(value - expected.state[key]), initial=0))
+                for rank in each
+                for key, value in rank.state.items()
+            ),
+        )
+    )
+
+
+def summary() -> list[str]:
+    """A line for each precision: layouts and curves proved, and the worst deviations."""
+    lines = []
+    for precision in BOUNDS:
+        found = [d for d in DEVIATIONS if d.precision == precision]
+        if found:
+            layouts = len({d.layout for d in found})
+            text = f"{precision}: {len(found)} curves at {layouts} layouts; worst deviation"
+            for what in ("loss", "norm", "state"):
+                worst = max(found, key=lambda d: getattr(d, what))
+                text += f" of {what} {getattr(worst, what):.1e} ({worst.name}; {worst.layout}),"
+            lines.append(text.rstrip(","))
+    return lines
