@@ -56,7 +56,7 @@ class Work:
     counts: dict[str, float] = field(default_factory=dict)
     weight: float = 1.0
     columns: list[Mapping[str, Columns]] = field(default_factory=list)
-    share: Callable[[LossOutput], LossOutput] = lambda out: out  # noqa: E731
+    share: Callable[[LossOutput], LossOutput] = lambda out: out
     found: dict[int, LossOutput] = field(default_factory=dict)
 
 

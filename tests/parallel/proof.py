@@ -84,7 +84,12 @@ def curves(
         results = [running.step(step) for step in range(steps)]
         metrics = [{k: np.array(v) for k, v in r.metrics.items()} for r in results]
         losses, norms = [r.loss for r in results], [r.grad_norm for r in results]
-        found[name] = losses, norms, metrics, running.whole()  # plain things, which go from process to process
+        found[name] = (
+            losses,
+            norms,
+            metrics,
+            running.whole(),
+        )  # plain things, which go from process to process
     return found
 
 
@@ -110,9 +115,13 @@ class Bound(NamedTuple):
 
 
 BOUNDS = {
-    "fp64": Bound(1e-9, 1e-9, 1e-8),  # sums in another order: 1e-16 a step, grown by the steps of a small network
+    "fp64": Bound(
+        1e-9, 1e-9, 1e-8
+    ),  # sums in another order: 1e-16 a step, grown by the steps of a small network
     "fp32": Bound(1e-5, 2e-4),
-    "bf16": Bound(1e-2, 2e-1),  # products err by 2^-9 relative, and a mean of losses by less; a norm is no mean
+    "bf16": Bound(
+        1e-2, 2e-1
+    ),  # products err by 2^-9 relative, and a mean of losses by less; a norm is no mean
     "fp16": Bound(1e-2, 2e-1),
 }
 

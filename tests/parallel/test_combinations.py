@@ -1,6 +1,6 @@
 """The layout matrix: every pair and every three of axes, and every schedule, for every family, against one process.
 
-Eight steps with AdamW, dropout and clipping on, tables tied, in fp64; other optimizers and narrower precisions on a part.
+Eight steps with AdamW, dropout and clipping on, tables tied, in fp64; other optimizers and precisions on a part.
 """
 
 from itertools import combinations

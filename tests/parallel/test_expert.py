@@ -24,7 +24,9 @@ VARIANTS = {
     "experts": variant("experts"),  # capacity, shared, bias balance, Muon
     "roberta": variant("roberta"),  # experts choose
     "dropless": variant("dropless", {"name": "lamb"}, count=4),
-    "transformer": variant("transformer", {"name": "adafactor"}, count=4),  # one expert a token, in both towers
+    "transformer": variant(
+        "transformer", {"name": "adafactor"}, count=4
+    ),  # one expert a token, in both towers
     "spectral": variant("spectral", count=4),
     "transformer of 3": variant("transformer"),
     "spectral of 3": variant("spectral"),
