@@ -55,7 +55,8 @@ class Pipeline:
     """The stages of this rank, and how the ranks of a pipeline work through a batch together.
 
     All ranks of a pipeline have the same rows (and columns of them): each stage reads its own copy of the batch, and
-    only what blocks compute travels. Under FSDP, parameters are gathered once a step and gradients reduced after the last micro-batch.
+    only what blocks compute travels. Under FSDP, parameters are gathered once a step and gradients reduced after the
+    last micro-batch.
 
     Args:
         plan: how the objective was cut.
