@@ -11,6 +11,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn.parallel import DistributedDataParallel
 
 from headway.parallel import expert
+from headway.parallel.float8 import to_float8
 from headway.parallel.mesh import World
 from headway.parallel.pipeline.plan import Plan
 from headway.parallel.recompute.apply import recompute
@@ -40,6 +41,8 @@ def apply(
     layout = world.layout
     if plan:
         plan.prune(objective, world.place("pipeline"))
+    if precision == "fp8":
+        to_float8(objective, emulate=world.device.type == "cpu")
     if layout.tensor > 1:
         split(objective, job, world)
     if layout.context > 1:

@@ -24,10 +24,16 @@ import torch.nn.functional as F
 from headway.pretrain.errors import JobError
 from headway.pretrain.files import cache_folder, publish
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-"""Dtype of the matrix products of each precision."""
+PRECISIONS = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+    "fp8": torch.bfloat16,
+}
+"""Dtype of the matrix products of each precision; of fp8 that of most of them: peaks are those of bf16 then."""
 
-_NAMES = {dtype: name for name, dtype in PRECISIONS.items()}
+_NAMES = {dtype: name for name, dtype in PRECISIONS.items() if name != "fp8"}
 
 # Dense peaks in TFLOP/s, per device as torch counts it, from NVIDIA's data sheets and, for workstation and
 # GeForce cards, from the Ampere GA102, Ada and RTX Blackwell whitepapers (tensor cores with fp32

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from headway.parallel import expert
 from headway.parallel.context import rules as context
+from headway.parallel.float8 import check_float8
 from headway.parallel.mesh import AXES, Layout
 from headway.parallel.pipeline.rules import check as check_pipeline
 from headway.parallel.recompute.rules import check_recompute
@@ -27,7 +28,7 @@ ENGINES = {
         axes=frozenset({"pipeline", "replicate", "shard", "context", "tensor", "expert"}),
         precisions={
             "cpu": frozenset({"auto", "fp32", "bf16", "fp16", "fp64"}),
-            "cuda": frozenset({"auto", "fp32", "bf16", "fp16", "fp64"}),
+            "cuda": frozenset({"auto", "fp32", "bf16", "fp16", "fp64", "fp8"}),
         },
     ),
 }
@@ -47,6 +48,7 @@ def check(job: Job, layout: Layout, device_type: str) -> None:
     check_pipeline(job, layout)
     context.check(job, layout)
     check_recompute(job)
+    check_float8(job, layout, device_type)
     legal = can.precisions.get(device_type, can.precisions["cpu"])
     if job.precision not in legal:
         raise JobError(

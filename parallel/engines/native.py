@@ -35,7 +35,7 @@ from headway.pretrain.optim.sharded import reduced
 if TYPE_CHECKING:
     from headway.parallel.pipeline.run import Pipeline
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 MUON = {"fp32": torch.float32, "fp64": torch.float64}
 """Dtype of Muon's iteration; where products are narrow, so may it be (None)."""
 
@@ -47,7 +47,8 @@ FIRST_ITERATIONS = 15
 class NativeEngine:
     """See `headway.pretrain.engine.Engine`.
 
-    Weights, moments and reductions are fp32 (fp64 for fp64); bf16 and fp16 are autocast around the forward.
+    Weights, moments and reductions are fp32 (fp64 for fp64); bf16 and fp16 are autocast around the forward; fp8 is bf16 with
+    other products in blocks.
     """
 
     def __init__(

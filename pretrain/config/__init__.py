@@ -64,7 +64,7 @@ class Job(Section):
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     parallel: Parallel = Parallel()
-    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8", "fp64"] = "auto"
     """Dtype of matrix products; weights, optimizer state and reductions stay fp32 (fp64 for fp64)."""
     train: Train = Train()
     checkpoint: Checkpoint = Checkpoint()

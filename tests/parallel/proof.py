@@ -123,6 +123,7 @@ BOUNDS = {
         1e-2, 2e-1
     ),  # products err by 2^-9 relative, and a mean of losses by less; a norm is no mean
     "fp16": Bound(1e-2, 2e-1),
+    "fp8": Bound(2e-2, 3e-1),  # 3 bits of mantissa: products err by 2^-4
 }
 
 
