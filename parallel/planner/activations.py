@@ -3,10 +3,13 @@
 Korthikanti et al. 2022 ("Reducing activation recomputation in large transformer models", section 4.1) count
 s b h (34 + 5 a s / h) bytes a layer: 16-bit numbers everywhere, dropout, GELU, S x S attention. Here it is what this
 implementation keeps, in whatever dtypes, with whatever kernel: `table` has one line for each tensor and says which of
-the paper's it is. Under tensor parallelism a place has the model that a rank computes (`spread.of_rank`), and with
-sequence parallelism (`cut`) fewer places between products; see `tensor_parallel` for what that is of the paper's. With their choices the lines give: norms 4 s b h (the paper's; plus the residual stream in fp32,
+the paper's it is. With their choices the lines give: norms 4 s b h (the paper's; plus the residual stream in fp32,
 which is w instead of 2 bytes wide), queries, keys and values 6, output of attention 2, feed-forward 18 of the paper's
 19 (dropout's mask is the rest), and for the `reference` kernel 4 to 11 a s^2 b, where the paper has 5.
+
+Under tensor parallelism a place has the model that a rank computes (`spread.of_rank`), which gives the paper's equation
+2: s b h (10 + 24 / t + 5 a s / (h t)). Sequence parallelism (`cut`) gives s b h (4 + 30 / t + 5 a s / (h t)): it is
+equation 4, 34 / t, but for the inputs of products, which the paper gathers again and which stay gathered here.
 
 Symbols: T tokens of a micro-batch, M tokens of the encoder, E hidden size, H heads, D head dimension, K key/value
 heads, F feed-forward size, S places that a query sees; w bytes of the residual stream, n bytes of products.

@@ -6,7 +6,9 @@ the gathered parameters (stage 2). Activations are those of `activations`. The p
 the loss, in the backward of some block, at the end of the backward, in the optimizer.
 
 Bytes of tensors; what an operator uses inside is not counted, nor what an allocator wastes. Compiled blocks keep
-less than this: the compiler fuses and computes again what is cheap.
+less than this: the compiler fuses and computes again what is cheap. Not counted either: what is sent to experts on
+other ranks (`parallel.expert`), which depends on the routing. Of schedules with several stages a rank it is a bound:
+all micro-batches of all of its stages are counted as under way.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ def policies(run: Run) -> list[Policy]:
             chosen += [policy] * tower[len(chosen)].uses
         found.append(chosen)
     if run.pipeline == 1:
-        return sum(found, [])
+        return [policy for chosen in found for policy in chosen]
     return [chosen[use] for chosen, uses in zip(found, held(run), strict=True) for use in uses]
 
 
@@ -83,41 +85,54 @@ def peak(run: Run, chosen: Sequence[Policy] | None = None) -> Moment:
 
 
 def moments(run: Run, chosen: Sequence[Policy]) -> list[Moment]:
-    """What is alive at the times that may be the peak."""
-    blocks = places(run)
+    """What is alive at the times that may be the peak.
+
+    Of a pipeline, while as many micro-batches are under way as ever are, and in the last of its backwards that finds
+    gradients of others.
+    """
+    blocks, whole = places(run), 0.0
+    if not _buckets(run):
+        whole = run.wide * _count(run, blocks) / (1 if run.pipeline > 1 else run.spread)
+    found = _of_micro_batch(run, chosen, run.flight - 1, whole if run.micros > run.flight else 0.0)
+    if 1 < run.flight == run.micros:
+        found += _of_micro_batch(run, chosen, run.flight - 2, whole)
     states = (*_states(run), *_waiting(run))
+    if ends(run)[0]:
+        done, head = _gradients(run, blocks), _head_gradient(run)
+        root = Part("gathered parameters around the blocks", _root(run, blocks) if run.gathers else 0)
+        found.append(Moment("end of the backward", (*states, done, head, root, _embedding(run))))
+    gradients = 0 if _buckets(run) else run.wide * _count(run, blocks) / run.spread
+    return [*found, Moment("optimizer", (*states, Part("gradients", gradients)))]
+
+
+def _of_micro_batch(run: Run, chosen: Sequence[Policy], others: int, earlier: float) -> list[Moment]:
+    """Moments of a micro-batch, with so many others under way and bytes of gradients of earlier ones."""
+    blocks, last = places(run), ends(run)[1]
     left = [kept(p, policy) for p, policy in zip(blocks, chosen, strict=True)]
-    around, norm, last = _around(run), _final_norm(run), ends(run)[1]
+    around, norm = _around(run), _final_norm(run)
     head = _head_gradient(run) if last else Part("gradient of the head", 0)
+    always = (
+        *_states(run),
+        *_waiting(run),
+        Part("gradients of earlier micro-batches", earlier),
+        Part("activations of other micro-batches", others * (sum(left) + _passed(run))),
+        around,
+    )
     after = gathered(run, blocks, None)
-    earlier = Part("gradients of earlier micro-batches", _earlier(run, blocks))
-    others = Part("activations of other micro-batches", (run.flight - 1) * (sum(left) + _passed(run)))
-    more = (*states, earlier, others)
     found = [
-        Moment(f"loss, {name}", (*more, Part("activations", sum(left)), around, norm, part, after))
+        Moment(f"loss, {name}", (*always, Part("activations", sum(left)), norm, part, after))
         for name, part in (_loss(run, chosen, blocks) if last else {}).items()
     ]
     for i, (p, policy) in enumerate(zip(blocks, chosen, strict=True)):
         alive = (
             Part("activations of earlier blocks", sum(left[:i])),
             Part("activations and their gradients in the block", own_peak(p, policy)),
-            Part("gradients of later blocks", 0) if earlier.bytes else _gradients(run, blocks[i + 1 :]),
+            Part("gradients of later blocks", 0) if earlier else _gradients(run, blocks[i + 1 :]),
             gathered(run, blocks, i),
+            head,
         )
-        found.append(Moment(f"backward of block {i}", (*more, *alive, around, head)))
-    done = _gradients(run, blocks)
-    root = Part("gathered parameters around the blocks", _root(run, blocks) if run.gathers else 0)
-    if ends(run)[0]:
-        found.append(Moment("end of the backward", (*states, done, head, root, _embedding(run))))
-    gradients = 0 if _buckets(run) else run.wide * _count(run, blocks) / run.spread
-    found.append(Moment("optimizer", (*states, Part("gradients", gradients))))
+        found.append(Moment(f"backward of block {i}", (*always, *alive)))
     return found
-
-
-def _earlier(run: Run, blocks: Sequence[Place]) -> float:
-    """Gradients that were there before a micro-batch."""
-    done = run.micros > run.flight and not _buckets(run)
-    return run.wide * _count(run, blocks) / (1 if run.pipeline > 1 else run.spread) if done else 0.0
 
 
 def _stream(run: Run) -> float:
@@ -135,8 +150,12 @@ def _waiting(run: Run) -> tuple[Part, ...]:
 
 
 def _passed(run: Run) -> float:
-    """What a micro-batch holds beside its blocks' activations while others are under way: what was sent on."""
-    return _stream(run) + _around(run).bytes / run.micros
+    """What a micro-batch that is under way holds beside its blocks' activations: what was sent on, or what the loss
+    keeps, which are gradients already."""
+    if not ends(run)[1]:
+        return _stream(run)
+    width = run.job.model.embedding_size or run.job.model.hidden
+    return _final_norm(run).bytes + run.wide * (_scored(run) * width + _head(run))
 
 
 def gathered(run: Run, blocks: Sequence[Place], i: int | None) -> Part:
@@ -164,10 +183,12 @@ def gathered(run: Run, blocks: Sequence[Place], i: int | None) -> Part:
 
 
 def around_blocks(run: Run) -> tuple[float, float]:
-    """Bytes of activations beside those of blocks, in the loss and in the backward of blocks."""
+    """Bytes of a micro-batch's activations beside those of blocks, in the loss and in the backward of blocks."""
     blocks = places(run)
-    loss = max(part.bytes for part in _loss(run, ["full"] * len(blocks), blocks).values())
     around = _around(run).bytes
+    if not ends(run)[1]:
+        return around, around
+    loss = max(part.bytes for part in _loss(run, ["full"] * len(blocks), blocks).values())
     return around + _final_norm(run).bytes + loss, around + _head_gradient(run).bytes
 
 
@@ -238,7 +259,16 @@ def _around(run: Run) -> Part:
     masks = here * m.hidden if m.dropout else 0
     turn = run.wide * i.length / run.context * m.head_width if m.positions == "rotary" else 0
     batch = 16 * tokens * run.micros + (16 * here if run.context > 1 else 0)
-    return Part("batch and embeddings", batch + turn + masks)
+    return Part("batch and embeddings", batch + turn + masks + _biases(run))
+
+
+def _biases(run: Run) -> float:
+    """Of relative positions, a tower each: scores' bias, buckets, and the gradient in which blocks add up theirs."""
+    m = run.job.model
+    if m.positions != "relative":
+        return 0.0
+    pairs = sum(t[0].length * t[0].length * run.context for t in towers(run))
+    return pairs * (8 + 2 * run.wide * m.heads / run.tensor)
 
 
 def _asked(run: Run) -> int:

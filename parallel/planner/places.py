@@ -108,9 +108,7 @@ def held(run: Run) -> list[list[int]]:
     whole = towers(replace(run, tensor=1, context=1))
     stages, owners = _stages(run, whole)
     spans = [stage.spans for stage in stages if owners[stage.number] == run.place]
-    return [
-        sorted(use for span in spans if i in span for use in range(*span[i])) for i in range(len(whole))
-    ]
+    return [sorted(use for span in spans if i in span for use in range(*span[i])) for i in range(len(whole))]
 
 
 def ends(run: Run) -> tuple[bool, bool]:
@@ -160,7 +158,9 @@ def towers(run: Run) -> list[list[Place]]:
         ]
     found = _tower(run, m, m.layers, patches + first, causal=False)
     whole = m.has_experts(m.layers - 1) or m.attention.entropy_penalty or job.objective.pool != "first"
-    if not whole and run.cut == 1 and run.context == 1:  # a classifier's last block computes the class token alone
+    if (
+        not whole and run.cut == 1 and run.context == 1
+    ):  # a classifier's last block computes the class token alone
         found[-1] = replace(found[-1], outputs=1)
     return [found]
 

@@ -41,7 +41,12 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def job_of(
-    name: str, parallel: dict[str, Any], precision: str = "fp32", ranks: int = 1, rows: int = ROWS, **model: Any
+    name: str,
+    parallel: dict[str, Any],
+    precision: str = "fp32",
+    ranks: int = 1,
+    rows: int = ROWS,
+    **model: Any,
 ) -> Job:
     """A case: four blocks of width 128, without dropout; `ranks` that read different rows, `rows` each."""
     case = CASES[name]
@@ -77,7 +82,9 @@ def batch_of(job: Job, rows: int = ROWS) -> dict[str, Tensor]:
         return batch | _images(job, rows, draw)
     batch |= {"tokens": tokens(length), "labels": tokens(length)}
     if job.objective.name == "masked":
-        hidden = torch.rand(rows, length, generator=draw).argsort(1) < round(length * job.objective.masking.rate)
+        hidden = torch.rand(rows, length, generator=draw).argsort(1) < round(
+            length * job.objective.masking.rate
+        )
         batch["labels"].masked_fill_(~hidden, IGNORE)
         batch |= {"segments": tokens(length, 2), "pair": number % 2}
         batch["documents"] = (torch.arange(length) < length - number[:, None]).int() - 1
@@ -94,7 +101,10 @@ def _images(job: Job, rows: int, draw: torch.Generator) -> dict[str, Tensor]:
     patches = (size // job.model.vision.patch) ** 2
     seen = max(1, int(patches * (1 - job.objective.mae.rate)))
     visible = torch.rand(rows, patches, generator=draw).argsort(1)[:, :seen].sort(1).values
-    return batch | {"visible": visible, "scored": torch.ones(rows, patches, dtype=torch.bool).scatter_(1, visible, False)}
+    return batch | {
+        "visible": visible,
+        "scored": torch.ones(rows, patches, dtype=torch.bool).scatter_(1, visible, False),
+    }
 
 
 def measured(job: Job, rank: int = 0, world: int = 1, rows: int = ROWS) -> TensorBytes:
