@@ -143,10 +143,10 @@ def towers(run: Run) -> list[list[Place]]:
         return [_tower(run, m, m.layers, inputs.length, causal=False, separated=padded)]
     if m.family == "t5":
         padded = job.objective.name in ("ul2", "pairs", "prefix")  # spans fill their rows
-        target = {"memory": inputs.length, "separated": padded}
+        t, s = inputs.target_length, inputs.length
         return [
-            _tower(run, m, m.layers, inputs.length, causal=False, separated=padded),
-            _tower(run, m, m.decoder_depth, inputs.target_length, **target),
+            _tower(run, m, m.layers, s, causal=False, separated=padded),
+            _tower(run, m, m.decoder_depth, t, memory=s, separated=padded),
         ]
     patches = (inputs.image // m.vision.patch) ** 2
     first = int(m.vision.class_token)
