@@ -93,12 +93,31 @@ RULES: list[Rule] = [
     ("train.eval_rows", lambda j: j.train.eval_every > 0, "train.eval_every is 0"),
     ("parallel.schedule", lambda j: j.parallel.pipeline != 1, "parallel.pipeline is 1"),
     ("parallel.virtual", lambda j: j.parallel.pipeline != 1, "parallel.pipeline is 1"),
-    ("parallel.reshard", lambda j: j.parallel.shard != 1, "parallel.shard is 1: nothing is gathered"),
+    (
+        "parallel.reshard",
+        lambda j: j.parallel.shard != 1 or j.parallel.context != 1,
+        "parallel.shard and parallel.context are 1: nothing is gathered",
+    ),
+    (
+        "parallel.reshard",
+        lambda j: j.parallel.pipeline == 1,
+        "in a pipeline gathered parameters stay for the step",
+    ),
+    ("parallel.sequence", lambda j: j.parallel.tensor != 1, "parallel.tensor is 1"),
+    ("parallel.context_method", lambda j: j.parallel.context != 1, "parallel.context is 1"),
+    ("parallel.expert", lambda j: j.model.experts.count > 0, "model.experts.count is 0: the model is dense"),
+    ("parallel.check_every", lambda j: _spread(j), "one process has no replicas to compare"),
     ("tracking.project", lambda j: j.tracking.wandb != "off", "tracking.wandb is off"),
     ("tracking.group", lambda j: j.tracking.wandb != "off", "tracking.wandb is off"),
     ("tracking.tags", lambda j: j.tracking.wandb != "off", "tracking.wandb is off"),
     ("tracking.histograms_every", lambda j: j.tracking.wandb != "off", "tracking.wandb is off"),
 ]
+
+
+def _spread(job: Job) -> bool:
+    """Whether there may be several ranks."""
+    p = job.parallel
+    return any(size != 1 for size in (p.pipeline, p.replicate, p.shard, p.context, p.tensor))
 
 
 def _trained(job: Job) -> bool:

@@ -47,7 +47,7 @@ def check(job: Job, layout: Layout, device_type: str) -> None:
     expert.check(job, layout)
     check_pipeline(job, layout)
     context.check(job, layout)
-    check_recompute(job)
+    check_recompute(job, layout, device_type)
     check_float8(job, layout, device_type)
     legal = can.precisions.get(device_type, can.precisions["cpu"])
     if job.precision not in legal:

@@ -28,7 +28,7 @@ class Costs:
 def costs_of(objective: Objective, job: Job) -> Costs:
     """Costs of an objective's parts."""
     model = job.model
-    inputs = _inputs(objective, job)
+    inputs = inputs_of(objective, job)
     embedding, head = end_flops(job, inputs)
     if isinstance(objective, Seq2SeqLM):
         read, asked = objective.lengths
@@ -51,7 +51,7 @@ def _tower(model: Model, layers: int, tokens: int, causal: bool = False, memory:
     return [block_flops(model, use // repeats, tokens, causal, memory) for use in range(layers)]
 
 
-def _inputs(objective: Objective, job: Job) -> Inputs:
+def inputs_of(objective: Objective, job: Job) -> Inputs:
     """What the data said when the objective was built."""
     embed: Any = objective.model.embed
     if isinstance(objective, Classifier | MaskedAutoencoder):

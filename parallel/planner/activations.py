@@ -7,6 +7,10 @@ the paper's it is. With their choices the lines give: norms 4 s b h (the paper's
 which is w instead of 2 bytes wide), queries, keys and values 6, output of attention 2, feed-forward 18 of the paper's
 19 (dropout's mask is the rest), and for the `reference` kernel 4 to 11 a s^2 b, where the paper has 5.
 
+Under tensor parallelism a place has the model that a rank computes (`spread.of_rank`), which gives the paper's equation
+2: s b h (10 + 24 / t + 5 a s / (h t)). Sequence parallelism (`cut`) gives s b h (4 + 30 / t + 5 a s / (h t)): it is
+equation 4, 34 / t, but for the inputs of products, which the paper gathers again and which stay gathered here.
+
 Symbols: T tokens of a micro-batch, M tokens of the encoder, E hidden size, H heads, D head dimension, K key/value
 heads, F feed-forward size, S places that a query sees; w bytes of the residual stream, n bytes of products.
 """
@@ -55,6 +59,10 @@ class Place:
         separated: whether documents or a prefix bound what is seen.
         kernel: what computes attention.
         wide, narrow: bytes of a number in the residual stream and in products.
+        tensor: ranks over which heads and widths are cut; the model is one rank's.
+        cut: ranks over which places are cut too between products (sequence parallelism).
+        context: ranks that hold other places of the rows.
+        ring: whether their keys come by; else heads are exchanged for places (Ulysses).
     """
 
     model: Model
@@ -69,6 +77,20 @@ class Place:
     kernel: Kernel = "sdpa"
     wide: int = 4
     narrow: int = 4
+    tensor: int = 1
+    cut: int = 1
+    context: int = 1
+    ring: bool = True
+
+    @property
+    def stream(self) -> int:
+        """Tokens of the residual stream on this rank, after the attention."""
+        return self.rows * -(-(self.outputs or self.length) // self.cut)
+
+    @property
+    def entering(self) -> int:
+        """Tokens of the residual stream on this rank, before the attention."""
+        return self.rows * -(-self.length // self.cut)
 
     @property
     def tokens(self) -> int:
@@ -88,21 +110,21 @@ class Place:
 def table(p: Place) -> list[Term]:
     """All that the backward of a block needs if nothing is computed again."""
     e, t = p.model.hidden, p.tokens
-    terms = [*_norm(p, "attention"), *_attention(p, p.keys, p.length, cross=False)]
+    terms = [*_norm(p, "attention"), *_attention(p, p.keys, p.length * p.context, cross=False)]
     if p.memory:
         copy = p.narrow * p.rows * p.memory * e if p.cast else 0
         terms += [
             *_norm(p, "cross"),
             Term("encoder's output, narrowed", copy, "projection"),
-            *_attention(p, p.rows * p.memory, p.memory, cross=True),
+            *_attention(p, p.rows * p.memory, p.memory * p.context, cross=True),
         ]
     terms += _norm(p, "mlp")
     terms += _experts(p) if p.model.has_experts(p.layer) else _mlp(p, t, p.model.ffn_width)
     layers = 3 if p.memory else 2
     if p.model.dropout:
-        terms.append(Term("masks of dropout (paper: 1 of 11, 1 of 19)", layers * t * e, "residual"))
+        terms.append(Term("masks of dropout (paper: 1 of 11, 1 of 19)", layers * p.stream * e, "residual"))
     if p.model.layer_scale:
-        terms.append(Term("what layer scale multiplies", 2 * p.narrow * t * e, "residual"))
+        terms.append(Term("what layer scale multiplies", 2 * p.narrow * p.stream * e, "residual"))
     terms.append(Term("products' copies of weights", _copies(p), "weights"))
     return terms
 
@@ -110,15 +132,24 @@ def table(p: Place) -> list[Term]:
 def kept(p: Place, policy: Policy) -> float:
     """Bytes of a block that live from its forward to its backward."""
     terms = table(p)
-    stream = float(p.wide * p.keys * p.model.hidden)
+    stream = float(p.wide * p.entering * p.model.hidden)
     if policy == "full":
         return stream
     if policy == "products":
-        outputs = (3 if p.memory else 2) * p.narrow * p.tokens * p.model.hidden  # of o and down
-        return stream + outputs + total(term for term in terms if term.product)
+        return stream + _unread(p) + total(term for term in terms if term.product)
     if policy == "attention":
         return total(term for term in terms if term.part != "attention")
     return total(terms)
+
+
+def _unread(p: Place) -> float:
+    """Outputs of products that no backward reads: of o and down, and of up before a relu, which reads its own."""
+    outputs = (3 if p.memory else 2) * p.tokens * p.model.hidden
+    if p.model.activation == "relu":
+        x, routed = p.model.experts, p.model.has_experts(p.layer)
+        width = (x.ffn or p.model.ffn_width) * (x.top_k + x.shared) if routed else p.model.ffn_width
+        outputs += p.tokens * width
+    return float(p.narrow * outputs)
 
 
 def total(terms: Iterable[Term]) -> float:
@@ -127,13 +158,13 @@ def total(terms: Iterable[Term]) -> float:
 
 def _norm(p: Place, name: str) -> list[Term]:
     """What a norm keeps, and its output, which the next product keeps. Before or after the sub-layer is the same."""
-    t = p.keys if name == "attention" else p.tokens
+    t, s = (p.keys, p.entering) if name == "attention" else (p.tokens, p.stream)
     e, kind = p.model.hidden, p.model.norm
     width = {"layernorm": 1, "rmsnorm": 1, "none": 0}[kind]
     numbers = {"layernorm": 2, "rmsnorm": 1, "none": 0}[kind]
     return [
-        Term(f"{name}: input of the norm (rmsnorm: normed) (paper: 2 s b h)", p.wide * t * e * width, "norm"),
-        Term(f"{name}: statistics of the norm", p.wide * t * numbers, "norm"),
+        Term(f"{name}: input of the norm (rmsnorm: normed) (paper: 2 s b h)", p.wide * s * e * width, "norm"),
+        Term(f"{name}: statistics of the norm", p.wide * s * numbers, "norm"),
         Term(f"{name}: input of products (paper: 2 s b h)", p.narrow * t * e, "norm"),
     ]
 
@@ -146,17 +177,21 @@ def _attention(p: Place, keys: int, seen: int, *, cross: bool) -> list[Term]:
     if m.attention.qk_norm:
         normed = p.wide * (t * queries + keys * thin) + p.wide * (t * m.heads + keys * m.kv)
         terms.append(Term("normed queries and keys", normed, "projection"))
-    fused = p.kernel != "reference" and not (p.kernel == "blocks" and _by_blocks(p))
+    ring = p.context > 1 and p.ring
+    fused = p.kernel != "reference" and not (p.kernel == "blocks" and _by_blocks(p)) and not ring
     terms += [
         Term("queries (paper: 2 s b h)", n * t * queries, "projection", product=True),
         Term("keys and values (paper: 4 s b h)", 2 * n * keys * thin, "projection", product=True),
         Term("output of attention (paper: 2 s b h)", n * t * queries, "projection", product=fused),
     ]
-    if p.kernel == "reference":
-        return terms + _quadratic(p, keys, seen, group)
+    by_heads = Term("output of attention, by heads", n * t * queries, "attention")
+    if p.kernel == "reference" and not ring:
+        return terms + _quadratic(p, keys, seen, group) + ([by_heads] if p.context > 1 else [])
     terms.append(Term("log-sum-exp of scores", p.wide * t * m.heads, "attention", product=fused))
-    if m.positions == "rotary" or (p.kernel == "blocks" and not _plain(p)):
-        terms.append(Term("output of attention, by heads", n * t * queries, "attention"))
+    if ring:
+        return [*terms, by_heads]
+    if m.positions == "rotary" or (p.kernel == "blocks" and not _plain(p)) or p.context > 1:
+        terms.append(by_heads)
     if p.kernel == "blocks" and group > 1:
         terms.append(Term("keys and values, repeated", 2 * n * keys * (queries - thin), "attention"))
     elif p.kernel == "sdpa" and (p.separated or cross):

@@ -57,6 +57,8 @@ def _core(p: Place) -> float:
     length, seen = p.tokens // p.rows, p.length
     flow = p.tokens * m.heads * m.head_width
     pairs = p.rows * m.heads * seen
+    if p.context > 1 and p.ring:
+        return _ring(p)
     if p.kernel == "sdpa":
         return n * 3 * flow
     if p.kernel == "reference":
@@ -72,3 +74,15 @@ def _core(p: Place) -> float:
     pieces: float = -(-seen // rows)
     pieces = (pieces + 1) / 2 if p.causal else pieces
     return pairs / seen * rows * length * pair + flow * (n * (6 + dropped + pieces) + 3 * w)
+
+
+def _ring(p: Place) -> float:
+    """Bytes of a part of a ring's backward, a run of queries by a run of keys, beside what travels: keys, values and
+    their gradients, each with the buffer that the next ones come into."""
+    m, n, w = p.model, p.narrow, p.wide
+    runs, masked, dropped = 2, p.causal or p.separated, bool(m.attention.dropout)
+    flow, thin = p.tokens * m.heads * m.head_width, p.keys * m.kv * m.head_width
+    pairs = p.rows * m.heads * (p.tokens // p.rows // runs) * (p.length // runs)
+    pair = w * (2 + masked + dropped) + dropped + (n if p.cast else 0)
+    travels = 2 * (n + w) * 2 * thin + w * flow
+    return travels + pairs * pair + flow / runs * (n * (7 + dropped) + 3 * w)

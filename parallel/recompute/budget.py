@@ -57,12 +57,20 @@ def choose(run: Run, budget: float) -> list[Policy]:
         states = _best(found)
     fitting = [s for s in states if s.kept + in_loss <= budget]
     if not fitting:
-        least = activation_peak(run, ["full"] * len(blocks)) / GIB
-        rule = f"with all blocks computed again, activations of {run.rows} rows take {least:.4g} GiB"
-        raise JobError(
-            "parallel.recompute_budget", round(budget / GIB, 6), rule, float(f"{least * 1.001:.4g}")
-        )
+        raise too_small(budget, least(run), run.rows)
     return list(min(fitting, key=lambda s: (s.cost, s.kept)).chosen)
+
+
+def least(run: Run) -> float:
+    """Bytes of activations with all blocks computed again."""
+    return activation_peak(run, ["full"] * len(places(run)))
+
+
+def too_small(budget: float, needed: float, rows: int) -> JobError:
+    """The refusal of a budget; both in bytes."""
+    rule = f"with all blocks computed again, activations of {rows} rows take {needed / GIB:.4g} GiB"
+    nearest = float(f"{needed / GIB * 1.001:.4g}")
+    return JobError("parallel.recompute_budget", round(budget / GIB, 6), rule, nearest)
 
 
 def _best(states: list[_State]) -> list[_State]:

@@ -29,7 +29,8 @@ CHUNK = 1 << 18
 GOLDEN = 0x9E3779B97F4A7C15
 """2^64 over the golden ratio."""
 KINDS = 8
-"""Most sets of ranks that a rank shares slices with: each subset of three axes, and one more beside."""
+"""Sets of ranks that a rank shares slices with, of which one collective tells: each subset of three axes, and one more
+beside. Those of a rank that has more are told in a second one."""
 TEXT = 512
 """Bytes of a sentence that one rank tells the others."""
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
@@ -83,7 +84,7 @@ def check(tensors: Mapping[str, Tensor], world: World, step: int, every: int) ->
         return
     groups = grouped(tensors, world)
     prints = {name: fingerprint(local(tensors[name])) for names in groups.values() for name in names}
-    found = differences(_gathered(_table(groups, prints, world.device), world))
+    found = differences(_tables(groups, prints, world))
     if found:
         sentence = _describe(found, groups, prints, world)
         raise DivergenceError(_advice(found, sentence, step, every))
@@ -98,21 +99,39 @@ def grouped(tensors: Mapping[str, Tensor], world: World) -> Groups:
         ranks = holders(tensors[name], world)
         if len(ranks) > 1:
             groups.setdefault(ranks, []).append(name)
-    if len(groups) > KINDS:
-        raise NotImplementedError(f"{len(groups)} sets of ranks that hold the same slices; at most {KINDS}")
     return groups
 
 
+def _tables(groups: Groups, prints: Mapping[str, Tensor], world: World) -> list[Tensor]:
+    """Every rank's sets: int64 [sets, 3] each; the hash of its ranks, the number of tensors, their fingerprints in one.
+
+    A row before them says how many sets there are, as if it were one without tensors. The second collective is made by
+    all ranks or by none, as all have seen these numbers.
+    """
+    own = _table(groups, prints, world.device)
+    first = _gathered(_filled(own[: 1 + KINDS], 1 + KINDS), world)
+    most = max(int(table[0, 0]) for table in first)
+    if most <= KINDS:
+        return first
+    rest = _gathered(_filled(own[1 + KINDS :], most - KINDS), world)
+    return [torch.cat(pair) for pair in zip(first, rest, strict=True)]
+
+
+def _filled(table: Tensor, rows: int) -> Tensor:
+    return torch.nn.functional.pad(table, (0, 0, 0, rows - len(table)))
+
+
 def _table(groups: Groups, prints: Mapping[str, Tensor], device: torch.device) -> Tensor:
-    """int64 [KINDS, 3]: hash of the ranks, number of tensors, their fingerprints in one."""
-    table = torch.zeros(KINDS, 3, dtype=torch.int64)
+    """int64 [1 + sets, 3]"""
+    table = torch.zeros(1 + len(groups), 3, dtype=torch.int64)
+    table[0, 0] = len(groups)
     folded = []
-    for row, (ranks, names) in zip(table, groups.items(), strict=False):
+    for row, (ranks, names) in zip(table[1:], groups.items(), strict=True):
         row[0], row[1] = _key(ranks), len(names)
         folded.append(fingerprint(torch.stack([prints[name].to(device) for name in names])))
     table = table.to(device)
     if folded:
-        table[: len(folded), 2] = torch.stack(folded)
+        table[1:, 2] = torch.stack(folded)
     return table
 
 

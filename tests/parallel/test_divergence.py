@@ -129,7 +129,7 @@ def test_clean_runs_stay_clean_and_a_check_is_one_small_collective(pool, ranks, 
     for name in names:
         for said, _, moved in pool(checked, ranks=ranks, name=name, parallel=parallel, at=None, kind=None):
             assert said == "", name
-            assert moved == [("all_gather", ranks * KINDS * 3 * 8)]
+            assert moved == [("all_gather", ranks * (1 + KINDS) * 3 * 8)]
 
 
 WOUNDS = [
@@ -193,6 +193,37 @@ def test_the_tensor_is_named(pool, ranks, parallel, kind, words):
     for text, named, _ in pool(planted, ranks=ranks, parallel=parallel, at=2, kind=kind):
         assert f"{words}: {named}, on rank" in text
         assert "There was no check before: remove checkpoints" in text
+
+
+def crowded(rank, world, parallel, at):
+    """As `planted`, with fewer sets in the first collective than there are, and what a clean check moved."""
+    divergence.KINDS = 1
+    try:
+        running = Running("spectral", rank, world, parallel)
+        running.step(0)
+        tensors = running.engine.state().tensors
+        sets = len(divergence.grouped(tensors, running.here))
+        with Traffic(running.here) as traffic:
+            divergence.check(tensors, running.here, 1, 5)
+        moved = [(m.kind, m.bytes) for m in traffic.moves]
+        said = []
+        for kind in ("balance_bias", "exp_avg_sq"):  # sets of four ranks and of two
+            named = wound(running, at, kind)
+            with pytest.raises(DivergenceError) as error:
+                divergence.check(tensors, running.here, 1, 5)
+            said.append((str(error.value), named))
+            wound(running, at, kind)
+        return sets, moved, said
+    finally:
+        divergence.KINDS = KINDS
+
+
+def test_sets_that_do_not_fit_one_collective_are_told_in_a_second(pool):
+    for sets, moved, said in pool(crowded, ranks=4, parallel={"replicate": 2, "shard": 2}, at=2):
+        assert sets == 2
+        assert moved == [("all_gather", 4 * 2 * 3 * 8), ("all_gather", 4 * 1 * 3 * 8)]
+        for text, named in said:
+            assert f"{named}, on rank" in text
 
 
 def test_one_process_has_nothing_to_compare():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from headway.parallel.engines.capabilities import check
+from headway.parallel.engines.native import NativeEngine
 from headway.parallel.mesh import Layout
 from headway.parallel.planner.memory import activation_peak, by_block, peak
 from headway.parallel.planner.places import Run, places
@@ -14,6 +15,7 @@ from headway.pretrain.config import Job
 from headway.pretrain.errors import JobError
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.sizes import parameters
+from headway.pretrain.objectives import build_objective
 from headway.tests.parallel.family_cases import CASES
 from headway.tests.parallel.proof import Running
 
@@ -222,6 +224,89 @@ def test_settings_without_effect_are_refused():
     )
     refused(r"recompute_every = 9: of 4 blocks none", recompute="full", recompute_every=9)
     check(small({"recompute": "full", "recompute_every": 2, "offload": True}), Layout(), "cpu")
+
+
+def budgeted(gib, **parallel):
+    return small(parallel | {"recompute": "budget", "recompute_budget": gib})
+
+
+BUDGETS = {  # layouts of two ranks
+    "shard": (Layout(shard=2), {}),
+    "tensor": (Layout(tensor=2), {"tensor": 2}),
+    "context": (Layout(context=2), {"context": 2}),
+    "pipeline": (Layout(pipeline=2), {"pipeline": 2}),
+}
+
+
+@pytest.mark.parametrize("axis", BUDGETS)
+def test_a_budget_that_is_too_small_is_refused_before_a_rank_starts(axis):
+    """And the smallest that is named is taken."""
+    layout, parallel = BUDGETS[axis]
+    with pytest.raises(JobError, match=r"recompute_budget = 0\.0001: with all blocks") as error:
+        check(budgeted(0.0001, **parallel), layout, "cpu")
+    check(budgeted(error.value.nearest, **parallel), layout, "cpu")
+    with pytest.raises(JobError, match="with all blocks"):
+        check(budgeted(0.99 * error.value.nearest, **parallel), layout, "cpu")
+
+
+def test_a_budget_of_a_rank_shrinks_with_what_it_holds():
+    """Everything that a micro-batch of four rows needs, of which a layout leaves a rank some."""
+
+    def needed(layout, **parallel):
+        with pytest.raises(JobError, match="with all blocks") as error:
+            check(budgeted(1e-6, **parallel), layout, "cpu")
+        return error.value.nearest
+
+    whole = needed(Layout())
+    assert needed(Layout(tensor=2), tensor=2) < 0.8 * whole
+    assert needed(Layout(context=2), context=2) < 0.8 * whole
+    assert needed(Layout(pipeline=2), pipeline=2, micro_batch=2) < 0.8 * whole
+
+
+def test_what_is_open_before_the_start_is_refused_only_if_nothing_fits():
+    job = budgeted(0.0001).model_copy(update={"precision": "auto"})
+    with pytest.raises(JobError, match="with all blocks") as error:
+        check(job, Layout(), "cpu")
+    for precision in ("fp32", "bf16"):
+        check(
+            small({"recompute": "budget", "recompute_budget": error.value.nearest}, precision),
+            Layout(),
+            "cpu",
+        )
+
+
+def budgets_of(rank, world, layouts):
+    """Of each layout: its recomputation by a budget in the middle, and the same without: losses and norms."""
+    from headway.parallel import mesh
+    from headway.parallel.planner.describe import describe
+    from headway.tests.parallel import memory_cases as memory
+
+    found = []
+    for parallel in layouts:
+        curves = []
+        for again in (False, True):
+            job = memory.job_of("gpt", parallel, rows=4)
+            layout = mesh.lay_out(job.parallel, world)
+            here = mesh.start(job, layout, rank, world, rank, torch.device("cpu"), "gloo")
+            if again:
+                inputs, place = memory.inputs_of(job), layout.pipeline - 1  # the stage that needs most
+                run = describe(job, inputs, layout, place, precision="fp32", device="cpu", compiled=False)
+                least, most = (activation_peak(run, [p] * len(places(run))) for p in ("full", "none"))
+                budget = {"recompute": "budget", "recompute_budget": (0.6 * least + 0.4 * most) / GIB}
+                job = memory.job_of("gpt", parallel | budget, rows=4)
+            objective = build_objective(job, memory.inputs_of(job), device="meta")
+            engine = NativeEngine(job, objective, here, precision="fp32", compiled=False)
+            results = [engine.train_step(memory.batch_of(job), step) for step in range(2)]
+            curves.append([(r.loss, r.grad_norm) for r in results])
+        found.append(curves)
+    return found
+
+
+def test_a_budget_changes_no_bit_at_any_layout(pool):
+    layouts = [{"tensor": 2}, {"context": 2}, {"pipeline": 2}]
+    for found in pool(budgets_of, ranks=2, layouts=layouts, timeout=300):
+        for parallel, (plain, again) in zip(layouts, found, strict=True):
+            assert plain == again, parallel
 
 
 def test_a_budget_that_is_too_small_names_the_smallest():

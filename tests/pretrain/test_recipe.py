@@ -119,6 +119,31 @@ def test_settings_without_effect_are_flagged_and_refused_on_the_command_line():
     inert.refuse_inert(recipe.resolve(["gpt/tiny"]))
 
 
+LAID_OUT = {  # a setting without effect: what gives it one
+    "parallel.sequence=false": "parallel.tensor=2",
+    "parallel.context_method=ulysses": "parallel.context=-1",
+    "parallel.check_every=5": "parallel.replicate=2",
+    "parallel.schedule=gpipe": "parallel.pipeline=2",
+    "parallel.reshard=false": "parallel.context=2",
+    "parallel.expert=1": "model.experts.count=4",
+}
+
+
+@pytest.mark.parametrize("setting", LAID_OUT)
+def test_settings_of_axes_that_are_not_there_have_no_effect(setting):
+    field, needed = setting.partition("=")[0], LAID_OUT[setting]
+    idle = recipe.resolve(["gpt/tiny"], ["parallel.shard=1", setting])
+    with pytest.raises(JobError, match=rf"{field}.*has no effect"):
+        inert.refuse_inert(idle)
+    inert.refuse_inert(recipe.resolve(["gpt/tiny"], ["parallel.shard=1", needed, setting]))
+
+
+def test_a_pipeline_keeps_what_it_gathers():
+    sets = ["parallel.pipeline=2", "parallel.shard=2", "parallel.reshard=false"]
+    with pytest.raises(JobError, match="in a pipeline gathered parameters stay"):
+        inert.refuse_inert(recipe.resolve(["gpt/tiny"], sets))
+
+
 def test_inert_rules_name_real_settings_and_defaults_are_never_flagged():
     known = dict(recipe.leaves(Job()))
     for field, _, _ in inert.RULES:

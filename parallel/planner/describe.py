@@ -1,0 +1,59 @@
+"""From a job and its layout to what memory depends on."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from headway.kernels.attention.choose import choose
+from headway.parallel.mesh import Layout
+from headway.parallel.pipeline.rules import micro_rows
+from headway.parallel.planner.activations import Kernel
+from headway.parallel.planner.places import Run
+from headway.pretrain.config import Job
+from headway.pretrain.models.inputs import Inputs
+
+
+def describe(
+    job: Job, inputs: Inputs, layout: Layout, place: int, *, precision: str, device: str, compiled: bool
+) -> Run:
+    """What memory depends on, on a rank.
+
+    Args:
+        job: the settings.
+        inputs: sizes that the data gives, of whole rows.
+        layout: ranks along each axis.
+        place: the rank's among the stages of a pipeline.
+        precision: resolved: fp32, fp64, bf16 or fp16.
+        device: `cpu` or `cuda`.
+        compiled: whether blocks are compiled.
+    """
+    import torch
+
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+    attention = job.model.attention
+    kernel = choose(
+        attention.mechanism,
+        attention.kernel,
+        dropout=attention.dropout > 0,
+        bias=job.model.positions == "relative",
+        device=device,
+        dtype=dtypes.get(precision, torch.float32),
+        compiled=compiled,
+        keys=job.row_tokens,
+    )
+    rows = micro_rows(job, layout)
+    return Run(
+        job.model_copy(update={"precision": precision}),
+        inputs,
+        rows,
+        cast(Kernel, kernel.name),
+        shard=layout.shard,
+        replicate=layout.replicate,
+        device=device,
+        tensor=layout.tensor,
+        context=layout.context,
+        pipeline=layout.pipeline,
+        place=place,
+        expert=layout.expert,
+        micros=job.train.global_batch // layout.data // rows,
+    )
