@@ -155,9 +155,7 @@ def choose_hardware(job: Job, world: World) -> Hardware:
         )
     if job.precision == "auto":
         precision = names[int(world.sum(names.index(precision) if world.main else 0, along=mesh.AXES)[0])]
-    layout = world.layout
-    modelled = layout.pipeline * layout.context * layout.tensor * layout.expert > 1
-    compiled, why = choose_compile(job, world.device, split=splits_backward(job, layout), modelled=modelled)
+    compiled, why = choose_compile(job, world.device, split=splits_backward(job, world.layout))
     peak, source = devices.peak_rate(world.device, devices.PRECISIONS[precision])
     notes = [
         f"device {world.device} ({devices.device_name(world.device)}), {world.size} rank(s), {world.layout}"
@@ -183,13 +181,10 @@ def attention_kernel(job: Job, device: torch.device, precision: str, compiled: b
     ).name
 
 
-def choose_compile(
-    job: Job, device: torch.device, split: bool = False, modelled: bool = False
-) -> tuple[bool, str]:
+def choose_compile(job: Job, device: torch.device, split: bool = False) -> tuple[bool, str]:
     """Whether to compile, and why; raises JobError if it was asked for and cannot be.
 
-    `split`: the schedule of a pipeline runs the backward in two passes. `modelled`: the model itself is spread, and not
-    its rows and parameters alone.
+    `split`: the schedule of a pipeline runs the backward in two passes.
     """
     asked = job.train.compile
     possible = device.type != "cpu" or devices.compiler_available()
@@ -203,8 +198,6 @@ def choose_compile(
             False,
             f"parallel.schedule {job.parallel.schedule} splits the backward, compiled blocks have one",
         )
-    if modelled:
-        return False, "compiled blocks are tested along replicate and shard only"
     if not possible:
         return False, "no C++ compiler with Python's headers on this machine"
     if job.train.steps < LONG_ENOUGH_TO_COMPILE:
