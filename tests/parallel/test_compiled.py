@@ -90,11 +90,12 @@ def chosen(monkeypatch, ask, **parallel):
     return assemble.choose_compile(job, torch.device("cpu"), layout)
 
 
-def test_auto_compiles_where_the_model_is_spread(monkeypatch):
-    assert chosen(monkeypatch, "auto", tensor=2, pipeline=2) == (
-        True,
-        "a compiler is here and the run is long",
-    )
+def test_auto_compiles_along_one_axis_of_the_model(monkeypatch):
+    """Who asks for more gets it."""
+    assert chosen(monkeypatch, "auto", tensor=2) == (True, "a compiler is here and the run is long")
+    assert chosen(monkeypatch, "auto", pipeline=2)[0]
+    assert not chosen(monkeypatch, "auto", tensor=2, pipeline=2)[0]
+    assert chosen(monkeypatch, True, tensor=2, pipeline=2)[0]
 
 
 def test_a_split_backward_is_not_compiled(monkeypatch):
