@@ -13,7 +13,7 @@ from headway.launch.environment import find_ranks
 from headway.parallel import mesh
 from headway.parallel.engines import capabilities
 from headway.parallel.engines.native import NativeEngine
-from headway.parallel.mesh import World, rows_per_micro_batch
+from headway.parallel.mesh import Layout, World, rows_per_micro_batch
 from headway.parallel.pipeline.rules import micro_rows, splits_backward
 from headway.pretrain import device as devices
 from headway.pretrain.config import Job
@@ -155,9 +155,7 @@ def choose_hardware(job: Job, world: World) -> Hardware:
         )
     if job.precision == "auto":
         precision = names[int(world.sum(names.index(precision) if world.main else 0, along=mesh.AXES)[0])]
-    layout = world.layout
-    modelled = layout.pipeline * layout.context * layout.tensor * layout.expert > 1
-    compiled, why = choose_compile(job, world.device, split=splits_backward(job, layout), modelled=modelled)
+    compiled, why = choose_compile(job, world.device, world.layout)
     peak, source = devices.peak_rate(world.device, devices.PRECISIONS[precision])
     notes = [
         f"device {world.device} ({devices.device_name(world.device)}), {world.size} rank(s), {world.layout}"
@@ -183,13 +181,10 @@ def attention_kernel(job: Job, device: torch.device, precision: str, compiled: b
     ).name
 
 
-def choose_compile(
-    job: Job, device: torch.device, split: bool = False, modelled: bool = False
-) -> tuple[bool, str]:
+def choose_compile(job: Job, device: torch.device, layout: Layout) -> tuple[bool, str]:
     """Whether to compile, and why; raises JobError if it was asked for and cannot be.
 
-    `split`: the schedule of a pipeline runs the backward in two passes. `modelled`: the model itself is spread, and not
-    its rows and parameters alone.
+    `auto` compiles where curves of compiled blocks were held to eager ones: along one axis of the model.
     """
     asked = job.train.compile
     possible = device.type != "cpu" or devices.compiler_available()
@@ -198,13 +193,11 @@ def choose_compile(
         raise JobError("train.compile", True, rule, False)
     if asked != "auto":
         return bool(asked), "set in the job"
-    if split:
-        return (
-            False,
-            f"parallel.schedule {job.parallel.schedule} splits the backward, compiled blocks have one",
-        )
-    if modelled:
-        return False, "compiled blocks are tested along replicate and shard only"
+    if splits_backward(job, layout):
+        why = f"parallel.schedule {job.parallel.schedule} splits the backward, compiled blocks have one"
+        return False, why
+    if sum(size > 1 for size in (layout.pipeline, layout.context, layout.tensor, layout.expert)) > 1:
+        return False, "compiled blocks are tested along one axis of the model at a time"
     if not possible:
         return False, "no C++ compiler with Python's headers on this machine"
     if job.train.steps < LONG_ENOUGH_TO_COMPILE:

@@ -49,38 +49,42 @@ def total(x: Tensor, group: str, op: str = "sum") -> Tensor:
 
 def enter(x: Tensor, group: str) -> Tensor:
     """x, which all ranks have alike and each uses for its share: the gradient is the sum of theirs (f)."""
-    out: Tensor = _Enter.apply(x, group)
+    out: Tensor = _Pair.apply(x, group, _alike, total)
     return out
 
 
 def leave(x: Tensor, group: str) -> Tensor:
     """The sum of x over ranks, which all go on with alike: its gradient is that of each (g)."""
-    out: Tensor = _Leave.apply(x, group)
+    out: Tensor = _Pair.apply(x, group, total, _alike)
     return out
 
 
 def enter_columns(x_BsE: Tensor, columns: Columns) -> Tensor:
     """All columns, of which each rank computes its share: the gradient is the sum of theirs, cut."""
-    out: Tensor = _EnterColumns.apply(x_BsE, columns)
+    out: Tensor = _Pair.apply(x_BsE, columns, _gather, _reduce)
     return out
 
 
 def leave_columns(x_BSE: Tensor, columns: Columns) -> Tensor:
     """This rank's columns of the sum over ranks."""
-    out: Tensor = _LeaveColumns.apply(x_BSE, columns)
+    out: Tensor = _Pair.apply(x_BSE, columns, _reduce, _gather)
     return out
 
 
 def whole(x_BsE: Tensor, columns: Columns) -> Tensor:
     """All columns, with which all ranks go on alike: so is the gradient, of which this rank's columns are taken."""
-    out: Tensor = _Whole.apply(x_BsE, columns)
+    out: Tensor = _Pair.apply(x_BsE, columns, _gather, _cut)
     return out
 
 
 def part(x_BSE: Tensor, columns: Columns) -> Tensor:
     """This rank's columns of what all have alike; the gradient is put together again."""
-    out: Tensor = _Part.apply(x_BSE, columns)
+    out: Tensor = _Pair.apply(x_BSE, columns, _cut, _gather)
     return out
+
+
+def _alike(x: Tensor, _: str) -> Tensor:
+    return x.view_as(x)
 
 
 def _padded(x_BSE: Tensor, columns: Columns) -> Tensor:
@@ -107,66 +111,14 @@ def _reduce(x_BSE: Tensor, columns: Columns) -> Tensor:
     return out
 
 
-class _Enter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return x.view_as(x)
+class _Pair(torch.autograd.Function):
+    """A way there for values, and the way back for their gradients; compilers see through both."""
 
     @staticmethod
-    def backward(ctx, g):
-        return total(g, ctx.group), None
-
-
-class _Leave(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        return total(x, group)
+    def forward(ctx, x, along, there, back):
+        ctx.along, ctx.back = along, back
+        return there(x, along)
 
     @staticmethod
     def backward(ctx, g):
-        return g, None
-
-
-class _EnterColumns(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, columns):
-        ctx.columns = columns
-        return _gather(x, columns)
-
-    @staticmethod
-    def backward(ctx, g):
-        return _reduce(g, ctx.columns), None
-
-
-class _LeaveColumns(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, columns):
-        ctx.columns = columns
-        return _reduce(x, columns)
-
-    @staticmethod
-    def backward(ctx, g):
-        return _gather(g, ctx.columns), None
-
-
-class _Whole(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, columns):
-        ctx.columns = columns
-        return _gather(x, columns)
-
-    @staticmethod
-    def backward(ctx, g):
-        return _cut(g, ctx.columns), None
-
-
-class _Part(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, columns):
-        ctx.columns = columns
-        return _cut(x, columns)
-
-    @staticmethod
-    def backward(ctx, g):
-        return _gather(g, ctx.columns), None
+        return ctx.back(g, ctx.along), None, None, None

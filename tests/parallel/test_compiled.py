@@ -1,0 +1,107 @@
+"""Compiled blocks where the model itself is spread: each layout against one eager process, in fp64, all that is random
+on."""
+
+from functools import cache, partial
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import headway.tests.parallel.test_families as families
+from headway.launch import assemble
+from headway.parallel.engines.capabilities import check
+from headway.parallel.engines.native import NativeEngine
+from headway.parallel.mesh import lay_out
+from headway.pretrain import device as devices
+from headway.pretrain.errors import JobError
+from headway.tests.parallel.family_cases import job_of
+from headway.tests.parallel.test_families import compare, curves
+
+EVEN = {"heads": 4}
+
+
+@cache
+def alone(name):
+    """The curve of one eager process."""
+    return curves(0, 1, {}, [name], EVEN)[name]
+
+
+def compiled_curves(rank, world, parallel, name, backend):
+    """A case's curve from compiled blocks, the number of graphs, and why tracing broke off where it did."""
+    torch.compiler.reset()
+    counters.clear()
+
+    def engine(*args, **settings):
+        return NativeEngine(*args, **(settings | {"compiled": True}))
+
+    with (
+        patch.object(families, "NativeEngine", engine),
+        patch.object(torch, "compile", partial(torch.compile, backend=backend)),
+    ):
+        found = curves(rank, world, parallel, [name], EVEN)[name]
+    return found, counters["stats"]["unique_graphs"], list(counters["graph_break"])
+
+
+def draw(pool, ranks, parallel, name, backend="inductor"):
+    """Compare a compiled case at a layout with one eager process; returns where tracing broke off on any rank."""
+    settings = {"parallel": {"shard": 1} | parallel, "name": name, "backend": backend}
+    answers = pool(compiled_curves, ranks=ranks, timeout=1200, **settings)
+    expected = alone(name)
+    for found, graphs, _ in answers:
+        assert graphs > 0
+        # A stage of a pipeline holds a part of the state.
+        compare(name, found, (*expected[:3], {key: expected[3][key] for key in found[3]}))
+    return [why for _, _, breaks in answers for why in breaks]
+
+
+@pytest.mark.slow
+def test_collectives_are_traced(pool):
+    """What a block sends along the tensor axis stands in its graph; the matrix has Inductor's code for it."""
+    assert not draw(pool, 2, {"tensor": 2}, "bert", backend="aot_eager")
+
+
+LAYOUTS = {
+    "tensor": (2, {"tensor": 2}, "bert"),
+    "tensor, whole sequences": (2, {"tensor": 2, "sequence": False}, "experts"),
+    "ring": (2, {"context": 2}, "bert"),
+    "ulysses": (2, {"context": 2, "context_method": "ulysses"}, "t5"),
+    "1f1b": (2, {"pipeline": 2, "micro_batch": 3}, "bert"),
+    "interleaved": (2, {"pipeline": 2, "schedule": "interleaved_1f1b", "micro_batch": 3}, "experts"),
+    "expert": (2, {"expert": 2, "shard": 2}, "roberta"),
+    "tensor x context": (4, {"tensor": 2, "context": 2}, "bert"),
+    "tensor x pipeline": (4, {"tensor": 2, "pipeline": 2, "micro_batch": 3}, "bert"),
+}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiled_blocks_draw_the_curve_of_one_eager_process(pool, layout):
+    draw(pool, *LAYOUTS[layout])
+
+
+def chosen(monkeypatch, ask, **parallel):
+    monkeypatch.setattr(devices, "compiler_available", lambda: True)
+    job = job_of("bert", {"shard": 1} | parallel, 100, 12, EVEN | {"layers": 4})
+    job = job.model_copy(update={"train": job.train.model_copy(update={"compile": ask})})
+    ranks = parallel.get("pipeline", 1) * parallel.get("tensor", 1)
+    layout = lay_out(job.parallel, ranks)
+    check(job, layout, "cpu")
+    return assemble.choose_compile(job, torch.device("cpu"), layout)
+
+
+def test_auto_compiles_along_one_axis_of_the_model(monkeypatch):
+    """Who asks for more gets it."""
+    assert chosen(monkeypatch, "auto", tensor=2) == (True, "a compiler is here and the run is long")
+    assert chosen(monkeypatch, "auto", pipeline=2)[0]
+    assert not chosen(monkeypatch, "auto", tensor=2, pipeline=2)[0]
+    assert chosen(monkeypatch, True, tensor=2, pipeline=2)[0]
+
+
+def test_a_split_backward_is_not_compiled(monkeypatch):
+    """`auto` says why; who asks for it is told before ranks meet."""
+    compiled, why = chosen(monkeypatch, "auto", pipeline=2, schedule="zbv")
+    assert not compiled
+    assert "splits the backward" in why
+    with pytest.raises(JobError, match=r"train\.compile"):
+        chosen(monkeypatch, True, pipeline=2, schedule="zbv")
