@@ -57,7 +57,9 @@ def _widths(job: Job) -> dict[str, int]:
         "model.heads x model.head_dim": m.heads * m.head_width,
         "model.kv_heads x model.head_dim": m.kv * m.head_width,
     }
-    return widths | ({"objective.mae.hidden": job.objective.mae.hidden} if job.objective.name == "mae" else {})
+    return widths | (
+        {"objective.mae.hidden": job.objective.mae.hidden} if job.objective.name == "mae" else {}
+    )
 
 
 def to_float8(objective: Objective, *, emulate: bool = False) -> None:

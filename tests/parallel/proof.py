@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from headway.parallel import mesh
 from headway.parallel.engines.native import NativeEngine
+from headway.pretrain.config import Job
 from headway.pretrain.data.ramp import BatchSizes
 from headway.pretrain.data.stream import SampleStream
 from headway.pretrain.engine import StepResult
@@ -51,8 +53,7 @@ class Running:
         compiled: bool = False,
     ) -> None:
         self.job = job_of(name, parallel, steps, ROWS, more, precision)
-        layout = mesh.lay_out(self.job.parallel, world)
-        self.here = mesh.start(self.job, layout, rank, world, rank, torch.device("cpu"), "gloo")
+        self.here = join(self.job, rank, world)
         self.objective, samples = build(self.job)
         self.engine = NativeEngine(
             self.job, self.objective, self.here, precision=precision, compiled=compiled
@@ -72,6 +73,20 @@ class Running:
             n: (t.full_tensor() if isinstance(t, DTensor) else t).double().clone().numpy()
             for n, t in tensors.items()
         }
+
+
+def join(job: Job, rank: int, world: int) -> mesh.World:
+    """This rank's place in the job's layout; cases of one call that are laid out alike share their groups, for each
+    group of gloo has threads of its own, which wake a hundred times a second."""
+    layout = mesh.lay_out(job.parallel, world)
+    key = layout, dist.group.WORLD if world > 1 else None
+    if _joined.get("key") != key:
+        here = mesh.start(job, layout, rank, world, rank, torch.device("cpu"), "gloo")
+        _joined.update(key=key, here=here)
+    return _joined["here"]
+
+
+_joined: dict[str, Any] = {}
 
 
 def curves(

@@ -28,7 +28,9 @@ def test_layers_of_blocks_are_swapped_and_names_stay():
 
 @pytest.mark.parametrize("name", ["gpt", "experts"])
 def test_the_curve_is_near_that_of_fp64_and_not_that_of_bf16(name):
-    found = {p: Curve(*curves(0, 1, {}, [name], STEPS, more=WIDE, precision=p)[name]) for p in ("fp8", "bf16")}
+    found = {
+        p: Curve(*curves(0, 1, {}, [name], STEPS, more=WIDE, precision=p)[name]) for p in ("fp8", "bf16")
+    }
     # An e4m3 has 3 bits of mantissa: products err by 2^-4 relative, and a mean of losses by far less.
     assert found["fp8"].losses == pytest.approx(alone(name, WIDE).losses, rel=2e-2)
     assert found["fp8"].losses != found["bf16"].losses
