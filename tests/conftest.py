@@ -2,7 +2,9 @@
 
 import os
 import random
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,3 +67,31 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cache")
     os.environ["HEADWAY_CACHE"] = str(path)
     return path
+
+
+# -- what was proved of layouts, told at the end -----------------------------------------------------------------
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A process of xdist hands its findings to the one that reports."""
+    proof = sys.modules.get("headway.tests.parallel.proof")
+    if proof and hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["deviations"] = [tuple(found) for found in proof.DEVIATIONS]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """The reporting process collects the findings."""
+    if found := getattr(node, "workeroutput", {}).get("deviations"):
+        from headway.tests.parallel.proof import DEVIATIONS, Deviation
+
+        DEVIATIONS.extend(Deviation(*each) for each in found)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Layouts, and how far their curves were from those of one process."""
+    proof = sys.modules.get("headway.tests.parallel.proof")
+    if proof and (lines := proof.summary()):
+        terminalreporter.section("curves of layouts beside one process")
+        for line in lines:
+            terminalreporter.write_line(line)

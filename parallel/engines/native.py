@@ -47,8 +47,8 @@ FIRST_ITERATIONS = 15
 class NativeEngine:
     """See `headway.pretrain.engine.Engine`.
 
-    Weights, moments and reductions are fp32 (fp64 for fp64); bf16 and fp16 are autocast around the forward; fp8 is bf16 with
-    other products in blocks.
+    Weights, moments and reductions are fp32 (fp64 for fp64); bf16 and fp16 are autocast around the forward; fp8 is
+    bf16 with other products in blocks.
     """
 
     def __init__(

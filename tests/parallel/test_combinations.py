@@ -1,6 +1,7 @@
 """The layout matrix: every pair and every three of axes, and every schedule, for every family, against one process.
 
-Eight steps with AdamW, dropout and clipping on, tables tied, in fp64; other optimizers and precisions on a part.
+Eight steps with AdamW, dropout and clipping on, tables tied, in fp64. Threes of axes, schedules, optimizers and narrow
+precisions are tried on some of the families, in turns.
 """
 
 from itertools import combinations
@@ -13,7 +14,7 @@ from headway.tests.parallel.proof import prove
 
 STEPS = 8
 FAMILIES = ["gpt", "bert", "t5", "vit", "experts"]
-PLAIN = {"model": {"heads": 4}, "optimizer": {"name": "adamw"}}
+PLAIN = {"model": {"heads": 4, "layers": 2, "unique_layers": None}, "optimizer": {"name": "adamw"}}
 DEEP = {"model": {"heads": 4, "layers": 4}, "optimizer": {"name": "adamw"}}
 """Blocks for four stages."""
 
@@ -31,6 +32,7 @@ ULYSSES = {"context_method": "ulysses"}
 PAIRS = {" x ".join(axes): layout(*axes) for axes in combinations(AXES, 2)} | {
     f"{axis} x ulysses": layout("context", axis, **ULYSSES) for axis in ("pipeline", "shard", "tensor")
 }
+SINGLES = {axis: layout(axis) for axis in AXES}
 THREES = {" x ".join(axes): layout(*axes) for axes in combinations(AXES, 3)}
 EXPERTS = {
     "expert x shard": layout("shard", expert=2),
@@ -55,44 +57,47 @@ def test_axes_together_draw_the_curve_of_one_process(pool, axes, name):
 @matrix
 @pytest.mark.parametrize("axes", PAIRS)
 def test_every_pair_of_axes(pool, axes):
-    prove(pool, FAMILIES, PAIRS[axes], PLAIN, STEPS)
+    names = ["gpt", "t5"] if "ulysses" in axes else FAMILIES
+    prove(pool, names, PAIRS[axes], PLAIN, STEPS)
 
 
 @matrix
-@pytest.mark.parametrize("axes", THREES)
-def test_every_three_of_axes(pool, axes):
-    prove(pool, FAMILIES, THREES[axes], PLAIN, STEPS)
+@pytest.mark.parametrize(("turn", "axes"), enumerate(THREES))
+def test_every_three_of_axes(pool, turn, axes):
+    prove(pool, [FAMILIES[turn % 5], FAMILIES[(turn + 2) % 5]], THREES[axes], PLAIN, STEPS)
 
 
 @matrix
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule(pool, schedule):
-    prove(pool, FAMILIES, layout("pipeline", schedule=schedule), DEEP, STEPS)
+    prove(pool, ["gpt", "t5", "experts"], layout("pipeline", schedule=schedule), DEEP, STEPS)
 
 
 @matrix
-@pytest.mark.parametrize("axes", EXPERTS)
-def test_experts_beside_other_axes(pool, axes):
-    prove(pool, ["experts", "roberta"], EXPERTS[axes], PLAIN, STEPS)
+@pytest.mark.parametrize(("turn", "axes"), enumerate(EXPERTS))
+def test_experts_beside_other_axes(pool, turn, axes):
+    prove(pool, [["experts", "roberta"][turn % 2]], EXPERTS[axes], PLAIN, STEPS)
 
 
 @matrix
-@pytest.mark.parametrize("axes", ["tensor", "pipeline", "context", "shard", "replicate"])
+@pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize(("optimizer", "name"), [("lamb", "bert"), ("muon", "gpt"), ("adafactor", "t5")])
-def test_optimizers_that_need_whole_tensors(pool, optimizer, name, axes):
-    more = {"model": {"heads": 4}, "optimizer": {"name": optimizer}}
-    prove(pool, [name], layout(*{axes, "shard"}), more, STEPS)
+def test_optimizers_that_need_whole_tensors(pool, optimizer, name, axis):
+    more = {"model": PLAIN["model"], "optimizer": {"name": optimizer}}
+    prove(pool, [name], SINGLES[axis], more, STEPS)
+
+
+NARROW = SINGLES | {axes: PAIRS[axes] for axes in ("pipeline x tensor", "shard x context")}
 
 
 @matrix
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("axes", PAIRS)
+@pytest.mark.parametrize("axes", NARROW)
 def test_narrow_precisions_stay_near(pool, axes, precision):
-    prove(pool, ["gpt"], PAIRS[axes], PLAIN, STEPS, precision)
+    prove(pool, ["gpt"], NARROW[axes], PLAIN, STEPS, precision)
 
 
 @matrix
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("axes", ["expert x shard", "expert x tensor"])
-def test_experts_in_narrow_precisions_stay_near(pool, axes, precision):
-    prove(pool, ["roberta"], EXPERTS[axes], PLAIN, STEPS, precision)
+def test_experts_in_narrow_precisions_stay_near(pool, precision):
+    prove(pool, ["roberta"], EXPERTS["expert x shard"], PLAIN, STEPS, precision)

@@ -57,7 +57,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.matrix
+@pytest.mark.long
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_compiled_blocks_draw_the_curve_of_one_eager_process(pool, layout):
     draw(pool, *LAYOUTS[layout])

@@ -24,7 +24,7 @@ from headway.tests.parallel.family_cases import CASES, job_of
 from headway.tests.parallel.proof import ROWS, STEPS, Running, prove
 from headway.tests.parallel.test_families import evaluates_alike
 
-matrix = pytest.mark.matrix
+long = pytest.mark.long
 
 
 def plain(x):
@@ -130,8 +130,8 @@ CASES_OF_CORES = [(name, bias, p) for name in MASKS for bias in (False, True) fo
 
 @pytest.mark.parametrize(("method", "ranks", "kv_heads"), [
     ("ring", 2, 2), ("ulysses", 2, 1),
-    pytest.param("ring", 3, 1, marks=matrix), pytest.param("ring", 4, 4, marks=matrix),
-    pytest.param("ulysses", 4, 2, marks=matrix),
+    pytest.param("ring", 3, 1, marks=long), pytest.param("ring", 4, 4, marks=long),
+    pytest.param("ulysses", 4, 2, marks=long),
 ])  # fmt: skip
 def test_attention_of_columns_is_the_reference(pool, method, ranks, kv_heads):
     each = pool(attended, ranks=ranks, method=method, cases=CASES_OF_CORES, kv_heads=kv_heads)
@@ -234,11 +234,11 @@ FOUR, EIGHT = {"context": 4}, {"context": 2, "shard": 2, "replicate": 2}
 
 @pytest.mark.parametrize(("parallel", "names"), [
     pytest.param(RING, ["t5", "experts"], id="ring"),
-    pytest.param(RING, [name for name in CASES if name not in FEW], id="ring of the others", marks=matrix),
-    *(pytest.param(FOUR, [name], id=f"ring of four, {name}", marks=matrix) for name in CASES),
-    pytest.param(RING | {"shard": 2, "micro_batch": 3}, list(CASES), id="with shards", marks=matrix),
-    pytest.param(RING | {"replicate": 2, "shard": 1}, ["bert", "spectral", "mae"], id="with replicas", marks=matrix),
-    pytest.param(EIGHT | {"micro_batch": 1}, ["albert", "dropless", "vit"], id="with both", marks=matrix),
+    pytest.param(RING, [name for name in CASES if name not in FEW], id="ring of the others", marks=long),
+    *(pytest.param(FOUR, [name], id=f"ring of four, {name}", marks=long) for name in CASES),
+    pytest.param(RING | {"shard": 2, "micro_batch": 3}, list(CASES), id="with shards", marks=long),
+    pytest.param(RING | {"replicate": 2, "shard": 1}, ["bert", "spectral", "mae"], id="with replicas", marks=long),
+    pytest.param(EIGHT | {"micro_batch": 1}, ["albert", "dropless", "vit"], id="with both", marks=long),
 ])  # fmt: skip
 def test_rings_draw_the_curves_of_one_process(pool, parallel, names):
     prove(pool, names, parallel)
@@ -246,17 +246,17 @@ def test_rings_draw_the_curves_of_one_process(pool, parallel, names):
 
 @pytest.mark.parametrize(("parallel", "names"), [
     pytest.param(ULYSSES, ["mae"], id="ulysses"),
-    pytest.param(ULYSSES, [name for name in CASES if name != "mae"], id="ulysses of the others", marks=matrix),
-    *(pytest.param(ULYSSES | FOUR, [name], id=f"ulysses of four, {name}", marks=matrix) for name in CASES),
+    pytest.param(ULYSSES, [name for name in CASES if name != "mae"], id="ulysses of the others", marks=long),
+    *(pytest.param(ULYSSES | FOUR, [name], id=f"ulysses of four, {name}", marks=long) for name in CASES),
     pytest.param(ULYSSES | {"shard": 2, "micro_batch": 2}, ["t5", "experts", "spectral"], id="with shards",
-                 marks=matrix),
-    pytest.param(ULYSSES | {"replicate": 2, "shard": 1}, ["roberta", "vit"], id="with replicas", marks=matrix),
+                 marks=long),
+    pytest.param(ULYSSES | {"replicate": 2, "shard": 1}, ["roberta", "vit"], id="with replicas", marks=long),
 ])  # fmt: skip
 def test_ulysses_draws_the_curves_of_one_process(pool, parallel, names):
     prove(pool, names, parallel, HEADS)
 
 
-@pytest.mark.matrix
+@pytest.mark.long
 def test_evaluation_is_that_of_one_process(pool):
     evaluates_alike(pool, RING, ["vit", "albert", "mae", "dropless", "spectral", "ul2"])
 
@@ -287,7 +287,7 @@ def looked_at(rank, world, parallel, names):
     return found
 
 
-@pytest.mark.parametrize("names", [["mae"], pytest.param(["bert", "experts", "t5"], marks=matrix)])
+@pytest.mark.parametrize("names", [["mae"], pytest.param(["bert", "experts", "t5"], marks=long)])
 def test_reports_read_whole_rows_and_lsuv_all_columns(pool, names):
     expected = looked_at(0, 1, {}, names)
     for found in pool(looked_at, ranks=2, parallel=RING, names=names):

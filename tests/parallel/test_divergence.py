@@ -113,7 +113,7 @@ def checked(rank, world, name, parallel, at, kind):
     return said, named, moved
 
 
-MATRIX = pytest.mark.matrix
+MATRIX = pytest.mark.long
 CLEAN = [
     (2, {"replicate": 2, "shard": 1}, ["spectral", "t5"]),
     pytest.param(2, {"replicate": 2, "shard": 1}, ["roberta", "mae", "bert"], marks=MATRIX),

@@ -38,26 +38,26 @@ VARIANTS = {
 }
 FOUR = ["experts", "roberta", "dropless", "transformer", "spectral", "batched", "reference"]
 
-matrix = pytest.mark.matrix
+long = pytest.mark.long
 LAYOUTS = [
     ({"expert": 2, "shard": 2}, ["experts", "roberta", "dropless"]),
     ({"expert": 2, "shard": 1, "tensor": 2}, ["transformer"]),
     ({"expert": 3, "shard": 3, "micro_batch": 2}, ["spectral of 3"]),
     ({"expert": 2, "shard": 4}, ["experts", "two"]),  # copies share by experts, and by rows of each
     ({"expert": 2, "replicate": 2, "shard": 2, "micro_batch": 1}, ["roberta"]),
-    pytest.param({"expert": 2, "shard": 2, "micro_batch": 3}, FOUR, marks=matrix),
-    pytest.param({"expert": 2, "shard": 2, "reshard": False, "micro_batch": 2}, ["experts"], marks=matrix),
-    pytest.param({"expert": 3, "shard": 3}, ["transformer of 3"], marks=matrix),
-    pytest.param({"expert": 2, "shard": 4, "micro_batch": 1}, FOUR, marks=matrix),
-    pytest.param({"expert": 2, "shard": 4}, ["two, lamb", "two, adafactor"], marks=matrix),
-    pytest.param({"expert": 4, "shard": 4}, FOUR, marks=matrix),
-    pytest.param({"expert": 2, "replicate": 2, "shard": 2}, FOUR, marks=matrix),
+    pytest.param({"expert": 2, "shard": 2, "micro_batch": 3}, FOUR, marks=long),
+    pytest.param({"expert": 2, "shard": 2, "reshard": False, "micro_batch": 2}, ["experts"], marks=long),
+    pytest.param({"expert": 3, "shard": 3}, ["transformer of 3"], marks=long),
+    pytest.param({"expert": 2, "shard": 4, "micro_batch": 1}, FOUR, marks=long),
+    pytest.param({"expert": 2, "shard": 4}, ["two, lamb", "two, adafactor"], marks=long),
+    pytest.param({"expert": 4, "shard": 4}, FOUR, marks=long),
+    pytest.param({"expert": 2, "replicate": 2, "shard": 2}, FOUR, marks=long),
     # Along the tensor axis ranks share the tokens of experts.
-    pytest.param({"expert": 2, "shard": 1, "tensor": 4}, FOUR, marks=matrix),
-    pytest.param({"expert": 4, "shard": 2, "tensor": 2, "micro_batch": 2}, FOUR, marks=matrix),
-    pytest.param({"expert": 2, "shard": 2, "tensor": 2}, ["experts", "transformer"], marks=matrix),
-    pytest.param({"expert": 2, "shard": 6}, ["experts", "transformer"], marks=matrix),  # copies share unevenly
-    pytest.param({"expert": 2, "replicate": 2, "shard": 2, "tensor": 2}, ["dropless", "experts"], marks=matrix),
+    pytest.param({"expert": 2, "shard": 1, "tensor": 4}, FOUR, marks=long),
+    pytest.param({"expert": 4, "shard": 2, "tensor": 2, "micro_batch": 2}, FOUR, marks=long),
+    pytest.param({"expert": 2, "shard": 2, "tensor": 2}, ["experts", "transformer"], marks=long),
+    pytest.param({"expert": 2, "shard": 6}, ["experts", "transformer"], marks=long),  # copies share unevenly
+    pytest.param({"expert": 2, "replicate": 2, "shard": 2, "tensor": 2}, ["dropless", "experts"], marks=long),
 ]  # fmt: skip
 
 
@@ -90,10 +90,10 @@ def test_a_rank_holds_its_share(pool):
 OTHERS = [
     (1, {}),
     (2, {"shard": 2}),
-    pytest.param(4, {"expert": 4, "shard": 4}, marks=matrix),
-    pytest.param(4, {"expert": 2, "replicate": 2, "shard": 2}, marks=matrix),
-    pytest.param(6, {"expert": 2, "shard": 6}, marks=matrix),
-    pytest.param(2, {"expert": 2, "shard": 1, "tensor": 2}, marks=matrix),
+    pytest.param(4, {"expert": 4, "shard": 4}, marks=long),
+    pytest.param(4, {"expert": 2, "replicate": 2, "shard": 2}, marks=long),
+    pytest.param(6, {"expert": 2, "shard": 6}, marks=long),
+    pytest.param(2, {"expert": 2, "shard": 1, "tensor": 2}, marks=long),
 ]
 KEPT = ["batched", "transformer"]  # an average and a balancing bias; Adafactor, two towers
 

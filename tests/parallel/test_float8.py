@@ -40,10 +40,10 @@ def test_the_curve_is_near_that_of_fp64_and_not_that_of_bf16(name):
     "parallel",
     [
         {"shard": 2},
-        pytest.param({"replicate": 2, "shard": 1, "micro_batch": 2}, marks=pytest.mark.matrix),
-        pytest.param({"context": 2}, marks=pytest.mark.matrix),
-        pytest.param({"pipeline": 2, "micro_batch": 3}, marks=pytest.mark.matrix),
-        pytest.param({"pipeline": 2, "shard": 2, "micro_batch": 3}, marks=pytest.mark.matrix),
+        pytest.param({"replicate": 2, "shard": 1, "micro_batch": 2}, marks=pytest.mark.long),
+        pytest.param({"context": 2}, marks=pytest.mark.long),
+        pytest.param({"pipeline": 2, "micro_batch": 3}, marks=pytest.mark.long),
+        pytest.param({"pipeline": 2, "shard": 2, "micro_batch": 3}, marks=pytest.mark.long),
     ],
 )
 def test_layouts_stay_near(pool, parallel):

@@ -85,16 +85,14 @@ def predicted(job, kernel, **ranks):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.matrix) for n in GPTS]
-)
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in GPTS])
 def test_a_step_takes_the_bytes_of_the_formulas(name, policy):
     model, precision, kernel = GPTS[name]
     job = job_of(model, {"recompute": policy}, precision)
     assert predicted(job, kernel).bytes == pytest.approx(measured(job).peak, rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["gelu", pytest.param("reference", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("name", ["gelu", pytest.param("reference", marks=pytest.mark.long)])
 def test_what_is_computed_again_is_not_kept(name):
     model, precision, _ = GPTS[name]
     peaks = {policy: measured(job_of(model, {"recompute": policy}, precision)).peak for policy in POLICIES}
@@ -102,7 +100,7 @@ def test_what_is_computed_again_is_not_kept(name):
     assert peaks["none"] > peaks["attention"] > peaks["full"]
 
 
-@pytest.mark.matrix
+@pytest.mark.long
 @pytest.mark.parametrize("length", [256, 384])
 @pytest.mark.parametrize("name", ["gelu", "blocks", "dropout bf16"])
 def test_longer_rows_take_the_bytes_of_the_formulas(name, length):
@@ -132,8 +130,8 @@ ALL = [(stage, policy) for stage in STAGES for policy in POLICIES]
     ("ranks", "keys"),
     [
         (2, SOME[1:]),
-        pytest.param(2, ALL, marks=pytest.mark.matrix),
-        pytest.param(4, ALL, marks=pytest.mark.matrix),
+        pytest.param(2, ALL, marks=pytest.mark.long),
+        pytest.param(4, ALL, marks=pytest.mark.long),
     ],
 )
 def test_every_zero_stage_takes_the_bytes_of_the_formulas(pool, ranks, keys):

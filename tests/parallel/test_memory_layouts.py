@@ -10,7 +10,7 @@ from headway.parallel.planner.spread import in_flight, of_rank
 from headway.tests.parallel.memory_cases import inputs_of, job_of, measured
 
 POLICIES = ("none", "products", "attention", "full")
-MATRIX = pytest.mark.matrix
+MATRIX = pytest.mark.long
 
 
 def predicted(job, world=1, place=0):

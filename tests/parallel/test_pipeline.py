@@ -14,7 +14,7 @@ from headway.tests.parallel.test_families import evaluates_alike, resumed, saved
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in ("t5", "vit") else pytest.param(n, marks=pytest.mark.matrix) for n in CASES]
+    "name", [n if n in ("t5", "vit") else pytest.param(n, marks=pytest.mark.long) for n in CASES]
 )
 def test_every_family_draws_the_curve_of_one_process(pool, name):
     """Among them three blocks on two stages (vit), a tied table (t5, bert), experts with balancing biases."""
@@ -39,7 +39,7 @@ LAYOUTS = [
     ("parallel", "names"),
     [
         LAYOUTS[3],
-        *(pytest.param(*case, marks=pytest.mark.matrix) for i, case in enumerate(LAYOUTS) if i != 3),
+        *(pytest.param(*case, marks=pytest.mark.long) for i, case in enumerate(LAYOUTS) if i != 3),
     ],
 )
 def test_schedules_and_layouts_draw_the_curve_of_one_process(pool, parallel, names):
@@ -47,7 +47,7 @@ def test_schedules_and_layouts_draw_the_curve_of_one_process(pool, parallel, nam
     prove(pool, names, parallel)
 
 
-@pytest.mark.matrix
+@pytest.mark.long
 def test_a_checkpoint_of_a_pipeline_resumes_elsewhere_and_back(pool, tmp_path):
     """Stages merge by name: two ranks of a pipeline, one process, two shards, and back."""
     for name in ("spectral", "t5"):
@@ -72,7 +72,7 @@ def test_a_checkpoint_of_a_pipeline_resumes_elsewhere_and_back(pool, tmp_path):
 
 @pytest.mark.parametrize(
     "names",
-    [["albert"], pytest.param(["vit", "mae", "dropless", "experts", "spectral"], marks=pytest.mark.matrix)],
+    [["albert"], pytest.param(["vit", "mae", "dropless", "experts", "spectral"], marks=pytest.mark.long)],
 )
 def test_evaluation_is_the_same(pool, names):
     evaluates_alike(pool, {"pipeline": 2}, names)

@@ -30,7 +30,7 @@ SETTINGS = {
 }
 QUICK = ["t5"]
 BRIEFLY = [
-    s if s in ("full", "products, offload") else pytest.param(s, marks=pytest.mark.matrix) for s in SETTINGS
+    s if s in ("full", "products, offload") else pytest.param(s, marks=pytest.mark.long) for s in SETTINGS
 ]
 
 
@@ -67,7 +67,7 @@ def same(found, expected):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.matrix) for n in CASES]
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in CASES]
 )
 def test_every_family_has_the_same_bits(plain, monkeypatch, name, setting):
     monkeypatch.setattr(offload, "SMALL", offload.SMALL)
@@ -79,10 +79,10 @@ def test_every_family_has_the_same_bits(plain, monkeypatch, name, setting):
     [
         ("full", ["experts", "t5"]),
         ("products, offload", ["spectral"]),
-        pytest.param("full", list(CASES), marks=pytest.mark.matrix),
-        pytest.param("products", list(CASES), marks=pytest.mark.matrix),
-        pytest.param("attention", list(CASES), marks=pytest.mark.matrix),
-        pytest.param("offload", list(CASES), marks=pytest.mark.matrix),
+        pytest.param("full", list(CASES), marks=pytest.mark.long),
+        pytest.param("products", list(CASES), marks=pytest.mark.long),
+        pytest.param("attention", list(CASES), marks=pytest.mark.long),
+        pytest.param("offload", list(CASES), marks=pytest.mark.long),
     ],
 )
 def test_sharded_runs_have_the_same_bits(pool, setting, names):
@@ -118,17 +118,14 @@ def trained(job, compiled=False):
 
 @pytest.mark.parametrize(
     "setting",
-    [
-        s if s in ("full", "products, offload") else pytest.param(s, marks=pytest.mark.matrix)
-        for s in SETTINGS
-    ],
+    [s if s in ("full", "products, offload") else pytest.param(s, marks=pytest.mark.long) for s in SETTINGS],
 )
 def test_autocast_is_the_same_when_it_is_computed_again(setting):
     parallel = SETTINGS[setting] | ({"recompute_budget": 0.01} if setting == "budget" else {})
     same(trained(small(parallel, "bf16")), trained(small(precision="bf16")))
 
 
-@pytest.mark.matrix
+@pytest.mark.long
 @pytest.mark.parametrize("setting", ["full", "offload", "attention", "products"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_compiled_blocks_are_the_same_when_they_are_computed_again(setting, precision):
@@ -194,7 +191,7 @@ def test_a_budget_chooses_the_best_of_all_choices():
         assert sum(cost(p, policy) for p, policy in zip(blocks, ours, strict=True)) == min(costs)
 
 
-@pytest.mark.parametrize("share", [0.25, pytest.param(0.7, marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("share", [0.25, pytest.param(0.7, marks=pytest.mark.long)])
 def test_the_tracker_says_that_a_budget_is_held(share):
     from headway.tests.parallel.test_memory import VOCAB, batch_of, measured
 

@@ -25,7 +25,7 @@ MATRIX = [
 
 
 @pytest.mark.parametrize(
-    ("parallel", "names"), [*LAYOUTS, *(pytest.param(*layout, marks=pytest.mark.matrix) for layout in MATRIX)]
+    ("parallel", "names"), [*LAYOUTS, *(pytest.param(*layout, marks=pytest.mark.long) for layout in MATRIX)]
 )
 def test_every_family_draws_the_curve_of_one_process(pool, parallel, names):
     prove(pool, names, parallel, EVEN)

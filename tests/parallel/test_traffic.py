@@ -84,7 +84,7 @@ def expected(job, layout, shapes):
 
 
 NAMES = ["dropless", "roberta", "ul2", "transformer", "vit", "mae"]
-MATRIX = pytest.mark.matrix
+MATRIX = pytest.mark.long
 LAYOUTS = [
     (2, {"replicate": 2, "shard": 1, "micro_batch": 2}, ["roberta"]),
     (2, {"shard": 2}, NAMES),
