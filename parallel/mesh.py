@@ -138,11 +138,12 @@ class World:
 
     def place(self, axis: str) -> int:
         """This rank's number along an axis, from 0."""
-        coordinate = None if self.mesh is None else self.mesh.get_coordinate()
-        return 0 if coordinate is None else int(coordinate[AXES.index(axis)])
+        if self.mesh is None or axis not in (self.mesh.mesh_dim_names or ()):
+            return 0
+        return self.mesh.get_local_rank(axis)
 
     def group(self, axis: str) -> dist.ProcessGroup:
-        """The ranks that differ from this one along an axis only."""
+        """The ranks that differ from this one along an axis only, which has more than one."""
         assert self.mesh is not None
         return self.mesh.get_group(axis)
 
@@ -184,8 +185,10 @@ def start(
         if not dist.is_initialized():
             timeout = timedelta(seconds=job.parallel.timeout)
             dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
-        shape = tuple(getattr(layout, axis) for axis in AXES)
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
+        # An axis of one rank gets no group: with NCCL each takes memory of the device, with gloo three threads.
+        axes = tuple(axis for axis in AXES if getattr(layout, axis) > 1 or axis == "shard")
+        shape = tuple(getattr(layout, axis) for axis in axes)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=axes)
         if layout.expert > 1:
             shape = (layout.pipeline, layout.replicate, layout.fold // layout.expert, layout.expert)
             names = ("pipeline", "replicate", "copies", "expert")

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from headway.pretrain import config
 from headway.pretrain.optim.adafactor import Adafactor
+from headway.pretrain.optim.adamw import AdamW
 from headway.pretrain.optim.groups import decays, is_hidden_matrix, rate_factors
 from headway.pretrain.optim.lamb import Lamb
 from headway.pretrain.optim.muon import Muon
-from headway.pretrain.optim.sharded import is_spread
 
 Named = list[tuple[str, Tensor]]
 
@@ -75,11 +75,10 @@ def _main(groups: list[dict[str, Any]], settings: config.Optimizer) -> Optimizer
 def _groups(
     named: Named, lr: float, weight_decay: float, factors: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """Groups by decay, by rate, and by mesh: one fused call cannot take parameters of several meshes."""
-    groups: dict[tuple[bool, float, Any], Named] = {}
+    """Groups by decay and by rate."""
+    groups: dict[tuple[bool, float], Named] = {}
     for name, p in named:
-        key = (decays(name, p), factors[name], p.device_mesh if is_spread(p) else None)
-        groups.setdefault(key, []).append((name, p))
+        groups.setdefault((decays(name, p), factors[name]), []).append((name, p))
     return [
         {
             "params": members,
@@ -88,5 +87,5 @@ def _groups(
             "weight_decay": weight_decay if decay else 0.0,
             "adapt": decay,  # of Lamb: the others take no notice
         }
-        for (decay, factor, _), members in groups.items()
+        for (decay, factor), members in groups.items()
     ]

@@ -9,6 +9,7 @@ fp64, with dropout and clipping on. How far they were apart is kept in DEVIATION
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from functools import cache
 from math import prod
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from headway.parallel import mesh
+from headway.parallel.checkpoint.layout import held
 from headway.parallel.engines.native import NativeEngine
 from headway.pretrain.config import Job
 from headway.pretrain.data.ramp import BatchSizes
@@ -29,13 +31,17 @@ from headway.tests.parallel.family_cases import Tree, build, job_of
 STEPS, ROWS = 4, 12
 
 
+Part = tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]
+"""A part of a tensor: its name, where the part begins in every dim of the whole, where it ends, its values."""
+
+
 class Curve(NamedTuple):
-    """What some steps of a case gave on a rank; `state` is whole, of this rank's stages of a pipeline."""
+    """What some steps of a case gave on a rank; `parts` are what it holds of the state after them."""
 
     losses: list[float]
     norms: list[float]
     metrics: list[dict[str, np.ndarray]]
-    state: dict[str, np.ndarray]
+    parts: list[Part]
 
 
 class Running:
@@ -65,6 +71,13 @@ class Running:
         first, rows = self.sizes.first(number), self.sizes.rows(number)
         batch = self.stream.batch(first, rows, self.here.data_rank, self.here.layout.data)
         return self.engine.train_step(self.objective.collate(batch), number)
+
+    def parts(self) -> list[Part]:
+        """What this rank holds: of parameters, buffers, averages, moments."""
+        return [
+            (part.name, part.box.offset, part.box.stop, part.view.double().clone().numpy())
+            for part in held(self.engine.state().tensors)
+        ]
 
     def whole(self) -> dict[str, np.ndarray]:
         """All tensors of the state, whole: parameters, buffers, averages, moments."""
@@ -103,7 +116,7 @@ def curves(
             losses,
             norms,
             metrics,
-            running.whole(),
+            running.parts(),
         )  # plain things, which go from process to process
     return found
 
@@ -195,24 +208,33 @@ def compare(name: str, found: Curve, expected: Curve, precision: str = "fp64") -
             np.testing.assert_allclose(
                 ours[key], value, rtol=1e-9, atol=1e-12, err_msg=f"{name} {key} {step}"
             )
-    assert found.state.keys() <= expected.state.keys(), name
-    for key, value in found.state.items():
-        np.testing.assert_allclose(
-            value, expected.state[key], rtol=bound.parameter, atol=1e-10, err_msg=f"{name} {key}"
-        )
+    whole = whole_of(expected)
+    for key, start, stop, values in found.parts:
+        theirs = whole[key][tuple(map(slice, start, stop))]
+        np.testing.assert_allclose(values, theirs, rtol=bound.parameter, atol=1e-10, err_msg=f"{name} {key}")
+
+
+def whole_of(curve: Curve) -> dict[str, np.ndarray]:
+    """The state of a curve of one process, by name."""
+    return {name: values for name, _, _, values in curve.parts}
 
 
 def _hold_together(each: list[Curve], expected: Curve) -> None:
-    """Together ranks have the whole state, and copies are the same bits."""
-    assert set().union(*(rank.state for rank in each)) == expected.state.keys()
-    for key in expected.state:
-        assert len({rank.state[key].tobytes() for rank in each if key in rank.state}) == 1, key
+    """Together ranks have the whole state, and copies of a part are the same bits."""
+    bits: dict[Any, set[bytes]] = defaultdict(set)
+    covered = {name: np.zeros_like(values, dtype=bool) for name, values in whole_of(expected).items()}
+    for name, start, stop, values in (part for rank in each for part in rank.parts):
+        bits[name, start, stop].add(values.tobytes())
+        covered[name][tuple(map(slice, start, stop))] = True
+    assert not [name for name, elements in covered.items() if not elements.all()]
+    assert not [where for where, copies in bits.items() if len(copies) > 1]
 
 
 def _note(precision: str, parallel: Tree, name: str, each: list[Curve], expected: Curve) -> None:
     def relative(ours: list[float], theirs: list[float]) -> float:
         return float(np.max(np.abs(np.array(ours) / theirs - 1)))
 
+    whole = whole_of(expected)
     layout = ", ".join(f"{k} {v}" for k, v in sorted(parallel.items()) if k != "micro_batch" and v != 1)
     DEVIATIONS.append(
         Deviation(
@@ -222,9 +244,9 @@ def _note(precision: str, parallel: Tree, name: str, each: list[Curve], expected
             max(relative(rank.losses, expected.losses) for rank in each),
             max(relative(rank.norms, expected.norms) for rank in each),
             max(
-                float(np.max(np.abs(value - expected.state[key]), initial=0))
+                float(np.max(np.abs(values - whole[key][tuple(map(slice, start, stop))]), initial=0))
                 for rank in each
-                for key, value in rank.state.items()
+                for key, start, stop, values in rank.parts
             ),
         )
     )

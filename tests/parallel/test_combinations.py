@@ -64,7 +64,13 @@ def test_every_pair_of_axes(pool, axes):
 @matrix
 @pytest.mark.parametrize(("turn", "axes"), enumerate(THREES))
 def test_every_three_of_axes(pool, turn, axes):
-    prove(pool, [FAMILIES[turn % 5], FAMILIES[(turn + 2) % 5]], THREES[axes], PLAIN, STEPS)
+    prove(pool, [FAMILIES[turn % 5]], THREES[axes], PLAIN, STEPS)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("axes", THREES)
+def test_every_three_of_axes_for_every_family(pool, axes):
+    prove(pool, FAMILIES, THREES[axes], PLAIN, STEPS)
 
 
 @matrix
