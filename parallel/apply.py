@@ -7,10 +7,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
 from headway.parallel import expert
+from headway.parallel.checkpoint.layout import held
 from headway.parallel.float8 import to_float8
 from headway.parallel.mesh import World
 from headway.parallel.pipeline.plan import Plan
@@ -124,10 +124,12 @@ def local_slice(name: str, parameter: nn.Parameter) -> Slice:
     """This rank's piece of a parameter and where it begins in the whole."""
     if not isinstance(parameter, DTensor):
         return whole(parameter)
-    _, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
-    return Slice(parameter.to_local(), tuple(parameter.shape), tuple(offset))
+    local, shape = parameter.to_local(), tuple(parameter.shape)
+    if not local.numel():
+        return Slice(local, shape, (0,) * len(shape))
+    # Not by torch's compute_local_shape_and_global_offset, which is wrong where shards of shards are not even.
+    (part,) = held({name: parameter})
+    return Slice(local, shape, part.box.offset)
 
 
 def _is_double(module: nn.Module) -> bool:

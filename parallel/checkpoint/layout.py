@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,11 +69,7 @@ def _cut(name: str, tensor: DTensor) -> list[tuple[Box, Tensor]]:
     if coordinate is None:  # this rank is outside the tensor's mesh
         return []
     runs: list[Runs] = [[(0, n)] for n in tensor.shape]
-    for axis, placement in enumerate(tensor.placements):
-        if isinstance(placement, Replicate):
-            continue
-        if not isinstance(placement, Shard | _StridedShard):
-            raise CheckpointError(f"tensor {name}: placement {placement} cannot be saved or loaded.")
+    for axis, placement in _in_order(name, tensor):
         dim, parts = placement.dim, tensor.device_mesh.size(axis)
         runs[dim] = _shard(runs[dim], placement, parts, coordinate[axis])
     if (expected := tuple(map(_length, runs))) != tuple(local.shape):
@@ -89,11 +87,36 @@ def _cut(name: str, tensor: DTensor) -> list[tuple[Box, Tensor]]:
     return cut
 
 
+def _in_order(name: str, tensor: DTensor) -> list[tuple[int, Shard | _StridedShard]]:
+    """Axes that cut the tensor, with their placements, in the order in which they cut it.
+
+    From left to right; but FSDP2 over tensor parallelism says by `_StridedShard` that axes to its right, as many parts
+    as its factor, have cut before it. Each of those parts is then a run of its own, cut as it is, short ones too.
+    """
+    first: list[tuple[int, Any]] = []
+    later: list[tuple[int, Any]] = []
+    for axis, placement in enumerate(tensor.placements):
+        if isinstance(placement, Replicate):
+            continue
+        if not isinstance(placement, Shard | _StridedShard):
+            raise CheckpointError(f"tensor {name}: placement {placement} cannot be saved or loaded.")
+        right = [
+            other
+            for other in range(axis + 1, len(tensor.placements))
+            if isinstance(tensor.placements[other], Shard | _StridedShard)
+            and tensor.placements[other].dim == placement.dim
+        ]
+        cut = math.prod(tensor.device_mesh.size(other) for other in right)
+        after = isinstance(placement, _StridedShard) and right and int(placement.split_factor) == cut
+        (later if after else first).append((axis, placement))
+    return [*first, *((axis, Shard(placement.dim)) for axis, placement in reversed(later))]
+
+
 def _shard(runs: Runs, placement: Placement, parts: int, index: int) -> Runs:
     """The share of rank `index` of `parts` in a dim that earlier axes have left at `runs`."""
     if not isinstance(placement, _StridedShard):
         return _take(runs, *_chunk(_length(runs), parts, index))
-    # The axes to the right were split first, into `factor` blocks; this rank has its share of each block.
+    # No axis is left that has made the `factor` blocks; this rank has its share of each block.
     factor, share = int(placement.split_factor), []
     for block in range(factor):
         inner = _take(runs, *_chunk(_length(runs), factor, block))

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, schedules
+from torch.distributed.pipelining._backward import stage_backward_weight
 
 from headway.parallel.context.apply import slicer_of
 from headway.parallel.mesh import World
@@ -35,7 +36,26 @@ TORCH = {
 Sums = tuple[dict[str, Tensor], dict[str, Mean]]
 
 
-class WholeBackward(PipelineStage):
+class SplitBackward(PipelineStage):
+    """A stage whose gradients of weights may come after those of activations.
+
+    torch computes weights' gradients group by group and frees the graph with each. Groups can share parts of it (layers
+    with biases after one norm), so here it is kept until the last group is done; it goes with the micro-batch.
+    """
+
+    def backward_maybe_with_nosync(
+        self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
+    ) -> Any:
+        if backward_type != "weight":
+            gradients, groups = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+            # What is sent must be contiguous, and torch sends gradients as they come.
+            return tuple(g if g is None else g.contiguous() for g in gradients), groups
+        return stage_backward_weight(
+            self.submod.parameters(), bwd_kwargs["param_groups"], retain_graph=True
+        ), None
+
+
+class WholeBackward(SplitBackward):
     """A stage whose backward is not split: weights' gradients come with those of activations.
 
     torch splits by groups of weights whose graphs meet where the stage's input comes in. A branch that joins late (what
@@ -126,7 +146,7 @@ class Pipeline:
         if key not in self.schedules:
             built = []
             for module, around in zip(self.stages, shapes, strict=True):
-                stage = (WholeBackward if module.branches else PipelineStage)(
+                stage = (WholeBackward if module.branches else SplitBackward)(
                     module,
                     module.stage.number,
                     len(self.plan.stages),

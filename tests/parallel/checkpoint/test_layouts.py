@@ -16,6 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.placement_types import Partial, _StridedShard
 
 from headway.parallel.checkpoint import parts, save
+from headway.parallel.checkpoint.layout import held
 from headway.parallel.checkpoint.load import load
 from headway.parallel.checkpoint.manifest import read_manifest
 from headway.parallel.checkpoint.retention import latest
@@ -201,6 +202,31 @@ def test_weights_and_moments_of_real_modules(pool, tmp_path):
                     assert found.keys() == whole.keys()
                     for name, value in whole.items():
                         assert found[name].tobytes() == value.tobytes(), (written, kind, name)
+
+
+def boxes(rank, world):
+    """Name -> boxes of this rank, each held to that part of the same module on one device."""
+    torch.manual_seed(0)
+    whole = Two()
+    torch.manual_seed(0)
+    model = Two()
+    mesh = init_device_mesh("cpu", (3, 2), mesh_dim_names=("shard", "tensor"))
+    parallelize_module(model, mesh["tensor"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["shard"])
+    known, found = dict(whole.named_parameters()), []
+    for part in held(dict(model.named_parameters())):
+        here = tuple(map(slice, part.box.offset, part.box.stop))
+        assert torch.equal(part.view, known[part.name][here]), (part.name, part.box)
+        found.append((part.name, part.box.offset, part.box.numel))
+    return found, {name: p.numel() for name, p in known.items()}
+
+
+def test_shards_of_shards_that_are_not_even(pool):
+    """Three ranks divide neither of two ranks' shares: torch itself has no right word for where those begin."""
+    answers = pool(boxes, ranks=6)
+    parts = {(name, begin): size for found, _ in answers for name, begin, size in found}
+    for name, size in answers[0][1].items():
+        assert sum(n for (other, _), n in parts.items() if other == name) == size
 
 
 def stages(rank, world, folder):
