@@ -93,23 +93,21 @@ def _in_order(name: str, tensor: DTensor) -> list[tuple[int, Shard | _StridedSha
     From left to right; but FSDP2 over tensor parallelism says by `_StridedShard` that axes to its right, as many parts
     as its factor, have cut before it. Each of those parts is then a run of its own, cut as it is, short ones too.
     """
-    first: list[tuple[int, Any]] = []
-    later: list[tuple[int, Any]] = []
+    cutting: list[tuple[int, Any]] = []
     for axis, placement in enumerate(tensor.placements):
-        if isinstance(placement, Replicate):
-            continue
-        if not isinstance(placement, Shard | _StridedShard):
+        if isinstance(placement, Shard | _StridedShard):
+            cutting.append((axis, placement))
+        elif not isinstance(placement, Replicate):
             raise CheckpointError(f"tensor {name}: placement {placement} cannot be saved or loaded.")
-        right = [
-            other
-            for other in range(axis + 1, len(tensor.placements))
-            if isinstance(tensor.placements[other], Shard | _StridedShard)
-            and tensor.placements[other].dim == placement.dim
-        ]
-        cut = math.prod(tensor.device_mesh.size(other) for other in right)
-        after = isinstance(placement, _StridedShard) and right and int(placement.split_factor) == cut
-        (later if after else first).append((axis, placement))
-    return [*first, *((axis, Shard(placement.dim)) for axis, placement in reversed(later))]
+    first, later = [], []
+    for i, (axis, placement) in enumerate(cutting):
+        right = [other for other, p in cutting[i + 1 :] if p.dim == placement.dim]
+        parts = math.prod(map(tensor.device_mesh.size, right))
+        if right and isinstance(placement, _StridedShard) and int(placement.split_factor) == parts:
+            later.append((axis, Shard(placement.dim)))
+        else:
+            first.append((axis, placement))
+    return first + later[::-1]
 
 
 def _shard(runs: Runs, placement: Placement, parts: int, index: int) -> Runs:

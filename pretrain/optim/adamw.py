@@ -19,7 +19,7 @@ class AdamW(torch.optim.AdamW):
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
         """Fill torch's lists of parameters, gradients and moments with local parts; state stays as it is spread."""
-        has_complex: bool = super()._init_group(group, *lists)  # type: ignore[misc]
+        has_complex: bool = super()._init_group(group, *lists)
         parameters, gradients, *moments = lists
         for i, (p, gradient) in enumerate(zip(parameters, gradients, strict=True)):
             if is_spread(p) and is_spread(gradient) and gradient.placements != p.placements:
