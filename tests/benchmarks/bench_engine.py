@@ -31,7 +31,7 @@ VOCAB, ROWS, LENGTH, SEED = 4096, 8, 256, 1234
 def job_of(precision: str) -> Job:
     return Job.model_validate(
         {
-            "model": {"layers": 4, "hidden": 256, "heads": 4, "dropout": 0.1},
+            "model": {"layers": 4, "hidden": 256, "heads": 4},
             "data": {"seq_len": LENGTH, "tokenizer": {"kind": "bytes"}},
             "optimizer": {"lr": 3e-4, "betas": [0.9, 0.999], "weight_decay": 0.01, "clip": 1.0},
             "schedule": {"warmup": 2},
