@@ -10,6 +10,7 @@ from headway.parallel.pipeline.rules import micro_rows
 from headway.parallel.planner.activations import Kernel
 from headway.parallel.planner.places import Run
 from headway.pretrain.config import Job
+from headway.pretrain.device import PRECISIONS
 from headway.pretrain.models.inputs import Inputs
 
 
@@ -23,13 +24,10 @@ def describe(
         inputs: sizes that the data gives, of whole rows.
         layout: ranks along each axis.
         place: the rank's among the stages of a pipeline.
-        precision: resolved: fp32, fp64, bf16 or fp16.
+        precision: resolved, not `auto`.
         device: `cpu` or `cuda`.
         compiled: whether blocks are compiled.
     """
-    import torch
-
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
     attention = job.model.attention
     kernel = choose(
         attention.mechanism,
@@ -37,7 +35,7 @@ def describe(
         dropout=attention.dropout > 0,
         bias=job.model.positions == "relative",
         device=device,
-        dtype=dtypes.get(precision, torch.float32),
+        dtype=PRECISIONS[precision],
         compiled=compiled,
         keys=job.row_tokens,
     )

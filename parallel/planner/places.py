@@ -16,7 +16,7 @@ from headway.pretrain.models.mae import decoder_shape
 from headway.pretrain.models.sizes import block_flops, end_flops
 
 WIDE = {"fp64": 8}
-NARROW = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
+NARROW = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}  # in fp8 the backward reads bf16
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,10 @@ import torch
 
 from headway.parallel.float8 import check_float8
 from headway.parallel.mesh import Layout
+from headway.parallel.planner.describe import describe
+from headway.parallel.planner.memory import peak
 from headway.pretrain.errors import JobError
+from headway.pretrain.models.inputs import Inputs
 from headway.tests.parallel.family_cases import job_of
 from headway.tests.parallel.proof import STEPS, Curve, Running, alone, curves, prove
 
@@ -50,6 +53,15 @@ def test_layouts_stay_near(pool, parallel):
     prove(pool, ["gpt"], parallel, WIDE, precision="fp8")
 
 
+def test_memory_is_that_of_bf16():
+    plans = [
+        describe(job_of("gpt", {}, 4, 12, WIDE, precision), Inputs(67, 16), Layout(), 0, precision=precision,
+                 device="cuda", compiled=False)
+        for precision in ("fp8", "bf16")
+    ]  # fmt: skip
+    assert peak(plans[0]).bytes == peak(plans[1]).bytes
+
+
 def refused(more, layout, capability=(9, 0), device="cuda"):
     job = job_of("gpt", {}, 4, 12, more, "fp8")
     with (
@@ -68,6 +80,8 @@ def test_what_cannot_be_is_refused():
     text = refused({"model": {"hidden": 40, "heads": 2}}, Layout())
     assert "model.hidden = 40: must be a multiple of 16 in fp8" in text
     assert "48" in text
+    shared = {"experts": {"count": 4, "shared": 1, "ffn": 20}}
+    assert "model.experts.ffn = 20" in refused({"model": WIDE["model"] | shared}, Layout())
     with patch("importlib.util.find_spec", lambda name: None):
         assert "headway[fp8]" in refused(WIDE, Layout())
     with patch.object(torch.cuda, "get_device_capability", lambda: (9, 0)):
