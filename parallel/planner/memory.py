@@ -14,7 +14,7 @@ all micro-batches of all of its stages are counted as under way.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from headway.kernels.cross_entropy import chunk_rows
@@ -59,7 +59,7 @@ def policies(run: Run) -> list[Policy]:
             policy: Policy = "full" if number % settings.recompute_every == 0 else "none"
             chosen += [policy] * tower[len(chosen)].uses
         found.append(chosen)
-    if run.pipeline == 1:
+    if run.layout.pipeline == 1:
         return [policy for chosen in found for policy in chosen]
     return [chosen[use] for chosen, uses in zip(found, held(run), strict=True) for use in uses]
 
@@ -92,7 +92,7 @@ def moments(run: Run, chosen: Sequence[Policy]) -> list[Moment]:
     """
     blocks, whole = places(run), 0.0
     if not _buckets(run):
-        whole = run.wide * _count(run, blocks) / (1 if run.pipeline > 1 else run.spread)
+        whole = run.wide * _count(run, blocks) / (1 if run.layout.pipeline > 1 else run.spread)
     found = _of_micro_batch(run, chosen, run.flight - 1, whole if run.micros > run.flight else 0.0)
     if 1 < run.flight == run.micros:
         found += _of_micro_batch(run, chosen, run.flight - 2, whole)
@@ -143,7 +143,7 @@ def _stream(run: Run) -> float:
 
 def _waiting(run: Run) -> tuple[Part, ...]:
     """What torch's pipeline stages receive into: a buffer for every micro-batch, in both directions."""
-    if run.pipeline == 1:
+    if run.layout.pipeline == 1:
         return ()
     first, last = ends(run)
     return (Part("buffers between stages", run.micros * _stream(run) * ((not first) + (not last))),)
@@ -168,7 +168,7 @@ def gathered(run: Run, blocks: Sequence[Place], i: int | None) -> Part:
     name = "gathered parameters and buffers"
     if not run.gathers:
         return Part(name, 0)
-    last, keeps = len(blocks) - 1, not run.job.parallel.reshard or run.pipeline > 1
+    last, keeps = len(blocks) - 1, not run.job.parallel.reshard or run.layout.pipeline > 1
     numbers = [block_parameters(p) for p in blocks]
     total = _root(run, blocks)
     if i is None:
@@ -216,12 +216,12 @@ def _root(run: Run, blocks: Sequence[Place]) -> float:
     """Bytes of the parameters of this rank that are in no block."""
     m, words, first = run.job.model, _words(run), ends(run)[0]
     every, width = parameters(run.job, run.inputs), m.embedding_size or m.hidden
-    whole = [p for tower in towers(replace(run, tensor=1, context=1)) for p in tower]
+    whole = [p for tower in towers(run.whole) for p in tower]
     biases = m.heads * m.relative_buckets * (2 if m.family == "t5" else 1) if m.positions == "relative" else 0
     heads = every.total - every.embedding - biases - sum(block_parameters(p) / p.uses for p in whole)
     lost = run.inputs.vocab - words  # rows that other tensor ranks have
     heads -= lost * (0 if m.tied else width) + (lost if run.job.objective.name == "masked" else 0)
-    found = biases / run.tensor
+    found = biases / run.layout.tensor
     if first:
         found += every.embedding - lost * width
     if ends(run)[1]:
@@ -231,7 +231,7 @@ def _root(run: Run, blocks: Sequence[Place]) -> float:
 
 def _words(run: Run) -> int:
     """Rows of the table of words on this rank."""
-    return -(-run.inputs.vocab // run.tensor)
+    return -(-run.inputs.vocab // run.layout.tensor)
 
 
 def _states(run: Run) -> tuple[Part, ...]:
@@ -242,7 +242,7 @@ def _states(run: Run) -> tuple[Part, ...]:
 
 def _buckets(run: Run) -> bool:
     """Whether gradients live in DDP's buckets, which are never freed."""
-    return run.replicate > 1 and not run.gathers
+    return run.layout.replicate > 1 and not run.gathers
 
 
 def _gradients(run: Run, blocks: Sequence[Place]) -> Part:
@@ -255,10 +255,10 @@ def _around(run: Run) -> Part:
     """The batch, and what embeddings keep."""
     m, i = run.job.model, run.inputs
     tokens = run.rows * (i.length + i.target_length)
-    here = tokens / run.context if ends(run)[0] else 0
+    here = tokens / run.layout.context if ends(run)[0] else 0
     masks = here * m.hidden if m.dropout else 0
-    turn = run.wide * i.length / run.context * m.head_width if m.positions == "rotary" else 0
-    batch = 16 * tokens * run.micros + (16 * here if run.context > 1 else 0)
+    turn = run.wide * i.length / run.layout.context * m.head_width if m.positions == "rotary" else 0
+    batch = 16 * tokens * run.micros + (16 * here if run.layout.context > 1 else 0)
     return Part("batch and embeddings", batch + turn + masks + _biases(run))
 
 
@@ -267,13 +267,13 @@ def _biases(run: Run) -> float:
     m = run.job.model
     if m.positions != "relative":
         return 0.0
-    pairs = sum(t[0].length * t[0].length * run.context for t in towers(run))
-    return pairs * (8 + 2 * run.wide * m.heads / run.tensor)
+    pairs = sum(t[0].length * t[0].length * run.layout.context for t in towers(run))
+    return pairs * (8 + 2 * run.wide * m.heads / run.layout.tensor)
 
 
 def _asked(run: Run) -> int:
     """Tokens of the last tower on this rank."""
-    return run.rows * columns(run.inputs.target_length or run.inputs.length, run.context, 0)
+    return run.rows * columns(run.inputs.target_length or run.inputs.length, run.layout.context, 0)
 
 
 def _final_norm(run: Run) -> Part:
@@ -301,7 +301,7 @@ def _head_gradient(run: Run) -> Part:
 
 def _embedding(run: Run) -> Part:
     """The gradient that comes to the embedding, and that of its table."""
-    tokens = run.rows * columns(run.inputs.length, run.context, 0)
+    tokens = run.rows * columns(run.inputs.length, run.layout.context, 0)
     return Part("gradient of the embedding", run.wide * (tokens * run.job.model.hidden + _head(run)))
 
 
@@ -312,11 +312,11 @@ def _loss(run: Run, chosen: Sequence[Policy], blocks: Sequence[Place]) -> dict[s
         return {"forward": Part("loss", 0)}
     cast, width = n != w, run.job.model.embedding_size or run.job.model.hidden
     words = _words(run)
-    chunks = -(-tokens // chunk_rows(words, n if run.tensor == 1 else 4, run.device))
+    chunks = -(-tokens // chunk_rows(words, n if run.layout.tensor == 1 else 4, run.device))
     logits = -(-tokens // chunks) * words
     forward = w * tokens * width + n * tokens * width + w * matrix  # final states; gradients of both
     # Logits, widened, log-softmax; of words in parts differences and exponentials (tensor/vocabulary.py).
-    forward += logits * (n + (w if cast else 0) + w * (1 if run.tensor == 1 else 2))
+    forward += logits * (n + (w if cast else 0) + w * (1 if run.layout.tensor == 1 else 2))
     forward += n * (tokens * width + 2 * matrix) if cast else 0  # narrowed states and weights, a product
     if cast:  # autocast keeps its copies of weights to the end of the forward
         again = (p for p, policy in zip(blocks, chosen, strict=True) if policy in ("full", "products"))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from headway.parallel.context.layout import columns
+from headway.parallel.mesh import Layout
 from headway.parallel.pipeline.costs import Costs
 from headway.parallel.pipeline.plan import Stage, chain_of, place_stages, split_evenly, stages_of
 from headway.parallel.pipeline.rules import kind_of, virtual_stages
@@ -28,14 +29,10 @@ class Run:
         inputs: sizes that the data gives, of whole rows.
         rows: of a micro-batch on one rank.
         kernel: what computes self-attention.
-        shard: ranks over which parameters, gradients and moments are spread (FSDP2).
-        replicate: ranks that hold the same; with `shard` 1, DDP.
+        layout: ranks along each axis. With `shard` 1 replicas are DDP's; FSDP2 spreads what `shard` says over `context`
+            too.
         device: `cpu` or `cuda`, on which the chunks of the loss depend.
-        tensor: ranks over which heads, widths and words are cut.
-        context: ranks over which rows are cut; FSDP2 spreads what `shard` says over them too.
-        pipeline: ranks over which the chain of blocks is cut.
-        place: this rank's among these.
-        expert: ranks over which routed experts are spread.
+        place: this rank's among the stages of a pipeline.
         micros: micro-batches of a step.
     """
 
@@ -43,14 +40,9 @@ class Run:
     inputs: Inputs
     rows: int
     kernel: Kernel = "sdpa"
-    shard: int = 1
-    replicate: int = 1
+    layout: Layout = field(default_factory=Layout)
     device: str = "cpu"
-    tensor: int = 1
-    context: int = 1
-    pipeline: int = 1
     place: int = 0
-    expert: int = 1
     micros: int = 1
 
     @property
@@ -66,17 +58,19 @@ class Run:
     @property
     def cut(self) -> int:
         """Ranks over which places are cut between products."""
-        return self.tensor if self.job.parallel.sequence else 1
+        return self.layout.tensor if self.job.parallel.sequence else 1
 
     @property
     def spread(self) -> int:
         """Ranks over which FSDP2 spreads parameters."""
-        return self.shard * self.context
+        return self.layout.shard * self.layout.context
 
     @property
     def copied(self) -> bool:
         """Whether FSDP2 sums the gradients of replicas: DDP does where nothing but rows differs."""
-        return self.replicate > 1 and self.tensor * self.context * self.pipeline > 1
+        return (
+            self.layout.replicate > 1 and self.layout.tensor * self.layout.context * self.layout.pipeline > 1
+        )
 
     @property
     def gathers(self) -> bool:
@@ -84,16 +78,21 @@ class Run:
         return self.spread > 1 or self.copied
 
     @property
+    def whole(self) -> Run:
+        """The same where heads, widths and rows are not cut."""
+        return replace(self, layout=replace(self.layout, tensor=1, context=1))
+
+    @property
     def flight(self) -> int:
         """Micro-batches whose activations are alive at once."""
-        if self.pipeline == 1:
+        if self.layout.pipeline == 1:
             return 1
-        return in_flight(self.job.parallel.schedule, self.pipeline, self.place, self.micros)
+        return in_flight(self.job.parallel.schedule, self.layout.pipeline, self.place, self.micros)
 
 
 def places(run: Run) -> list[Place]:
     """Every use of a block that this rank makes, in order of execution."""
-    if run.pipeline == 1:
+    if run.layout.pipeline == 1:
         return [p for tower in towers(run) for p in tower]
     found: list[Place] = []
     for tower, uses in zip(towers(run), held(run), strict=True):
@@ -105,7 +104,7 @@ def places(run: Run) -> list[Place]:
 
 def held(run: Run) -> list[list[int]]:
     """Of each tower, the uses of blocks that this rank of the pipeline makes."""
-    whole = towers(replace(run, tensor=1, context=1))
+    whole = towers(run.whole)
     stages, owners = _stages(run, whole)
     spans = [stage.spans for stage in stages if owners[stage.number] == run.place]
     return [sorted(use for span in spans if i in span for use in range(*span[i])) for i in range(len(whole))]
@@ -113,9 +112,9 @@ def held(run: Run) -> list[list[int]]:
 
 def ends(run: Run) -> tuple[bool, bool]:
     """Whether the embedding is on this rank, and whether heads and loss are."""
-    if run.pipeline == 1:
+    if run.layout.pipeline == 1:
         return True, True
-    stages, owners = _stages(run, towers(replace(run, tensor=1, context=1)))
+    stages, owners = _stages(run, towers(run.whole))
     return owners[0] == run.place, owners[len(stages) - 1] == run.place
 
 
@@ -125,10 +124,10 @@ def _stages(run: Run, whole: list[list[Place]]) -> tuple[list[Stage], list[int]]
     blocks = [[block_flops(p.model, p.layer, p.length, p.causal, p.memory) for p in t] for t in whole]
     if run.job.objective.name == "mae":
         head -= sum(blocks[1])
-    kind, count = kind_of(run.job), run.pipeline * virtual_stages(run.job)
+    kind, count = kind_of(run.job), run.layout.pipeline * virtual_stages(run.job)
     sizes = split_evenly(chain_of(Costs(embedding, blocks, head)), count)
     stages = stages_of(sizes, [len(tower) for tower in whole])
-    return stages, place_stages(count, run.pipeline, kind.v_shaped)
+    return stages, place_stages(count, run.layout.pipeline, kind.v_shaped)
 
 
 def towers(run: Run) -> list[list[Place]]:
@@ -159,7 +158,7 @@ def towers(run: Run) -> list[list[Place]]:
     found = _tower(run, m, m.layers, patches + first, causal=False)
     whole = m.has_experts(m.layers - 1) or m.attention.entropy_penalty or job.objective.pool != "first"
     if (
-        not whole and run.cut == 1 and run.context == 1
+        not whole and run.cut == 1 and run.layout.context == 1
     ):  # a classifier's last block computes the class token alone
         found[-1] = replace(found[-1], outputs=1)
     return [found]
@@ -178,20 +177,20 @@ def _tower(
     unique = min(layers, model.unique_layers or layers)
     return [
         Place(
-            of_rank(model, run.tensor),
+            of_rank(model, run.layout.tensor),
             run.rows,
-            columns(length, run.context, 0),
+            columns(length, run.layout.context, 0),
             layer=i // (layers // unique),
             uses=layers // unique,
-            memory=columns(memory, run.context, 0) if memory else 0,
+            memory=columns(memory, run.layout.context, 0) if memory else 0,
             causal=causal,
             separated=separated,
             kernel=run.kernel,
             wide=run.wide,
             narrow=run.narrow,
-            tensor=run.tensor,
+            tensor=run.layout.tensor,
             cut=run.cut,
-            context=run.context,
+            context=run.layout.context,
             ring=run.job.parallel.context_method == "ring",
         )
         for i in range(layers)

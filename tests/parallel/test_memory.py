@@ -81,7 +81,7 @@ def measured(job, rank=0, world=1, elsewhere=lambda: 0):
 
 
 def predicted(job, kernel, **ranks):
-    return peak(Run(job, Inputs(VOCAB, job.data.seq_len), ROWS, kernel, **ranks))
+    return peak(Run(job, Inputs(VOCAB, job.data.seq_len), ROWS, kernel, mesh.Layout(**ranks)))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
