@@ -54,7 +54,7 @@ def apply(
     if compiled:
         compile_blocks(objective)
     modelled = layout.pipeline * layout.context * layout.tensor > 1
-    copied = (modelled and layout.replicate > 1) or expert.has_copies(world)
+    copied = (modelled and layout.replicate > 1) or expert.has_copies(layout)
     if layout.shard * layout.context > 1 or copied:
         # In a pipeline many micro-batches are under way at once: parameters stay gathered for the step.
         shard(objective, world, reshard=job.parallel.reshard and plan is None)

@@ -11,13 +11,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp._fully_shard._fsdp_common import (
-    FSDPMeshInfo,
-    HSDPMeshInfo,
-    ShardPlacementFnResult,
-    ShardPlacementResult,
-)
+from torch.distributed.fsdp._fully_shard import _fsdp_common as fsdp
 from torch.distributed.tensor import DTensor, Shard
 
 from headway.parallel.dispatch import ExpertDispatcher
@@ -46,6 +42,12 @@ def check(job: Job, layout: Layout) -> None:
         if number % size:
             rule = f"{'' if asked == size else f'{size} ranks here; '}must divide {what} = {number}"
             raise JobError("parallel.expert", asked, rule, nearest_divisor(legal, size))
+    if has_copies(layout) and not hasattr(fsdp, "ShardPlacementResult"):
+        whole = layout.fold if layout.replicate == 1 and experts % layout.fold == 0 else 1
+        rule = (
+            f"torch {torch.__version__} cannot shard what several ranks hold of some experts; torch 2.13 can"
+        )
+        raise JobError("parallel.expert", asked, rule, whole)
 
 
 def spread(root: nn.Module, world: World) -> None:
@@ -73,9 +75,8 @@ def _cut(parameter: Tensor, world: World) -> DTensor:
     return DTensor.from_local(parameter.new_empty(shape), axis, [Shard(0)], run_check=False)
 
 
-def has_copies(world: World) -> bool:
+def has_copies(layout: Layout) -> bool:
     """Whether several ranks have the same experts, so that gradients must be summed."""
-    layout = world.layout
     return layout.expert > 1 and layout.replicate * layout.fold > layout.expert
 
 
@@ -85,25 +86,27 @@ def data_parallel(root: nn.Module, world: World) -> dict[str, Any]:
     if world.layout.expert == 1:
         return {}
     routed = {p for moe in layers_of(root) for name in ROUTED if (p := getattr(moe, name)) is not None}
-    if not has_copies(world):
+    if not has_copies(world.layout):
         return {"ignored_params": routed}
     return {"shard_placement_fn": _placement(routed, world)}
 
 
-def _placement(routed: set[nn.Parameter], world: World) -> Callable[[nn.Parameter], ShardPlacementFnResult]:
+def _placement(
+    routed: set[nn.Parameter], world: World
+) -> Callable[[nn.Parameter], fsdp.ShardPlacementFnResult]:
     assert world.experts is not None
     if world.layout.replicate > 1:
         mesh = world.experts["replicate", "copies"]
-        info: FSDPMeshInfo = HSDPMeshInfo(mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
+        info: fsdp.FSDPMeshInfo = fsdp.HSDPMeshInfo(mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
     else:
-        info = FSDPMeshInfo(world.experts["copies"], shard_mesh_dim=0)
+        info = fsdp.FSDPMeshInfo(world.experts["copies"], shard_mesh_dim=0)
     copies = info.shard_mesh_size
 
-    def placement(parameter: nn.Parameter) -> ShardPlacementFnResult:
+    def placement(parameter: nn.Parameter) -> fsdp.ShardPlacementFnResult:
         if parameter not in routed:
             return None
         # By experts where they come out even, else by rows of each, else some ranks have fewer experts.
         experts, rows = local(parameter).shape[:2]
-        return ShardPlacementResult(Shard(int(experts % copies > 0 and rows % copies == 0)), info)
+        return fsdp.ShardPlacementResult(Shard(int(experts % copies > 0 and rows % copies == 0)), info)
 
     return placement

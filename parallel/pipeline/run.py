@@ -136,8 +136,7 @@ class Pipeline:
                     len(self.plan.stages),
                     self.world.device,
                     input_args=around.examples("into", rows),
-                    output_args=around.examples("out", rows)
-                    or torch.empty((), device="meta", requires_grad=True),
+                    output_args=around.examples("out", rows) or self._loss_example(),
                     group=self.world.group("pipeline"),
                 )
                 built.append(stage)
@@ -147,6 +146,11 @@ class Pipeline:
                 built[0] if single else built, count, loss_fn=lambda loss, _: loss, scale_grads=False
             )
         return self.schedules[key]
+
+    def _loss_example(self) -> Tensor:
+        """What the last stage gives: torch 2.11 looks at its dtype."""
+        dtype = next(iter(self.named.values())).dtype
+        return torch.empty((), dtype=dtype, device="meta", requires_grad=True)
 
     # -- evaluation ----------------------------------------------------------------------------------------
 

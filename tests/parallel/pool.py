@@ -1,4 +1,4 @@
-"""A pool of worker processes that run functions of the tests as the ranks of a gloo group.
+"""A pool of worker processes that run functions of the tests as the ranks of a group: of gloo, or of NCCL on one GPU.
 
 Starting a rank costs two seconds of imports, so the workers start once in a test session. Each call makes a
 process group of its own size and ends it afterwards, so that no case sees another's meshes:
@@ -41,10 +41,14 @@ class RankError(AssertionError):
 
 
 class Pool:
-    """Worker processes, started when they are first needed and again when they died or hung."""
+    """Worker processes, started when they are first needed and again when they died or hung.
 
-    def __init__(self, size: int = SIZE) -> None:
-        self.size = size
+    With `nccl` all share the first GPU. NCCL refuses two ranks of a host on one device, so each says that it is a host
+    of its own, and they meet over the loopback: slowly, but through the same calls as on a cluster.
+    """
+
+    def __init__(self, size: int = SIZE, backend: str = "gloo") -> None:
+        self.size, self.backend = size, backend
         self._workers: dict[int, tuple[subprocess.Popen[bytes], Connection]] = {}
         self._store: Any = None
         self._calls = 0
@@ -60,7 +64,7 @@ class Pool:
         if ranks > self.size:
             raise ValueError(f"{ranks} ranks asked of a pool of {self.size}")
         for rank in set(range(ranks)) - self._workers.keys():
-            self._workers[rank] = self._start()
+            self._workers[rank] = self._start(rank)
         self._calls += 1
         path = sys.modules[function.__module__].__file__
         for rank in range(ranks):
@@ -72,14 +76,16 @@ class Pool:
         for rank in list(self._workers):
             self._end(rank)
 
-    def _start(self) -> tuple[subprocess.Popen[bytes], Connection]:
+    def _start(self, rank: int) -> tuple[subprocess.Popen[bytes], Connection]:
         if self._store is None:
             self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         ours, theirs = multiprocessing.Pipe()
         # Not a fork (threads), nor multiprocessing's spawn (it would import pytest's main module again).
         process = subprocess.Popen(
-            [sys.executable, "-P", __file__, str(theirs.fileno()), str(self._store.port)],
+            [sys.executable, "-P", __file__, str(theirs.fileno()), str(self._store.port), self.backend],
             pass_fds=[theirs.fileno()],
+            env=os.environ
+            | {"NCCL_HOSTID": f"rank{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"},
         )
         theirs.close()
         return process, ours
@@ -121,7 +127,7 @@ class Pool:
             return False, f"died with exit code {code}"
 
 
-def _work(pipe: Connection, port: int) -> None:
+def _work(pipe: Connection, port: int, backend: str) -> None:
     """A worker's life: take a call, be a rank of its group, answer."""
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
@@ -132,7 +138,7 @@ def _work(pipe: Connection, port: int) -> None:
             os._exit(0)  # the tests are over
         try:
             dist.init_process_group(
-                "gloo", store=dist.PrefixStore(f"call{call}", store), rank=rank, world_size=world
+                backend, store=dist.PrefixStore(f"call{call}", store), rank=rank, world_size=world
             )
             answer = (True, getattr(_module(path), name)(rank, world, **kwargs))
         except BaseException:
@@ -173,4 +179,4 @@ def pool() -> Iterator[Pool]:
 
 
 if __name__ == "__main__":
-    _work(Connection(int(sys.argv[1])), int(sys.argv[2]))
+    _work(Connection(int(sys.argv[1])), int(sys.argv[2]), sys.argv[3])

@@ -71,7 +71,8 @@ class Running:
     def step(self, number: int) -> StepResult:
         first, rows = self.sizes.first(number), self.sizes.rows(number)
         batch = self.stream.batch(first, rows, self.here.data_rank, self.here.layout.data)
-        return self.engine.train_step(self.objective.collate(batch), number)
+        tensors = {key: value.to(self.here.device) for key, value in self.objective.collate(batch).items()}
+        return self.engine.train_step(tensors, number)
 
     def parts(self) -> list[Part]:
         """What this rank holds: of parameters, buffers, averages, moments."""
@@ -95,7 +96,8 @@ def join(job: Job, rank: int, world: int, device: str = "cpu") -> mesh.World:
     layout = mesh.lay_out(job.parallel, world)
     key = layout, device, dist.group.WORLD if world > 1 else None
     if _joined.get("key") != key:
-        here = mesh.start(job, layout, rank, world, rank, torch.device(device), "gloo")
+        backend = "gloo" if device == "cpu" else "nccl"
+        here = mesh.start(job, layout, rank, world, rank, torch.device(device), backend)
         _joined.update(key=key, here=here)
     return _joined["here"]
 
