@@ -13,8 +13,11 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from headway.kernels import philox_host
 
 _WORD = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57  # multipliers and key increments of the paper, section 5.3
@@ -35,6 +38,14 @@ def key(seed: int, *names: object) -> int:
 
 def philox(key: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> Words:
     """Four words from a key (64 bits) and a counter of four words: integers or int64 tensors, which broadcast."""
+    if _on_host(key, c0, c1, c2, c3):
+        given = [_numpy(v) for v in (key, c0, c1, c2, c3)]
+        found = torch.empty((4, *philox_host.shape_of(*given)), dtype=torch.int64)
+        out = found.numpy()
+        for where, words in philox_host.words(given[0], (given[1], given[2], given[3], given[4])):
+            for i, word in enumerate(words):
+                out[(i, *where)] = word
+        return found[0], found[1], found[2], found[3]
     # Inductor (torch 2.13) folds multiples of an arange into index arithmetic, and vectorises those wrongly on CPU;
     # a xor with a loaded zero keeps the words out of its sight. A test holds compiled words to eager ones.
     zero = key & 0
@@ -60,6 +71,16 @@ def _product(multiplier: int, word: Any) -> tuple[Any, Any]:
     high &= _WORD
     p &= _WORD
     return high, p
+
+
+def _on_host(*values: Any) -> bool:
+    """Whether these are on the CPU, and nothing is being compiled or traced."""
+    tensors = [v for v in values if isinstance(v, Tensor)]
+    return not torch.compiler.is_compiling() and all(type(t) is Tensor and t.is_cpu for t in tensors)
+
+
+def _numpy(value: Any) -> Any:
+    return value.numpy() if isinstance(value, Tensor) else value
 
 
 def uniform(key: int | Tensor, *coordinates: Tensor | int) -> Tensor:
@@ -129,14 +150,27 @@ def keep(key: Tensor, p: float, coordinates: Coordinates, stop: int, start: int 
     """
     a, b, c = (x.unsqueeze(-1) if isinstance(x, Tensor) else x for x in coordinates)
     groups = torch.arange(start // 8, -(-stop // 8), device=key.device)
-    words = philox(key, groups, c, b, a)
-    least = _threshold(p)
-    halves = [((w & 0xFFFF) >= least, w >= least << 16) for w in words]
-    lanes = torch.stack(
-        [kept for pair in halves for kept in pair], -1
-    )  # bytes: an eighth of the words' memory
-    offset = start % 8
+    least, offset = _threshold(p), start % 8
+    if _on_host(key, a, b, c):
+        lanes = _lanes_on_host(least, key, groups, c, b, a)
+    else:
+        words = philox(key, groups, c, b, a)
+        halves = [((w & 0xFFFF) >= least, w >= least << 16) for w in words]
+        lanes = torch.stack(
+            [kept for pair in halves for kept in pair], -1
+        )  # bytes: an eighth of the words' memory
     return lanes.flatten(-2)[..., offset : offset + stop - start]
+
+
+def _lanes_on_host(least: int, *given: Any) -> Tensor:
+    """Which of each word's low and high halves reach `least`: bool [..., 8], of a key and four counters."""
+    key, c0, c1, c2, c3 = map(_numpy, given)
+    lanes = torch.empty((*philox_host.shape_of(key, c0, c1, c2, c3), 8), dtype=torch.bool)
+    out = lanes.numpy()
+    for where, words in philox_host.words(key, (c0, c1, c2, c3)):
+        halves = np.stack(words, -1).astype("<u4").view("<u2")  # of a word the low half comes first
+        np.greater_equal(halves, least, out=out[where])
+    return lanes
 
 
 def dropout(x: Tensor, p: float, key: Tensor, coordinates: Coordinates) -> Tensor:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from headway.kernels import random
+from headway.kernels import philox_host, random
 
 # Known answers of Random123 1.14 (kat_vectors, "philox4x32 10"): counter, key, output.
 VECTORS = [
@@ -24,12 +24,38 @@ def signed(low: int, high: int) -> int:
     return int(np.array(high << 32 | low, dtype=np.uint64).view(np.int64))
 
 
+@pytest.fixture(params=["host", "torch"])
+def way(request, monkeypatch):
+    """Both ways to the words: numpy on the host, and torch, as on GPUs and compiled."""
+    monkeypatch.setattr(random, "_on_host", lambda *values: request.param == "host")
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(("counter", "key", "words"), VECTORS)
 def test_philox_gives_the_known_answers(counter, key, words):
     key = torch.tensor(signed(*key))
     assert [w.item() for w in random.philox(key, *map(torch.tensor, counter))] == words
 
 
+@pytest.mark.parametrize("block", [1, 7, 64, 1 << 13])
+def test_the_host_has_the_bits_of_torch(monkeypatch, block):
+    """However shapes are cut into blocks: keys by row, counters of several shapes, offsets, chances near 0 and 1."""
+    monkeypatch.setattr(philox_host, "BLOCK", block)
+    keys, slots = torch.tensor([[[random.key(1, "a")]], [[random.key(2)]]]), torch.arange(3)[:, None] * 2**31
+    counters = torch.arange(5), slots, torch.tensor(7), 2**32 - 1
+    cases = [(keys[:, 0, 0][0], p, (slots, torch.arange(4)[None], 3), 21, 5) for p in (0.0, 1e-6, 0.3, 1.0)]
+
+    def all_of_it():
+        return [*random.philox(keys, *counters), *(random.keep(*case) for case in cases)]
+
+    found = all_of_it()
+    monkeypatch.setattr(random, "_on_host", lambda *values: False)
+    for ours, theirs in zip(found, all_of_it(), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.usefixtures("way")
 def test_philox_agrees_with_numpy_on_many_counters():
     # numpy's Philox is the 64-bit variant: the oracle here is 32-bit arithmetic in uint64, written from the paper.
     rng = np.random.default_rng(0)
