@@ -44,7 +44,7 @@ def philox(key: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> Words:
         out = found.numpy()
         for where, words in philox_host.words(given[0], (given[1], given[2], given[3], given[4])):
             for i, word in enumerate(words):
-                out[i].__setitem__(where, word)
+                out[i, ...][where] = word
         return found[0], found[1], found[2], found[3]
     # Inductor (torch 2.13) folds multiples of an arange into index arithmetic, and vectorises those wrongly on CPU;
     # a xor with a loaded zero keeps the words out of its sight. A test holds compiled words to eager ones.

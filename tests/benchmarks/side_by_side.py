@@ -88,9 +88,10 @@ def fill(ours: Objective, weights: dict[str, Tensor]) -> None:
 def stepper(module: nn.Module, loss_of: Callable[[int], Tensor], precision: str) -> Callable[[int], float]:
     """A function that takes step number n and returns its loss."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=3e-4, fused=True)
+    device = next(module.parameters()).device.type
 
     def step(number: int) -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             loss = loss_of(number)
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)

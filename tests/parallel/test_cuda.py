@@ -17,9 +17,10 @@ from headway.parallel.planner.memory import peak
 from headway.pretrain.device import choose_precision
 from headway.pretrain.objectives import build_objective
 from headway.tests.parallel import memory_cases
+from headway.tests.parallel import test_resume as resume
 from headway.tests.parallel.family_cases import CASES, merged
 from headway.tests.parallel.pool import Pool
-from headway.tests.parallel.proof import STEPS, Curve, Running, alone, compare, curves, prove
+from headway.tests.parallel.proof import STEPS, Curve, Running, alone, compare, curves, prove, ranks_of
 from headway.tests.parallel.test_recompute import SETTINGS
 
 pytestmark = [
@@ -92,6 +93,7 @@ LAYOUTS = [
     {"pipeline": 2, "micro_batch": 3, "schedule": "interleaved_zero_bubble"},
     {"tensor": 2, "pipeline": 2, "micro_batch": 3},
     {"tensor": 2, "context": 2},
+    {"tensor": 2, "context": 2, "pipeline": 2, "micro_batch": 3},
 ]
 
 
@@ -99,6 +101,20 @@ LAYOUTS = [
 def test_layouts_draw_the_curve(ranks, parallel):
     names = ["experts"] if "expert" in parallel else ["gpt", "t5"]
     prove(ranks, names, {"shard": 1} | parallel, DEEP, device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("here", "there"),
+    [("tensor 2 x shard 2 x replicate 2", "replicas 3"), ("expert 2 x shard 4", "pipeline 2")],
+)
+def test_a_run_goes_on_at_another_layout(ranks, tmp_path, here, there):
+    straight = Running(resume.NAME, 0, 1, {}, resume.MORE, resume.LAST)
+    expected = [(r.loss, r.grad_norm) for r in map(straight.step, range(resume.LAST))]
+    first, rest = expected[: resume.FIRST], expected[resume.FIRST :]
+    for body, layout, those in ((resume.begun, here, first), (resume.ended, there, rest)):
+        settings = {"parallel": resume.LAYOUTS[layout], "folder": str(tmp_path), "device": DEVICE}
+        for found in ranks(body, ranks=ranks_of(resume.LAYOUTS[layout]), timeout=600, **settings):
+            resume.same(found, those)
 
 
 @pytest.mark.parametrize("name", memory_cases.CASES)

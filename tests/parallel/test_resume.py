@@ -15,9 +15,9 @@ FIRST, LAST = 6, 12
 pytestmark = pytest.mark.xdist_group("resume")  # checkpoints are written once
 
 
-def begun(rank, world, parallel, folder):
+def begun(rank, world, parallel, folder, device="cpu"):
     """Losses and norms of the first steps, and a checkpoint after them."""
-    running = Running(NAME, rank, world, parallel, MORE, LAST)
+    running = Running(NAME, rank, world, parallel, MORE, LAST, device=device)
     results = [running.step(step) for step in range(FIRST)]
     with Checkpointer(Path(folder)) as checkpointer:
         checkpointer.save(FIRST, running.engine.state())
@@ -25,9 +25,9 @@ def begun(rank, world, parallel, folder):
     return [(r.loss, r.grad_norm) for r in results]
 
 
-def ended(rank, world, parallel, folder):
+def ended(rank, world, parallel, folder, device="cpu"):
     """Losses and norms of the other steps, from the checkpoint."""
-    running = Running(NAME, rank, world, parallel, MORE, LAST)
+    running = Running(NAME, rank, world, parallel, MORE, LAST, device=device)
     state = running.engine.state()
     with torch.no_grad():
         for tensor in state.tensors.values():
