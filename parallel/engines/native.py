@@ -85,10 +85,13 @@ class NativeEngine:
             NonFiniteError: loss or gradient is not finite (fp16: the loss); nothing was updated.
         """
         counts = self._global_counts(batch)
-        loss, metrics = self._accumulate(batch, step, counts)
+        sums = self._accumulate(batch, step, counts)
         if self.scale:
             scale_gradients_(self.named.values(), 1.0 / self.scale.scale)
-        norm = self.pipeline.norm() if self.pipeline else float(global_norm(self.named.values()))
+        # Asked for before the loss is read: a GPU then goes from the backward to the norm without a pause.
+        asked = self.pipeline.norm() if self.pipeline else global_norm(self.named.values())
+        loss, metrics = self._means(sums, counts)
+        norm = float(asked)
         if not math.isfinite(loss) or (not math.isfinite(norm) and self.scale is None):
             self._forget_gradients()
             raise NonFiniteError(f"step {step}: loss {loss}, gradient norm {norm}")
@@ -117,10 +120,8 @@ class NativeEngine:
         local = self.objective.counts(batch) | used.shares(batch)
         return dict(zip(local, self.world.sum(*local.values()), strict=True))
 
-    def _accumulate(
-        self, batch: Batch, step: int, counts: dict[str, float]
-    ) -> tuple[float, dict[str, Tensor]]:
-        """Forward and backward over micro-batches; loss and metrics of the global batch."""
+    def _accumulate(self, batch: Batch, step: int, counts: dict[str, float]) -> Totals:
+        """Forward and backward over micro-batches; sums of this rank. Gradients are reduced afterwards."""
         weight = self.scale.scale if self.scale else 1.0
         sums = Totals(self.world)
         if self.pipeline:
@@ -132,6 +133,10 @@ class NativeEngine:
         for parameter in self.named.values():
             if parameter.grad is not None:
                 parameter.grad = reduced(parameter.grad)
+        return sums
+
+    def _means(self, sums: Totals, counts: dict[str, float]) -> tuple[float, dict[str, Tensor]]:
+        """Loss and metrics of the global batch; waits for the device."""
         terms, metrics = sums.over_ranks()
         loss = sum(total / max(counts[name], 1) for name, total in terms.items())
         return loss, {name: total / max(count, 1) for name, (total, count) in metrics.items()}

@@ -31,10 +31,10 @@ def square_sum(parts: Sequence[Tensor]) -> Tensor:
     """Sum of squares of tensors on this rank: an fp64 scalar. Squares are summed in fp32 (fp64 of fp64)."""
     dtype = _dtype(parts)
     if parts[0].device.type == "cpu":
-        norms = [norm for part in parts for norm in _piece_norms(part, dtype)]
-    else:
-        norms = list(torch._foreach_norm(list(parts), 2.0, dtype))
-    return torch.cat([norm.reshape(-1).double() for norm in norms]).square().sum()
+        norms = torch.cat([norm.reshape(-1).double() for part in parts for norm in _piece_norms(part, dtype)])
+    else:  # few kernels: a GPU waits for them
+        norms = torch.stack(torch._foreach_norm(list(parts), 2.0, dtype)).double()
+    return norms.square().sum()
 
 
 def _dtype(parts: Sequence[Tensor]) -> torch.dtype:

@@ -16,6 +16,7 @@ replaced at the next call.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -114,6 +115,8 @@ class Pool:
                     self._end(rank)
                     failures[rank] = f"no answer within {timeout:g} s, or 5 s after the first failure"
         if failures:
+            if self.backend == "nccl":
+                self.close()  # NCCL may not let go of a broken group
             raise RankError("\n".join(f"rank {rank}: {text}" for rank, text in failures.items()))
         return [answers[rank] for rank in range(ranks)]
 
@@ -137,10 +140,13 @@ def _work(pipe: Connection, port: int, backend: str) -> None:
         except EOFError:
             os._exit(0)  # the tests are over
         try:
+            function = getattr(_module(path), name)
+            if not gc.get_freeze_count():
+                gc.freeze()  # what was imported stays: looking for garbage in it would take a quarter of a second
             dist.init_process_group(
                 backend, store=dist.PrefixStore(f"call{call}", store), rank=rank, world_size=world
             )
-            answer = (True, getattr(_module(path), name)(rank, world, **kwargs))
+            answer = (True, function(rank, world, **kwargs))
         except BaseException:
             answer = (False, traceback.format_exc())
         finally:
@@ -151,11 +157,16 @@ def _work(pipe: Connection, port: int, backend: str) -> None:
 
 
 def _forget_meshes() -> None:
-    """DTensor remembers results by mesh, and meshes of two calls are equal though their groups are not the same."""
+    """DTensor remembers results by mesh. Meshes of two calls are equal though their groups are not the same, and what
+    keeps a mesh keeps gloo's threads, which wake hundreds of times a second."""
     if "torch.distributed.tensor" in sys.modules:
-        from torch.distributed.tensor import debug
+        from torch.distributed.tensor import _collective_utils, _redistribute, debug
 
         debug._clear_sharding_prop_cache()
+        _redistribute._gen_transform_infos.cache_clear()
+        _redistribute.clear_redistribute_planner_cache()
+        _collective_utils.MeshTopoInfo.build_from_mesh.cache_clear()
+        gc.collect()
 
 
 def _module(path: str) -> Any:
