@@ -108,8 +108,7 @@ def test_layouts_draw_the_curve(ranks, parallel):
     [("tensor 2 x shard 2 x replicate 2", "replicas 3"), ("expert 2 x shard 4", "pipeline 2")],
 )
 def test_a_run_goes_on_at_another_layout(ranks, tmp_path, here, there):
-    straight = Running(resume.NAME, 0, 1, {}, resume.MORE, resume.LAST)
-    expected = [(r.loss, r.grad_norm) for r in map(straight.step, range(resume.LAST))]
+    expected = resume.straight()
     first, rest = expected[: resume.FIRST], expected[resume.FIRST :]
     for body, layout, those in ((resume.begun, here, first), (resume.ended, there, rest)):
         settings = {"parallel": resume.LAYOUTS[layout], "folder": str(tmp_path), "device": DEVICE}

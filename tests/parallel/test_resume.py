@@ -1,5 +1,6 @@
 """Resume anywhere: some steps at one layout and the rest at another, against one process that was never stopped."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -9,15 +10,18 @@ from headway.parallel.checkpoint.load import load
 from headway.parallel.checkpoint.save import Checkpointer
 from headway.tests.parallel.proof import Running, ranks_of
 
-NAME, MORE = "experts", {"model": {"heads": 4, "layers": 4, "unique_layers": None}}
-FIRST, LAST = 6, 12
-
-pytestmark = pytest.mark.xdist_group("resume")  # checkpoints are written once
+NAME, FIRST, LAST = "experts", 6, 12
 
 
-def begun(rank, world, parallel, folder, device="cpu"):
+def start(rank, world, parallel, layers=2, device="cpu"):
+    """The case under way, with so many blocks."""
+    more = {"model": {"heads": 4, "layers": layers, "unique_layers": None}}
+    return Running(NAME, rank, world, parallel, more, LAST, device=device)
+
+
+def begun(rank, world, parallel, folder, layers=2, device="cpu"):
     """Losses and norms of the first steps, and a checkpoint after them."""
-    running = Running(NAME, rank, world, parallel, MORE, LAST, device=device)
+    running = start(rank, world, parallel, layers, device)
     results = [running.step(step) for step in range(FIRST)]
     with Checkpointer(Path(folder)) as checkpointer:
         checkpointer.save(FIRST, running.engine.state())
@@ -25,9 +29,9 @@ def begun(rank, world, parallel, folder, device="cpu"):
     return [(r.loss, r.grad_norm) for r in results]
 
 
-def ended(rank, world, parallel, folder, device="cpu"):
+def ended(rank, world, parallel, folder, layers=2, device="cpu"):
     """Losses and norms of the other steps, from the checkpoint."""
-    running = Running(NAME, rank, world, parallel, MORE, LAST, device=device)
+    running = start(rank, world, parallel, layers, device)
     state = running.engine.state()
     with torch.no_grad():
         for tensor in state.tensors.values():
@@ -77,25 +81,29 @@ def others():
     return [pair for pair in [*NAMED, *ring] if pair not in ALWAYS]
 
 
-@pytest.fixture(scope="module")
-def straight():
+def layers_of(*layouts):
+    """Blocks of a model that some layouts share: a block for each stage."""
+    return 4 if {"pipeline 2, zbv", "pipeline 4 x shard 2"} & set(layouts) else 2
+
+
+@cache
+def straight(layers=2):
     """Losses and norms of one process."""
-    running = Running(NAME, 0, 1, {}, MORE, LAST)
-    return [(r.loss, r.grad_norm) for r in map(running.step, range(LAST))]
+    return [(r.loss, r.grad_norm) for r in map(start(0, 1, {}, layers).step, range(LAST))]
 
 
 @pytest.fixture(scope="module")
-def written(pool, straight, tmp_path_factory):
+def written(pool, tmp_path_factory):
     """The folder that a layout has written its checkpoint to; each is made once."""
-    known = {}
 
-    def get(layout):
-        if layout not in known:
-            known[layout] = str(tmp_path_factory.mktemp("written"))
-            parallel = LAYOUTS[layout]
-            for found in pool(begun, ranks=ranks_of(parallel), parallel=parallel, folder=known[layout]):
-                same(found, straight[:FIRST])
-        return known[layout]
+    @cache
+    def get(layout, layers):
+        folder, parallel = str(tmp_path_factory.mktemp("written")), LAYOUTS[layout]
+        for found in pool(
+            begun, ranks=ranks_of(parallel), timeout=600, parallel=parallel, folder=folder, layers=layers
+        ):
+            same(found, straight(layers)[:FIRST])
+        return folder
 
     return get
 
@@ -106,10 +114,18 @@ def same(found, expected):
         assert ours == pytest.approx(theirs, rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("here", "there"), [*ALWAYS, *(pytest.param(*pair, marks=pytest.mark.matrix) for pair in others())]
-)
-def test_a_run_goes_on_at_another_layout(pool, straight, written, here, there):
-    folder, parallel = written(here), LAYOUTS[there]
-    for found in pool(ended, ranks=ranks_of(parallel), parallel=parallel, folder=folder):
-        same(found, straight[FIRST:])
+def pairs():
+    """Those of `make test`, and those of the matrix; of one layout in one process, which writes a checkpoint once."""
+    for pair in (*ALWAYS, *others()):
+        marks = [pytest.mark.xdist_group(f"resume {pair[0]}")] + [pytest.mark.matrix] * (pair not in ALWAYS)
+        yield pytest.param(*pair, marks=marks)
+
+
+@pytest.mark.parametrize(("here", "there"), pairs())
+def test_a_run_goes_on_at_another_layout(pool, written, here, there):
+    parallel, layers = LAYOUTS[there], layers_of(here, there)
+    folder = written(here, layers)
+    for found in pool(
+        ended, ranks=ranks_of(parallel), timeout=600, parallel=parallel, folder=folder, layers=layers
+    ):
+        same(found, straight(layers)[FIRST:])
