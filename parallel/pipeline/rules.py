@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
+
 from headway.parallel.mesh import Layout, rows_per_micro_batch
 from headway.pretrain.config import Job
 from headway.pretrain.data.ramp import BatchSizes
@@ -79,10 +81,20 @@ def check(job: Job, layout: Layout) -> None:
     if job.model.init.lsuv:
         rule = "measures layer after layer in one process: not with parallel.pipeline above 1"
         raise JobError("model.init.lsuv", True, rule, False)
+    if kind.splits and not _torch_splits():
+        rule = f"splits the backward, which torch {torch.__version__} does wrongly for some models; torch 2.13 can"
+        raise JobError("parallel.schedule", name, rule, "interleaved_1f1b")
     if job.train.compile is True and kind.splits:
         rule = f"compiled blocks have one backward, and parallel.schedule {name} splits it"
         raise JobError("train.compile", True, rule, "false, or parallel.schedule = interleaved_1f1b")
     micro_rows(job, layout)
+
+
+def _torch_splits() -> bool:
+    """Whether this torch computes the gradients of activations alone, also where some inputs take none."""
+    from torch.distributed.pipelining import _backward
+
+    return hasattr(_backward, "_autograd_grad_for_inputs")
 
 
 def micro_rows(job: Job, layout: Layout) -> int:

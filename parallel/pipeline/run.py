@@ -47,9 +47,6 @@ class SplitBackward(PipelineStage):
         self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
     ) -> Any:
         if backward_type != "weight":
-            if "input_values" in bwd_kwargs:  # torch 2.11 looks for graphs in numbers too
-                values = [v for v in bwd_kwargs["input_values"] if isinstance(v, Tensor)]
-                bwd_kwargs = bwd_kwargs | {"input_values": values}
             gradients, groups = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
             # What is sent must be contiguous, and torch sends gradients as they come.
             return tuple(g if g is None else g.contiguous() for g in gradients), groups

@@ -90,7 +90,7 @@ LAYOUTS = [
     {"context": 2, "context_method": "ulysses"},
     {"expert": 2, "shard": 2},
     {"pipeline": 2, "micro_batch": 3},
-    {"pipeline": 2, "micro_batch": 3, "schedule": "interleaved_zero_bubble"},
+    {"pipeline": 2, "micro_batch": 3, "schedule": "interleaved_1f1b"},
     {"tensor": 2, "pipeline": 2, "micro_batch": 3},
     {"tensor": 2, "context": 2},
     {"tensor": 2, "context": 2, "pipeline": 2, "micro_batch": 3},

@@ -156,6 +156,14 @@ def test_what_can_be_spread_is_not():
         check(job, lay_out(job.parallel, ranks), "cpu")
 
 
+def test_an_older_torch_has_each_expert_once(monkeypatch):
+    monkeypatch.delattr("torch.distributed.fsdp._fully_shard._fsdp_common.ShardPlacementResult")
+    job = job_of("experts", {"expert": 2}, 4, 12)
+    check(job, lay_out(job.parallel, 2), "cpu")
+    with pytest.raises(JobError, match=r"parallel\.expert = 2: .*torch 2\.13 can.* 4"):
+        check(job, lay_out(job.parallel, 4), "cpu")
+
+
 def meshes(rank, world):
     job = job_of("experts", {"expert": 2}, 4, 12)
     here = mesh.start(job, lay_out(job.parallel, world), rank, world, rank, torch.device("cpu"), "gloo")

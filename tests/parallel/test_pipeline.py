@@ -119,6 +119,13 @@ def test_what_a_pipeline_cannot_do_is_refused(layout, parallel, more, message):
         check(job, Layout(pipeline=layout), "cpu")
 
 
+def test_an_older_torch_does_not_split_the_backward(monkeypatch):
+    monkeypatch.delattr("torch.distributed.pipelining._backward._autograd_grad_for_inputs")
+    job = job_of("albert", {"pipeline": 2, "schedule": "zbv"}, 4, 12)
+    with pytest.raises(JobError, match=r"parallel\.schedule = 'zbv': .* torch 2\.13 can.*interleaved_1f1b"):
+        check(job, Layout(pipeline=2), "cpu")
+
+
 def test_micro_batches_without_a_number_leave_four_a_rank():
     rows = lambda **parallel: micro_rows(job_of("experts", parallel, 4, 24), Layout(pipeline=2))  # noqa: E731
     assert rows() == 3
