@@ -303,7 +303,9 @@ class Pipeline:
             root.set_reshard_after_backward(True)
             root.set_requires_gradient_sync(True)
             for each in state._state_ctx.all_states:
-                for group in each._fsdp_param_groups:
+                # torch 2.11 has at most one group a module
+                groups = getattr(each, "_fsdp_param_groups", None) or [each._fsdp_param_group]
+                for group in filter(None, groups):
                     group.post_backward()
             state._root_post_backward_final_callback()
         for module in shards:

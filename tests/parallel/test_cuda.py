@@ -105,7 +105,7 @@ def test_layouts_draw_the_curve(ranks, parallel):
 
 @pytest.mark.parametrize(
     ("here", "there"),
-    [("tensor 2 x shard 2 x replicate 2", "replicas 3"), ("expert 2 x shard 4", "pipeline 2")],
+    [("tensor 2 x shard 2 x replicate 2", "replicas 3"), ("shards of replicas 4", "pipeline 2")],
 )
 def test_a_run_goes_on_at_another_layout(ranks, tmp_path, here, there):
     expected = resume.straight()
