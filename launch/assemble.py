@@ -178,6 +178,7 @@ def attention_kernel(job: Job, device: torch.device, precision: str, compiled: b
         device=device.type,
         dtype=devices.PRECISIONS[precision],
         compiled=compiled,
+        window=attention.window is not None,
     ).name
 
 

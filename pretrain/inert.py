@@ -72,6 +72,11 @@ RULES: list[Rule] = [
     ),
     ("train.ramp.increment", lambda j: j.train.ramp.start is not None, "train.ramp.start is not given"),
     ("train.ramp.samples", lambda j: j.train.ramp.start is not None, "train.ramp.start is not given"),
+    (
+        "model.attention.window",
+        lambda j: (j.model.attention.window or 0) < j.row_tokens,
+        "no two tokens of a row are so far apart",
+    ),
     ("model.rotary_base", lambda j: j.model.positions == "rotary", "model.positions is not rotary"),
     ("model.max_positions", lambda j: j.model.positions == "learned", "only learned positions have a table"),
     ("data.tokenizer.vocab", lambda j: _trained(j), "the vocabulary is that of the given tokenizer"),

@@ -48,16 +48,16 @@ class _Blocks(torch.autograd.Function):
     def forward(
         ctx,
         q, k, v, bias, scale,
-        causal, documents, key_documents, prefix, shift, split,
+        causal, documents, key_documents, prefix, shift, split, window,
         p, key, slots, positions, first_head, first_key,
     ):  # fmt: skip
-        mask = Mask(causal, documents, key_documents, prefix, shift, split)
+        mask = Mask(causal, documents, key_documents, prefix, shift, split, window)
         drop = None if key is None else WeightDropout(p, key, slots, positions, first_head, first_key)
         out, lse = outputs(q, k, v, bias, scale, mask, drop)
         ctx.save_for_backward(
             q, k, v, bias, out, lse, documents, key_documents, prefix, key, slots, positions
         )
-        ctx.scale, ctx.causal, ctx.shift, ctx.p = scale, causal, shift, p
+        ctx.scale, ctx.causal, ctx.shift, ctx.window, ctx.p = scale, causal, shift, window, p
         ctx.first_head, ctx.first_key = first_head, first_key
         return out
 
@@ -65,16 +65,17 @@ class _Blocks(torch.autograd.Function):
     def backward(ctx, d_out):
         q, k, v, bias, out, lse, *described = ctx.saved_tensors
         documents, key_documents, prefix, key, slots, positions = described
-        mask = Mask(ctx.causal, documents, key_documents, prefix, ctx.shift)
+        mask = Mask(ctx.causal, documents, key_documents, prefix, ctx.shift, window=ctx.window)
         where = slots, positions, ctx.first_head, ctx.first_key
         drop = None if key is None else WeightDropout(ctx.p, key, *where)
         wants_bias = ctx.needs_input_grad[3]
-        return *gradients(d_out, q, k, v, bias, out, lse, ctx.scale, mask, drop, wants_bias), *[None] * 13
+        return *gradients(d_out, q, k, v, bias, out, lse, ctx.scale, mask, drop, wants_bias), *[None] * 14
 
 
 def outputs(q, k, v, bias, scale, mask, drop):
     """Output [B, H, Q, D] and log-sum-exp of the scores [B, H, Q], for as many keys' heads as queries'."""
-    plain = mask.documents is None and mask.prefix is None and mask.shift is None and bias is None
+    whole = mask.documents is None and mask.prefix is None and mask.shift is None
+    plain = whole and mask.window is None and bias is None
     if q.device.type == "cpu" and drop is None and plain:
         # PyTorch's own forward is good here, and gives the log-sum-exp; its bf16 backward is what is slow.
         return _flash(q, k, v, 0.0, mask.causal, scale=scale)
@@ -82,7 +83,7 @@ def outputs(q, k, v, bias, scale, mask, drop):
     outs, sums = [], []
     for start in range(0, length, rows):
         queries = slice(start, min(length, start + rows))
-        keys = slice(0, queries.stop if mask.triangular else total)
+        keys = mask.keys_of(queries, total)
         out, lse = _attend(q, k, v, bias, scale, mask, drop, queries, keys)
         outs.append(out)
         sums.append(lse)
@@ -132,7 +133,7 @@ def gradients(d_out, q, k, v, bias, out, lse, scale, mask, drop, wants_bias):
     dks, dvs, d_biases, pieces = [], [], [], []
     for start in range(0, total, rows):
         keys = slice(start, min(total, start + rows))
-        queries = slice(start if mask.triangular else 0, length)
+        queries = mask.queries_of(keys, length, rows)
         scores_T = _scores(k[:, :, keys], q_T[..., queries], scale)
         if bias is not None:
             scores_T += bias[:, queries, keys].mT
@@ -147,18 +148,25 @@ def gradients(d_out, q, k, v, bias, out, lse, scale, mask, drop, wants_bias):
             dropped_T, d_weights_T = (torch.where(kept_T, x, 0) for x in (weights_T, d_weights_T))
         d_scores_T = d_weights_T.sub_(delta[..., queries]).mul_(weights_T)
         if wants_bias:
-            d_biases.append(F.pad(d_scores_T.sum(0), (queries.start, 0)).mT)
+            d_biases.append(F.pad(d_scores_T.sum(0), (queries.start, length - queries.stop)).mT)
         d_scores_T = d_scores_T.to(q.dtype)
         dvs.append(dropped_T.to(v.dtype) @ d_out[:, :, queries])
         dks.append(d_scores_T @ q[:, :, queries])
-        pieces.append((queries.start, k_T[..., keys] @ d_scores_T))
-    dq_T = [
-        sum(piece[..., a - first : a - first + rows].to(wide) for first, piece in pieces if first <= a)
-        for a in range(0, length, rows)
-    ]
+        pieces.append((queries, k_T[..., keys] @ d_scores_T))
+    dq_T = [_of_block(pieces, a, rows, q_T, wide) for a in range(0, length, rows)]
     dq = (torch.cat(dq_T, -1).mT * scale).to(q.dtype)
     d_bias = torch.cat(d_biases, 2).to(bias.dtype) if wants_bias else None
     return dq, torch.cat(dks, 2) * scale, torch.cat(dvs, 2), d_bias
+
+
+def _of_block(pieces, start, rows, like_T, wide):
+    """Sum of what blocks of keys gave for a block of queries; some see none of them."""
+    found = [
+        piece[..., start - queries.start : start - queries.start + rows].to(wide)
+        for queries, piece in pieces
+        if queries.start <= start < queries.stop
+    ]
+    return sum(found) if found else torch.zeros_like(like_T[..., start : start + rows], dtype=wide)
 
 
 def _scores(left: Tensor, right: Tensor, scale: float) -> Tensor:

@@ -34,6 +34,7 @@ def choose(
     dtype: torch.dtype = torch.float32,
     compiled: bool = False,
     keys: int | None = None,
+    window: bool = False,
 ) -> Kernel:
     """The kernel that computes `mechanism` here.
 
@@ -45,13 +46,14 @@ def choose(
         device, dtype: where the queries live and what they are.
         compiled: whether torch.compile traces this call.
         keys: that a query may see at most; many, if not given.
+        window: whether a query sees its neighbourhood only.
 
     Raises:
         KernelUnavailable: the request is unknown or cannot do what is asked.
     """
     kernels = MECHANISMS[mechanism].kernels
     if request == "auto":
-        return kernels[_fastest(dropout, bias, device, dtype, compiled, keys)]
+        return kernels["blocks" if window else _fastest(dropout, bias, device, dtype, compiled, keys)]
     if request not in kernels:
         raise KernelUnavailable(
             request, f"{mechanism} attention has the kernels {', '.join(kernels)}", "auto"

@@ -45,34 +45,35 @@ class _RowEntropy(torch.autograd.Function):
     """Entropy of every row, [B, H, Q]; 0 where nothing is seen."""
 
     @staticmethod
-    def forward(ctx, q, k, bias, scale, causal, documents, key_documents, prefix, shift, split):
-        mask, rows = Mask(causal, documents, key_documents, prefix, shift, split), []
+    def forward(ctx, q, k, bias, scale, causal, documents, key_documents, prefix, shift, split, window):
+        mask, rows = Mask(causal, documents, key_documents, prefix, shift, split, window), []
         for part in _parts(q, k, mask):
             p, log_p = _row_weights(q, k, bias, scale, mask, *part)
             rows.append(-(p * log_p).sum(-1))
         entropy = torch.cat(rows, 2)
         ctx.save_for_backward(q, k, bias, entropy, documents, key_documents, prefix)
-        ctx.scale, ctx.causal, ctx.shift = scale, causal, shift
+        ctx.scale, ctx.causal, ctx.shift, ctx.window = scale, causal, shift, window
         return entropy
 
     @staticmethod
     def backward(ctx, d_entropy):
         q, k, bias, entropy, *described = ctx.saved_tensors
         documents, key_documents, prefix = described
-        mask = Mask(ctx.causal, documents, key_documents, prefix, ctx.shift)
+        mask = Mask(ctx.causal, documents, key_documents, prefix, ctx.shift, window=ctx.window)
         wants_bias = ctx.needs_input_grad[2]
         dqs, d_biases, dk = [], [], torch.zeros_like(k, dtype=entropy.dtype)
         for queries, keys in _parts(q, k, mask):
             p, log_p = _row_weights(q, k, bias, ctx.scale, mask, queries, keys)
             upstream, value = (x[:, :, queries, None] for x in (d_entropy, entropy))
-            d_scores, unseen = -upstream * p * (log_p + value), k.shape[2] - keys.stop
+            d_scores = -upstream * p * (log_p + value)
+            before, after = keys.start, k.shape[2] - keys.stop
             if wants_bias:
-                d_biases.append(F.pad(d_scores.sum(0), (0, unseen)))
+                d_biases.append(F.pad(d_scores.sum(0), (before, after)))
             d_scores = (d_scores * ctx.scale).to(q.dtype)
             dqs.append(d_scores @ k[:, :, keys])
-            dk = dk + F.pad(d_scores.mT @ q[:, :, queries], (0, 0, 0, unseen))
+            dk = dk + F.pad(d_scores.mT @ q[:, :, queries], (0, 0, before, after))
         d_bias = torch.cat(d_biases, 1).to(bias.dtype) if wants_bias else None
-        return torch.cat(dqs, 2), dk.to(k.dtype), d_bias, *[None] * 7
+        return torch.cat(dqs, 2), dk.to(k.dtype), d_bias, *[None] * 8
 
 
 def _parts(q, k, mask):
@@ -80,7 +81,7 @@ def _parts(q, k, mask):
     length, rows = q.shape[2], block_rows(q.shape[2])
     for start in range(0, length, rows):
         queries = slice(start, min(length, start + rows))
-        yield queries, slice(0, queries.stop if mask.triangular else k.shape[2])
+        yield queries, mask.keys_of(queries, k.shape[2])
 
 
 def _row_weights(q, k, bias, scale, mask, queries, keys):

@@ -29,6 +29,7 @@ class Mask(NamedTuple):
         split: lengths of the sequences of queries and of keys, where queries and keys are only some columns of
             them. All the above then describes the whole sequences; only a core that knows which columns are here
             takes such a mask. None where all columns are here.
+        window: only keys less than so many places away, before or after (Beltagy et al. 2020, section 3.1).
     """
 
     causal: bool = True
@@ -37,6 +38,7 @@ class Mask(NamedTuple):
     prefix: Tensor | None = None
     shift: int | None = None
     split: tuple[int, int] | None = None
+    window: int | None = None
 
     @property
     def triangular(self) -> bool:
@@ -47,6 +49,26 @@ class Mask(NamedTuple):
     def may_hide_all(self) -> bool:
         """Whether a query may see no key at all."""
         return self.key_documents is not None or self.shift is not None
+
+    def keys_of(self, queries: slice, keys: int) -> slice:
+        """Of so many keys those that a block of queries may see by their places, and at least one."""
+        stop = queries.stop if self.triangular else keys
+        if self.window is None:
+            return slice(0, stop)
+        shift = self.shift or 0
+        start = min(max(0, queries.start - shift - self.window + 1), keys - 1)
+        return slice(start, max(start + 1, min(stop, queries.stop - shift + self.window - 1)))
+
+    def queries_of(self, keys: slice, queries: int, rows: int) -> slice:
+        """Of so many queries those that may see a block of keys by their places: whole blocks of `rows`, at least one;
+        `keys` begin at a multiple of it if they are as many."""
+        start = keys.start if self.triangular else 0
+        if self.window is None:
+            return slice(start, queries)
+        first = keys.start + (self.shift or 0) - self.window + 1
+        past = keys.stop + (self.shift or 0) + self.window - 1
+        start = min(max(start, first // rows * rows), (queries - 1) // rows * rows)
+        return slice(start, min(queries, max(start + rows, -(-past // rows) * rows)))
 
 
 _ALL = slice(None)
@@ -71,13 +93,17 @@ def lower(
     parts = mask.shift is not None
     assert not mask.causal or parts or queries == keys, "a causal mask needs as many queries as keys"
     seen = None
-    if mask.causal:
+    if mask.causal or mask.window is not None:
         place = torch.arange(queries, device=device)
-        key_place = torch.arange(keys, device=device) if parts else place
+        key_place = place if queries == keys else torch.arange(keys, device=device)
         ahead = key_place + mask.shift if mask.shift else key_place
-        seen = (place[query_slice, None] >= ahead[key_slice])[None, None]
-        if mask.prefix is not None:
-            seen = seen | (key_place[key_slice] < mask.prefix[:, None])[:, None, None]
+        if mask.causal:
+            seen = (place[query_slice, None] >= ahead[key_slice])[None, None]
+            if mask.prefix is not None:
+                seen = seen | (key_place[key_slice] < mask.prefix[:, None])[:, None, None]
+        if mask.window is not None:
+            near = ((place[query_slice, None] - ahead[key_slice]).abs() < mask.window)[None, None]
+            seen = near if seen is None else seen & near
     if mask.documents is not None:
         theirs = mask.documents if mask.key_documents is None else mask.key_documents
         same = (mask.documents[:, query_slice, None] == theirs[:, None, key_slice])[:, None]

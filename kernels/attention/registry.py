@@ -47,7 +47,7 @@ class Mechanism:
         kernels: by name, `reference` among them.
         weights: (q, k, mask, scale, bias) -> attention weights [B, H, Q, S], for maps.
         entropy: (q, k, mask, scale, bias) -> mean entropy of a sample's rows [B], differentiable, in memory O(S).
-        flops: (query heads, head dimension, tokens, causal) -> forward FLOPs of one sequence.
+        flops: (query heads, head dimension, tokens, causal, window or None) -> forward FLOPs of one sequence.
         bytes: (query heads, key/value heads, head dimension, tokens, bytes per element) -> bytes of one sequence
             that a fused forward reads and writes at least.
     """
@@ -57,12 +57,14 @@ class Mechanism:
     kernels: dict[str, Kernel]
     weights: Callable[..., Tensor]
     entropy: Callable[..., Tensor]
-    flops: Callable[[int, int, int, bool], int]
+    flops: Callable[[int, int, int, bool, int | None], int]
     bytes: Callable[[int, int, int, int, int], int]
 
 
-def _dense_flops(heads: int, dim: int, tokens: int, causal: bool) -> int:
-    pairs = tokens * (tokens + 1) // 2 if causal else tokens * tokens
+def _dense_flops(heads: int, dim: int, tokens: int, causal: bool, window: int | None) -> int:
+    near = min(window or tokens, tokens)  # a query and what is at most so many places, less one, before it
+    before = near * (near + 1) // 2 + (tokens - near) * near
+    pairs = before if causal else 2 * before - tokens
     return 4 * heads * dim * pairs  # multiply and add, for the scores and for the values
 
 

@@ -48,11 +48,11 @@ def attention(
 
 
 def hides(mask: Mask, queries: range, keys: range) -> bool:
-    """Whether none of these queries can see any of these keys, by their places alone.
-
-    Mechanisms that look at a neighbourhood only say so here.
-    """
-    return mask.triangular and keys.start >= queries.stop
+    """Whether none of these queries can see any of these keys, by their places alone."""
+    apart = max(queries.start - keys.stop, keys.start - queries.stop) + 1  # places between the nearest two
+    return (mask.triangular and keys.start >= queries.stop) or (
+        mask.window is not None and apart >= mask.window
+    )
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,13 @@ def narrowed(mask: Mask, queries: range, keys: range) -> Mask:
         theirs = (documents if theirs is None else theirs)[:, keys.start : keys.stop]
         documents = documents[:, queries.start : queries.stop]
     causal = mask.causal and (prefix is not None or keys.stop - 1 > queries.start)
+    apart = max(queries.stop - keys.start, keys.stop - queries.start) - 1  # places between the farthest two
+    window = None if mask.window is None or apart < mask.window else mask.window
     if prefix is not None:
         prefix = prefix - keys.start
-    if causal and (prefix is not None or queries != keys):
+    if (causal and prefix is not None) or ((causal or window) and queries != keys):
         shift = keys.start - queries.start
-    return Mask(causal, documents, theirs, prefix, shift)
+    return Mask(causal, documents, theirs, prefix, shift, window=window)
 
 
 def _pass_on(sent: Tensor, buffer: Tensor, hop: int, team: Team) -> list[Any]:

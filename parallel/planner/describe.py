@@ -38,6 +38,7 @@ def describe(
         dtype=PRECISIONS[precision],
         compiled=compiled,
         keys=job.row_tokens,
+        window=attention.window is not None,
     )
     rows = micro_rows(job, layout)
     return Run(

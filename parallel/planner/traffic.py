@@ -184,7 +184,13 @@ def vocabulary(activation: float, row: float, micro_batches: int = 1) -> list[Mo
 
 
 def ring(
-    keys_values: float, ranks: int, micro_batches: int = 1, layers: int = 1, *, gradients: float = 1.0
+    keys_values: float,
+    ranks: int,
+    micro_batches: int = 1,
+    layers: int = 1,
+    *,
+    gradients: float = 1.0,
+    stops: int | None = None,
 ) -> list[Moved]:
     """Ring attention (Liu et al. 2023, section 3): every rank's keys and values visit every other rank, c - 1 sends in
     the forward; in the backward they go round again, and their gradients with them, one send more, home.
@@ -192,8 +198,11 @@ def ring(
     Args:
         keys_values: bytes of a rank's own keys and values, 2 B (S / c) K D.
         gradients: bytes of a gradient's number over those of a key's (2 if fp32 goes with bf16).
+        stops: ranks whose keys a rank needs, itself among them; all if None. With a window shorter than a chunk of the
+            zigzag these are its two neighbours.
     """
-    forward, backward = ranks - 1, (ranks - 1) + gradients * ranks
+    stops = ranks if stops is None else stops
+    forward, backward = stops - 1, (stops - 1) + gradients * stops
     size = micro_batches * layers * keys_values * (forward + backward) if ranks > 1 else 0
     return [Moved("context", "send", size), Moved("context", "receive", size)]
 

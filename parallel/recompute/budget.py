@@ -92,7 +92,7 @@ def cost(p: Place, policy: Policy) -> float:
         return 0.0
     terms = table(p)
     core = p.rows * MECHANISMS[p.model.attention.mechanism].flops(
-        p.model.heads, p.model.head_width, p.length, p.causal
+        p.model.heads, p.model.head_width, p.length, p.causal, p.model.attention.window
     )
     if policy == "attention":
         return core + BYTE * total(term for term in terms if term.part == "attention")

@@ -21,6 +21,9 @@ class Attention(Section):
     """Dropout of attention weights."""
     scale: AboveZero | None = None
     """Factor of the scores; 1 / sqrt(head dimension) if not given (T5: 1)."""
+    window: Positive | None = None
+    """Tokens see only tokens less than so many places away (Mistral's `sliding_window`, Longformer's local attention);
+    all if not given. Cross-attention sees all."""
     entropy_penalty: float = 0.0
     """Weight in the loss of the mean entropy of attention rows, in nats: positive sharpens attention, negative
     keeps it from collapsing (Zhai et al. 2023)."""

@@ -39,8 +39,9 @@ NOWHERE = {
     "model.layer_scale": None,
     "model.embedding_scale": False,
     "model.attention.mechanism": "dense",
+    "model.attention.window": None,
 }
-"""What no model of Hugging Face that we write has otherwise."""
+"""What models of Hugging Face that we write have not otherwise, unless they have a key for it."""
 
 Settings = dict[str, Any]
 """Dotted setting -> value."""
@@ -111,7 +112,8 @@ class Family:
             JobError: the model has something that this kind of model lacks; names the setting.
         """
         for setting, value in {**NOWHERE, **self.fixed}.items():
-            demand(job, setting, value, self.model_type)
+            if setting not in self.values:
+                demand(job, setting, value, self.model_type)
         usual = {"model.kv_heads": job.model.heads, "model.head_dim": job.model.hidden // job.model.heads}
         for setting in usual.keys() - self.values.keys():
             demand(job, setting, usual[setting], self.model_type)

@@ -37,8 +37,10 @@ def read(hf: dict, names: frozenset[str]) -> Settings:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise JobError("config.json: rope_parameters", rope, "Headway has plain rotary positions", "default")
-    if (hf.get("sliding_window") or 0) > 0 and hf.get("use_sliding_window", True):
-        raise JobError("config.json: sliding_window", hf["sliding_window"], "Headway's models see all", None)
+    window = hf.get("sliding_window") if hf["model_type"] != "mixtral" else None
+    if window and hf.get("use_sliding_window", True):
+        rule = "Headway reads one window for all layers, of Mixtral"
+        raise JobError("config.json: sliding_window", window, rule, None)
     if hf.get("attention_bias", False) != hf.get("mlp_bias", False):
         rule = "Headway's linear layers have biases everywhere or nowhere"
         raise JobError("config.json: attention_bias", hf.get("attention_bias"), rule, hf.get("mlp_bias"))
@@ -79,7 +81,7 @@ def write_qwen3(job: Job, inputs: Inputs) -> dict:
 
 def write_mixtral(job: Job, inputs: Inputs) -> dict:
     """Mixtral's keys beyond the tables."""
-    config = write(job, inputs) | {"architectures": ["MixtralForCausalLM"], "sliding_window": None}
+    config = write(job, inputs) | {"architectures": ["MixtralForCausalLM"]}
     config["intermediate_size"] = job.model.experts.ffn or job.model.ffn_width
     del config["attention_bias"], config["mlp_bias"]
     return config
@@ -169,6 +171,7 @@ MIXTRAL = replace(
         "model.experts.top_k": "num_experts_per_tok",
         "model.experts.balance": "router_aux_loss_coef",
         "model.experts.jitter": "router_jitter_noise",
+        "model.attention.window": "sliding_window",
     },
     fixed={
         **{name: value for name, value in LLAMA.fixed.items() if name != "model.experts.count"},
@@ -185,6 +188,7 @@ MIXTRAL = replace(
         **LLAMA.defaults,
         "router_aux_loss_coef": 0.001,
         "router_jitter_noise": 0.0,
+        "sliding_window": None,
         "default_theta": 1e6,
     },
     write=write_mixtral,

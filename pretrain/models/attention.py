@@ -51,6 +51,7 @@ class Core(nn.Module):
             dtype=q_BHSD.dtype,
             compiled=torch.compiler.is_compiling(),
             keys=k_BKMD.shape[2],
+            window=mask.window is not None,
         )
         return kernel.compute(q_BHSD, k_BKMD, v_BKMD, mask, dropout, self.scale, bias_HSM)
 
@@ -83,6 +84,7 @@ class Attention(nn.Module):
         self.dropout = Dropout(model.attention.dropout)
         self.core = Core(model.attention)
         self.wants_entropy = model.attention.entropy_penalty != 0
+        self.window = model.attention.window
 
     def forward(
         self,
@@ -114,6 +116,8 @@ class Attention(nn.Module):
         if turn is not None:
             asking = turn if queries is None else Rotation(*(t[..., :queries, :] for t in turn))
             q_BHSD, k_BKMD = rotate(q_BHSD, asking), rotate(k_BKMD, turn)
+        if memory_BME is None:
+            mask = mask._replace(window=self.window)
         dropout = self._weight_dropout(noise, x_BSE.shape[1])
         y_BHSD = self.core(q_BHSD, k_BKMD, v_BKMD, mask, dropout, bias_HSM)
         entropy = self.core.entropy(q_BHSD, k_BKMD, mask, bias_HSM) if self.wants_entropy else None

@@ -257,7 +257,7 @@ def _stack(model: Model, layers: int, tokens: int, causal: bool = False, memory:
 
 def _block(model: Model, layer: int, tokens: int, causal: bool, memory: int) -> list[Cost]:
     mechanism = MECHANISMS[model.attention.mechanism]
-    pairs = Cost(flops=mechanism.flops(model.heads, model.head_width, tokens, causal))
+    pairs = Cost(flops=mechanism.flops(model.heads, model.head_width, tokens, causal, model.attention.window))
     cross = Cost(flops=4 * model.heads * model.head_width * tokens * memory)
     feed_forward = _experts if model.has_experts(layer) else _mlp
     return [

@@ -17,6 +17,7 @@ from headway.parallel.context import layout, ring, ulysses
 from headway.parallel.context.core import ContextCore
 from headway.parallel.context.exchange import Team
 from headway.parallel.engines import capabilities
+from headway.parallel.planner import traffic as formulas
 from headway.pretrain import config
 from headway.pretrain.errors import JobError
 from headway.pretrain.models.attention import Core
@@ -74,6 +75,10 @@ MASKS = {
     "padded": Mask(False, PADDED),
     "prefix": Mask(True, prefix=torch.tensor([0, 19])),
     "padded prefix": Mask(True, PADDED, prefix=torch.tensor([37, 7])),
+    "window": Mask(window=4),
+    "window both ways": Mask(False, window=9),
+    "window of pairs": Mask(False, PADDED, window=7),
+    "window of a prefix": Mask(True, DOCUMENTS, prefix=torch.tensor([0, 19]), window=8),
     "cross": Mask(False),
     "cross padded": Mask(False, TARGETS, PADDED),  # document 1 of the second row has no keys at all
 }
@@ -163,13 +168,10 @@ def test_keys_travel_to_those_who_see_them_only():
     def stops(mask, split=(64, 64)):
         return ring.Task(team, mask._replace(split=split), None, 1.0).stops()
 
-    assert stops(Mask()) == stops(Mask(False)) == [0, 1, 2, 3]
-
-    def local(mask, queries, keys):  # a window of 8 tokens behind the query
-        return keys.start >= queries.stop or keys.stop + 8 <= queries.start
-
-    with patch.object(ring, "hides", local):
-        assert stops(Mask()) == [0, 1, 3]  # neighbours on both sides: chunks come twice, in opposite orders
+    assert stops(Mask()) == stops(Mask(False)) == stops(Mask(window=64)) == [0, 1, 2, 3]
+    # Neighbours on both sides: chunks come twice, in opposite orders.
+    assert stops(Mask(window=9)) == stops(Mask(False, window=9)) == [0, 1, 3]
+    assert stops(Mask(window=1)) == [0]
 
 
 def test_chunks_that_nobody_sees_are_not_computed():
@@ -185,13 +187,10 @@ def local_window(rank, world):
     team = Team(dist.group.WORLD, world, rank)
     places = layout.places(64, world, rank)
     q, k, v, up = (x[:, :, places].clone().requires_grad_() for x in windowed())
-
-    def local(mask, queries, keys):
-        return keys.start >= queries.stop or keys.stop <= queries.start - 8
-
-    with patch.object(ring, "hides", local):
-        out = ring.attention(q, k, v, Mask(split=(64, 64)), None, None, None, team)
-        return plain(out), plain(torch.autograd.grad(out, [q, k, v], up))
+    with patch.object(ring, "_pass_on", side_effect=ring._pass_on) as passed:
+        out = ring.attention(q, k, v, Mask(split=(64, 64), window=9), None, None, None, team)
+        gradients = torch.autograd.grad(out, [q, k, v], up)
+    return plain(out), plain(gradients), sum(call.args[0].nbytes for call in passed.call_args_list)
 
 
 def windowed():
@@ -199,19 +198,19 @@ def windowed():
     return [torch.randn(1, 2, 64, 6, generator=generator, dtype=torch.float64) for _ in range(4)]
 
 
-def test_gradients_come_home_where_stops_are_left_out(pool):
-    """Chunks of 8 that see themselves and the chunk before."""
+def test_a_window_is_exchanged_with_neighbours(pool):
+    """Chunks of 8 see themselves and the chunk before; keys and values of a rank are 2 x 2 heads x 16 x 6 numbers."""
     q, k, v, up = windowed()
     for x in (q, k, v):
         x.requires_grad_()
     place = torch.arange(64)
-    seen = (place[:, None] >= place) & (place[:, None] // 8 - place // 8 <= 1)
-    scores = (q @ k.mT / math.sqrt(6)).masked_fill(~seen, -math.inf)
-    out = scores.softmax(-1) @ v
+    seen = (place[:, None] >= place) & (place[:, None] - place < 9)
+    out = ((q @ k.mT / math.sqrt(6)).masked_fill(~seen, -math.inf)).softmax(-1) @ v
     gradients = torch.autograd.grad(out, [q, k, v], up)
-    for rank, (ours, slopes) in enumerate(pool(local_window, ranks=4)):
+    for rank, (ours, slopes, moved) in enumerate(pool(local_window, ranks=4)):
         at = layout.places(64, 4, rank)
         close([ours, *slopes], [x[:, :, at] for x in (out, *gradients)])
+        assert moved == formulas.ring(2 * 2 * 16 * 6 * 8, 4, stops=3)[0].bytes
 
 
 def test_few_key_heads_are_repeated_for_their_ranks():
@@ -254,6 +253,17 @@ def test_rings_draw_the_curves_of_one_process(pool, parallel, names):
 ])  # fmt: skip
 def test_ulysses_draws_the_curves_of_one_process(pool, parallel, names):
     prove(pool, names, parallel, HEADS)
+
+
+@pytest.mark.parametrize(("parallel", "name"), [
+    (FOUR, "gpt"),
+    pytest.param(RING | {"shard": 2}, "t5", marks=long),
+    pytest.param(ULYSSES, "bert", marks=long),
+    pytest.param({"tensor": 2, "shard": 1}, "t5", marks=long),
+    pytest.param({"pipeline": 2, "shard": 1, "micro_batch": 3}, "vit", marks=long),
+])  # fmt: skip
+def test_windows_draw_the_curves_of_one_process(pool, parallel, name):
+    prove(pool, [name], parallel, {"model": {"heads": 4, "attention": {"window": 3}}})
 
 
 @pytest.mark.long

@@ -24,6 +24,11 @@ MASKS = {
     "padded": Mask(False, PADDED),
     "prefix": Mask(True, prefix=torch.tensor([0, 150])),
     "padded prefix": Mask(True, PADDED, prefix=torch.tensor([303, 7])),
+    "window": Mask(window=40),
+    "window both ways": Mask(False, window=150),
+    "window of itself": Mask(False, window=1),
+    "window of pairs": Mask(False, PADDED, window=30),
+    "window of a prefix": Mask(True, DOCUMENTS, prefix=torch.tensor([0, 150]), window=140),
     "cross": Mask(False),
     "cross padded": Mask(False, TARGETS, PADDED),  # document 1 of the second row has no keys at all
 }
@@ -65,6 +70,8 @@ def torchs_own(q, k, v, mask, dropout=None, scale=None, bias=None):
         if mask.documents is not None:
             theirs = mask.documents if mask.key_documents is None else mask.key_documents
             seen[b] &= mask.documents[b][:, None] == theirs[b]
+        if mask.window is not None:
+            seen[b] &= (places[0][:, None] - places[1]).abs() < mask.window
     added = torch.zeros(seen.shape, dtype=q.dtype).masked_fill(~seen, -math.inf)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         return F.scaled_dot_product_attention(
@@ -311,6 +318,10 @@ def test_a_kernel_without_bias_is_refused(monkeypatch):
 
 def test_costs():
     flops = MECHANISMS["dense"].flops
-    assert flops(2, 8, 10, False) == 2 * 2 * 2 * 8 * 100  # two products of 2 FLOPs a term
-    assert flops(2, 8, 10, True) == 2 * 2 * 2 * 8 * 55
+    for causal in (True, False):
+        for window in (1, 4, 10, 12):
+            seen = lower(Mask(causal, window=window), 10, 10, torch.device("cpu"))
+            assert flops(1, 1, 10, causal, window) == 4 * int(seen.sum())
+    assert flops(2, 8, 10, False, None) == 2 * 2 * 2 * 8 * 100  # two products of 2 FLOPs a term
+    assert flops(2, 8, 10, True, None) == 2 * 2 * 2 * 8 * 55
     assert MECHANISMS["dense"].bytes(4, 2, 8, 10, 2) == (4 + 2 + 2 + 4) * 8 * 10 * 2

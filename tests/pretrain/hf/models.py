@@ -73,6 +73,13 @@ def mixtral():
     return MixtralForCausalLM(MixtralConfig(**ROTARY, **EAGER, **experts))
 
 
+def mixtral_window():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    experts = {"num_local_experts": 4, "experts_implementation": "eager"}
+    return MixtralForCausalLM(MixtralConfig(**ROTARY, **EAGER, **experts, sliding_window=5))
+
+
 def bert():
     from transformers import BertConfig, BertForPreTraining
 
@@ -131,7 +138,7 @@ def mae():
     return model
 
 
-CAUSAL = {f.__name__: f for f in (gpt2, llama, llama_tied, qwen3, mixtral)}
+CAUSAL = {f.__name__: f for f in (gpt2, llama, llama_tied, qwen3, mixtral, mixtral_window)}
 MASKED = {f.__name__: f for f in (bert, bert_untied, albert)}
 SEQ2SEQ = {f.__name__: f for f in (t5, t5_v1_1)}
 VISION = {f.__name__: f for f in (vit, mae)}
