@@ -65,6 +65,7 @@ class StageModule(nn.Module):
 
     Attributes:
         incoming: names of the tensors that it is given, in order.
+        branches: whether a decoder begins here, whose first steps do not depend on what comes in.
         known: of the uses of blocks before it, what they give beside; told by the stage before.
     """
 
@@ -78,6 +79,9 @@ class StageModule(nn.Module):
         self.incoming = incoming(plan, stage, self.remembered)
         following = None if stage.last else plan.stages[stage.number + 1]
         self.outgoing = () if following is None else incoming(plan, following, self.remembered)
+        self.branches = objective.remembered and any(
+            tower and first == 0 for tower, (first, _) in stage.spans.items()
+        )
         self.known: list[SideShape] = []
         self.own: list[SideShape] = []
         self.work: Work | None = None
