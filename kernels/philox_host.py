@@ -15,9 +15,12 @@ import numpy as np
 BLOCK = 1 << 13
 """Counters at once: 64 KiB a word, of which some ten are alive."""
 
+MULTIPLIERS, INCREMENTS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
+"""Of counters and keys, from the paper, section 5.3."""
+
 _WORD, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
-_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)  # as in `random`
-_W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
+_M0, _M1 = map(np.uint64, MULTIPLIERS)
+_W0, _W1 = map(np.uint64, INCREMENTS)
 
 Array = np.ndarray[Any, Any]
 Block = tuple[tuple[slice, ...], tuple[Array, Array, Array, Array]]

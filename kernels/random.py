@@ -20,8 +20,7 @@ from torch import Tensor
 from headway.kernels import philox_host
 
 _WORD = 0xFFFFFFFF
-_M0, _M1 = 0xD2511F53, 0xCD9E8D57  # multipliers and key increments of the paper, section 5.3
-_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+(_M0, _M1), (_W0, _W1) = philox_host.MULTIPLIERS, philox_host.INCREMENTS
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 Coordinates = tuple[Tensor, Tensor | int, Tensor | int]
