@@ -161,24 +161,26 @@ def choose_hardware(job: Job, world: World) -> Hardware:
         f"device {world.device} ({devices.device_name(world.device)}), {world.size} rank(s), {world.layout}"
         + (f", collectives over {world.backend}" if world.size > 1 else ""),
         f"precision {precision}: {reason}",
-        f"attention {job.model.attention.mechanism}, kernel {attention_kernel(job, world.device, precision, compiled)}",
+        *(
+            f"attention {word}, kernel {attention_kernel(job, word, world.device, precision, compiled)}"
+            for word in job.model.attention.mechanisms
+        ),
         f"compile {'on' if compiled else 'off'}: {why}",
         f"peak {peak / 1e9:,.0f} GFLOP/s a device: {source}",
     ]
     return Hardware(world, precision, reason, compiled, why, peak, source, notes)
 
 
-def attention_kernel(job: Job, device: torch.device, precision: str, compiled: bool) -> str:
-    """Name of the kernel that will compute attention here."""
+def attention_kernel(job: Job, word: str, device: torch.device, precision: str, compiled: bool) -> str:
+    """Name of the kernel that will compute a mechanism here."""
     attention = job.model.attention
     return choose(
-        attention.mechanism,
+        word,
         attention.kernel,
         dropout=attention.dropout > 0,
         device=device.type,
         dtype=devices.PRECISIONS[precision],
         compiled=compiled,
-        window=attention.window is not None,
     ).name
 
 

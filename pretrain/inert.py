@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from headway.pretrain.config import Job
+from headway.kernels.attention.registry import mechanism, words
+from headway.pretrain.config import Attention, Job
 from headway.pretrain.errors import JobError
 from headway.pretrain.recipe import DEFAULT, Resolved
 
@@ -72,11 +73,6 @@ RULES: list[Rule] = [
     ),
     ("train.ramp.increment", lambda j: j.train.ramp.start is not None, "train.ramp.start is not given"),
     ("train.ramp.samples", lambda j: j.train.ramp.start is not None, "train.ramp.start is not given"),
-    (
-        "model.attention.window",
-        lambda j: (j.model.attention.window or 0) < j.row_tokens,
-        "no two tokens of a row are so far apart",
-    ),
     ("model.rotary_base", lambda j: j.model.positions == "rotary", "model.positions is not rotary"),
     ("model.max_positions", lambda j: j.model.positions == "learned", "only learned positions have a table"),
     ("data.tokenizer.vocab", lambda j: _trained(j), "the vocabulary is that of the given tokenizer"),
@@ -116,6 +112,25 @@ RULES: list[Rule] = [
     ("tracking.group", lambda j: j.tracking.wandb != "off", "tracking.wandb is off"),
     ("tracking.tags", lambda j: j.tracking.wandb != "off", "tracking.wandb is off"),
     ("tracking.histograms_every", lambda j: j.tracking.wandb != "off", "tracking.wandb is off"),
+]
+
+
+def _read(job: Job) -> set[str]:
+    """Numbers that some mechanism of the model reads."""
+    return {name for word in job.model.attention.mechanisms for name in mechanism(word).settings}
+
+
+RULES += [
+    (f"model.attention.{name}", lambda j, name=name: name in _read(j), "no mechanism of the model reads it")
+    for name in sorted(
+        {name for row in words().values() for name in row.settings} & {*Attention.model_fields}
+    )
+] + [
+    (
+        "model.attention.mechanism",
+        lambda j: not j.model.attention.pattern,
+        "model.attention.pattern names the layers' mechanisms",
+    )
 ]
 
 

@@ -48,16 +48,16 @@ class _Blocks(torch.autograd.Function):
     def forward(
         ctx,
         q, k, v, bias, scale,
-        causal, documents, key_documents, prefix, shift, split, window,
+        causal, documents, key_documents, prefix, shift, split, scope,
         p, key, slots, positions, first_head, first_key,
     ):  # fmt: skip
-        mask = Mask(causal, documents, key_documents, prefix, shift, split, window)
+        mask = Mask(causal, documents, key_documents, prefix, shift, split, scope)
         drop = None if key is None else WeightDropout(p, key, slots, positions, first_head, first_key)
         out, lse = outputs(q, k, v, bias, scale, mask, drop)
         ctx.save_for_backward(
             q, k, v, bias, out, lse, documents, key_documents, prefix, key, slots, positions
         )
-        ctx.scale, ctx.causal, ctx.shift, ctx.window, ctx.p = scale, causal, shift, window, p
+        ctx.scale, ctx.causal, ctx.shift, ctx.scope, ctx.p = scale, causal, shift, scope, p
         ctx.first_head, ctx.first_key = first_head, first_key
         return out
 
@@ -65,7 +65,7 @@ class _Blocks(torch.autograd.Function):
     def backward(ctx, d_out):
         q, k, v, bias, out, lse, *described = ctx.saved_tensors
         documents, key_documents, prefix, key, slots, positions = described
-        mask = Mask(ctx.causal, documents, key_documents, prefix, ctx.shift, window=ctx.window)
+        mask = Mask(ctx.causal, documents, key_documents, prefix, ctx.shift, scope=ctx.scope)
         where = slots, positions, ctx.first_head, ctx.first_key
         drop = None if key is None else WeightDropout(ctx.p, key, *where)
         wants_bias = ctx.needs_input_grad[3]
@@ -75,7 +75,7 @@ class _Blocks(torch.autograd.Function):
 def outputs(q, k, v, bias, scale, mask, drop):
     """Output [B, H, Q, D] and log-sum-exp of the scores [B, H, Q], for as many keys' heads as queries'."""
     whole = mask.documents is None and mask.prefix is None and mask.shift is None
-    plain = whole and mask.window is None and bias is None
+    plain = whole and mask.scope is None and bias is None
     if q.device.type == "cpu" and drop is None and plain:
         # PyTorch's own forward is good here, and gives the log-sum-exp; its bf16 backward is what is slow.
         return _flash(q, k, v, 0.0, mask.causal, scale=scale)

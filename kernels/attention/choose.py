@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from headway.kernels.attention.registry import MECHANISMS, Kernel
+from headway.kernels.attention.registry import Kernel, Mechanism
+from headway.kernels.attention.registry import mechanism as described
 
 SHORT = 192
 """Keys up to which row blocks beat PyTorch's kernel in bf16 on CPU, without a compiler."""
@@ -34,26 +35,27 @@ def choose(
     dtype: torch.dtype = torch.float32,
     compiled: bool = False,
     keys: int | None = None,
-    window: bool = False,
 ) -> Kernel:
     """The kernel that computes `mechanism` here.
 
     Args:
-        mechanism: a name in MECHANISMS.
+        mechanism: a registered word, or several joined by "+".
         request: a kernel's name, which is never replaced, or `auto`.
         dropout: whether attention weights are dropped.
         bias: whether a bias that learns is added to the scores.
         device, dtype: where the queries live and what they are.
         compiled: whether torch.compile traces this call.
         keys: that a query may see at most; many, if not given.
-        window: whether a query sees its neighbourhood only.
 
     Raises:
         KernelUnavailable: the request is unknown or cannot do what is asked.
     """
-    kernels = MECHANISMS[mechanism].kernels
+    row = described(mechanism)
+    kernels = row.kernels
     if request == "auto":
-        return kernels["blocks" if window else _fastest(dropout, bias, device, dtype, compiled, keys)]
+        if _dense(row):
+            return kernels[_fastest(dropout, bias, device, dtype, compiled, keys)]
+        return list(kernels.values())[-1]
     if request not in kernels:
         raise KernelUnavailable(
             request, f"{mechanism} attention has the kernels {', '.join(kernels)}", "auto"
@@ -66,6 +68,11 @@ def choose(
         nearest = next(k.name for k in reversed(kernels.values()) if k.bias and k.dropout >= dropout)
         raise KernelUnavailable(request, "it computes no bias of the scores", nearest)
     return kernels[request]
+
+
+def _dense(row: Mechanism) -> bool:
+    """Whether every pair is seen, so that PyTorch's kernels waste nothing."""
+    return row.part is not None and row.part.fused and row.part.scope is None
 
 
 def _fastest(

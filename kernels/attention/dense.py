@@ -107,7 +107,7 @@ def sdpa(
     With a bias that needs a gradient, PyTorch's path on CPU is not fused and holds O(Q S).
     """
     assert dropout is None
-    whole = mask.documents is None and mask.prefix is None and mask.window is None and bias_HQK is None
+    whole = mask.documents is None and mask.prefix is None and mask.scope is None and bias_HQK is None
     seen = None if whole else lower(mask, q_BHQD.shape[2], k_BKSD.shape[2], q_BHQD.device)
     some = None
     if seen is not None and mask.may_hide_all:

@@ -45,21 +45,21 @@ class _RowEntropy(torch.autograd.Function):
     """Entropy of every row, [B, H, Q]; 0 where nothing is seen."""
 
     @staticmethod
-    def forward(ctx, q, k, bias, scale, causal, documents, key_documents, prefix, shift, split, window):
-        mask, rows = Mask(causal, documents, key_documents, prefix, shift, split, window), []
+    def forward(ctx, q, k, bias, scale, causal, documents, key_documents, prefix, shift, split, scope):
+        mask, rows = Mask(causal, documents, key_documents, prefix, shift, split, scope), []
         for part in _parts(q, k, mask):
             p, log_p = _row_weights(q, k, bias, scale, mask, *part)
             rows.append(-(p * log_p).sum(-1))
         entropy = torch.cat(rows, 2)
         ctx.save_for_backward(q, k, bias, entropy, documents, key_documents, prefix)
-        ctx.scale, ctx.causal, ctx.shift, ctx.window = scale, causal, shift, window
+        ctx.scale, ctx.causal, ctx.shift, ctx.scope = scale, causal, shift, scope
         return entropy
 
     @staticmethod
     def backward(ctx, d_entropy):
         q, k, bias, entropy, *described = ctx.saved_tensors
         documents, key_documents, prefix = described
-        mask = Mask(ctx.causal, documents, key_documents, prefix, ctx.shift, window=ctx.window)
+        mask = Mask(ctx.causal, documents, key_documents, prefix, ctx.shift, scope=ctx.scope)
         wants_bias = ctx.needs_input_grad[2]
         dqs, d_biases, dk = [], [], torch.zeros_like(k, dtype=entropy.dtype)
         for queries, keys in _parts(q, k, mask):

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from headway.kernels.attention.scopes import Scope, Window, joined
+
 
 class Mask(NamedTuple):
     """Which keys a query sees: those that all given conditions allow.
@@ -29,7 +31,7 @@ class Mask(NamedTuple):
         split: lengths of the sequences of queries and of keys, where queries and keys are only some columns of
             them. All the above then describes the whole sequences; only a core that knows which columns are here
             takes such a mask. None where all columns are here.
-        window: only keys less than so many places away, before or after (Beltagy et al. 2020, section 3.1).
+        scope: only keys that it sees by their places.
     """
 
     causal: bool = True
@@ -38,7 +40,7 @@ class Mask(NamedTuple):
     prefix: Tensor | None = None
     shift: int | None = None
     split: tuple[int, int] | None = None
-    window: int | None = None
+    scope: Scope | None = None
 
     @property
     def triangular(self) -> bool:
@@ -49,6 +51,16 @@ class Mask(NamedTuple):
     def may_hide_all(self) -> bool:
         """Whether a query may see no key at all."""
         return self.key_documents is not None or self.shift is not None
+
+    @property
+    def window(self) -> int | None:
+        """Width of a sliding window, where the scope is one."""
+        return self.scope.width if isinstance(self.scope, Window) else None
+
+    @property
+    def strip(self) -> bool:
+        """Whether the keys that a block of queries sees by their places are one run of about as many."""
+        return self.scope is None or isinstance(self.scope, Window)
 
     def keys_of(self, queries: slice, keys: int) -> slice:
         """Of so many keys those that a block of queries may see by their places, and at least one."""
@@ -70,6 +82,20 @@ class Mask(NamedTuple):
         start = min(max(start, first // rows * rows), (queries - 1) // rows * rows)
         return slice(start, min(queries, max(start + rows, -(-past // rows) * rows)))
 
+    @property
+    def rows(self) -> int:
+        """Queries of a block that see about the same keys."""
+        return 128 if self.scope is None else self.scope.rows
+
+    def runs_of(self, queries: slice, keys: int) -> list[slice]:
+        """Runs of keys, in order, of which a block of queries may see some by their places; any scope, no `shift`."""
+        assert self.shift is None
+        stop = queries.stop if self.triangular else keys
+        if self.scope is None:
+            return [slice(0, stop)]
+        runs = self.scope.ranges(range(queries.start, queries.stop), keys, self.triangular)
+        return joined(runs, 0, stop)
+
 
 _ALL = slice(None)
 
@@ -80,20 +106,20 @@ def lower(
     keys: int,
     device: torch.device,
     query_slice: slice = _ALL,
-    key_slice: slice = _ALL,
+    key_slice: slice | Tensor = _ALL,
 ) -> Tensor | None:
     """The mask as bool [1 or B, 1, Q, K], true where a query sees a key; None if everything is seen.
 
     Args:
         mask: the description.
         queries, keys: how many there are; equal for a causal mask.
-        query_slice, key_slice: the rows and columns that are wanted, all by default.
+        query_slice, key_slice: the rows and columns that are wanted, all by default; columns also by number.
     """
     assert mask.split is None, "columns of a sequence need a core that knows which they are"
     parts = mask.shift is not None
     assert not mask.causal or parts or queries == keys, "a causal mask needs as many queries as keys"
     seen = None
-    if mask.causal or mask.window is not None:
+    if mask.causal or mask.scope is not None:
         place = torch.arange(queries, device=device)
         key_place = place if queries == keys else torch.arange(keys, device=device)
         ahead = key_place + mask.shift if mask.shift else key_place
@@ -101,8 +127,9 @@ def lower(
             seen = (place[query_slice, None] >= ahead[key_slice])[None, None]
             if mask.prefix is not None:
                 seen = seen | (key_place[key_slice] < mask.prefix[:, None])[:, None, None]
-        if mask.window is not None:
-            near = ((place[query_slice, None] - ahead[key_slice]).abs() < mask.window)[None, None]
+        if mask.scope is not None:
+            places = place[query_slice, None], ahead[key_slice][None]
+            near = mask.scope.sees(*places, keys, mask.triangular)[None, None]
             seen = near if seen is None else seen & near
     if mask.documents is not None:
         theirs = mask.documents if mask.key_documents is None else mask.key_documents

@@ -1,21 +1,52 @@
 """What is known of every attention mechanism and kernel, as data: tests, costs and the choice read it from here.
 
-A mechanism says what attention means, a kernel how it is computed. The mechanism's `reference` is its
-specification, and a contract test holds every registered kernel to it.
+A mechanism says what attention means, a kernel how it is computed. The mechanism's `reference` is its specification,
+and a contract test holds every registered kernel to it. Words for scores, weightings and scopes compose: `window+sink`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from headway.kernels.attention import blocks, dense, entropy
-
 Compute = Callable[..., Tensor]
-"""(q [B, H, Q, D], k and v [B, K, S, D], mask, dropout or None, scale or None, bias [H, Q, S] or None) ->
-[B, H, Q, D]; K key/value heads, S keys. See `dense.reference`."""
+"""(q [B, H, Q, D], k and v [B, K, S, D], mask, dropout or None, scale or None, bias [H, Q, S] or None, **extras) ->
+[B, H, Q, D]; K key/value heads, S keys; extras are settings and own tensors by name. See `dense.reference`."""
+
+Kind = Literal["score", "weights", "scope", "heads", "mixer"]
+
+ALL = frozenset(
+    {"causal", "bidirectional", "cross", "documents", "padding", "prefix", "dropout", "grouped", "bias"}
+)
+"""What dense attention takes on one device; `rotary`, `tensor`, `context_ring` and `context_ulysses` are beside."""
+SPREAD = frozenset({"rotary", "tensor", "context_ulysses"})
+
+
+class Shape(NamedTuple):
+    """What a cost depends on.
+
+    Attributes:
+        heads, kv_heads, dim: of attention.
+        hidden: width of the layer's input.
+        queries, keys: of one sequence.
+        causal: whether a query sees earlier keys only.
+        settings: of the mechanism, by name.
+        layer: its place, from 0.
+    """
+
+    heads: int
+    kv_heads: int
+    dim: int
+    hidden: int
+    queries: int
+    keys: int
+    causal: bool
+    settings: Mapping[str, Any]
+    layer: int = 0
 
 
 @dataclass(frozen=True)
@@ -37,56 +68,112 @@ class Kernel:
     memory: str
 
 
+class Own(NamedTuple):
+    """A parameter of a mechanism.
+
+    Attributes:
+        shape: of a shape of attention; the first dim is of heads, by which tensor parallelism cuts it.
+        init: kind and value of `schemes.Fill`.
+    """
+
+    shape: Callable[[Shape], tuple[int, ...]]
+    init: tuple[Any, ...]
+
+
 @dataclass(frozen=True)
 class Mechanism:
     """What attention means.
 
     Attributes:
         name: what `model.attention.mechanism` calls it.
+        kind: `score`, `weights` and `scope` compose; `heads` takes queries, keys and values and does the rest; a
+            `mixer` is a module of its own, from layer input to output.
+        formula: in a line.
         source: paper and equation.
-        kernels: by name, `reference` among them.
-        weights: (q, k, mask, scale, bias) -> attention weights [B, H, Q, S], for maps.
+        settings: numbers of `model.attention` that it reads, and what they are if not given; a function of the layer
+            where they depend on it.
+        own: its parameters.
+        gates: projections of the layer's input, with their width for every head; kernels get [B, H, S, width].
+        kernels: by name, `reference` among them; a mixer's compute what its module hands them.
+        flops: forward FLOPs of one sequence, beside the projections of queries, keys, values and outputs; a mixer's of
+            everything.
+        bytes: (shape, bytes per element) -> bytes of one sequence that a fused forward reads and writes at least.
+        state: numbers that decoding keeps of a sequence.
+        order: growth of time with the length n.
+        supports: out of `ALL` and `SPREAD`, `maps` (weights exist), `entropy`.
+        weights: (q, k, mask, scale, bias, **extras) -> attention weights [B, H, Q, S], if there are any.
         entropy: (q, k, mask, scale, bias) -> mean entropy of a sample's rows [B], differentiable, in memory O(S).
-        flops: (query heads, head dimension, tokens, causal, window or None) -> forward FLOPs of one sequence.
-        bytes: (query heads, key/value heads, head dimension, tokens, bytes per element) -> bytes of one sequence
-            that a fused forward reads and writes at least.
+        part: what the word adds to a composition.
+        draws: whether its kernels take `draw`, what random numbers are a function of (`draw.Draw`).
     """
 
     name: str
+    kind: Kind
+    formula: str
     source: str
     kernels: dict[str, Kernel]
-    weights: Callable[..., Tensor]
-    entropy: Callable[..., Tensor]
-    flops: Callable[[int, int, int, bool, int | None], int]
-    bytes: Callable[[int, int, int, int, int], int]
+    flops: Callable[[Shape], float]
+    bytes: Callable[[Shape, int], float]
+    state: Callable[[Shape], float]
+    order: str
+    supports: frozenset[str]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    own: Mapping[str, Own] = field(default_factory=dict)
+    gates: Mapping[str, Callable[[Shape], int]] = field(default_factory=dict)
+    weights: Callable[..., Tensor] | None = None
+    entropy: Callable[..., Tensor] | None = None
+    part: Any = None
+    draws: bool = False
 
 
-def _dense_flops(heads: int, dim: int, tokens: int, causal: bool, window: int | None) -> int:
-    near = min(window or tokens, tokens)  # a query and what is at most so many places, less one, before it
-    before = near * (near + 1) // 2 + (tokens - near) * near
-    pairs = before if causal else 2 * before - tokens
-    return 4 * heads * dim * pairs  # multiply and add, for the scores and for the values
+@cache
+def words() -> Mapping[str, Mechanism]:
+    """Every registered word."""
+    from headway.kernels.attention import table
+
+    return {row.name: row for row in table.ROWS}
 
 
-def _dense_bytes(heads: int, kv_heads: int, dim: int, tokens: int, itemsize: int) -> int:
-    return 2 * (heads + kv_heads) * dim * tokens * itemsize  # q and output, k and v
+class UnknownWord(ValueError):
+    """A word that is not registered, or words that do not go together.
+
+    Attributes:
+        value: the words.
+        rule: what must hold.
+        nearest: the nearest legal words.
+    """
+
+    def __init__(self, value: str, rule: str, nearest: str) -> None:
+        self.value, self.rule, self.nearest = value, rule, nearest
+        super().__init__(f"attention mechanism {value!r}: {rule}; nearest legal choice: {nearest}")
 
 
-DENSE = Mechanism(
-    name="dense",
-    source="Vaswani et al. 2017, equation 1; grouped queries: Ainslie et al. 2023",
-    kernels={
-        k.name: k
-        for k in (
-            Kernel("reference", dense.reference, dropout=True, bias=True, memory="S^2"),
-            Kernel("sdpa", dense.sdpa, dropout=False, bias=True, memory="S; S^2 if a bias learns"),
-            Kernel("blocks", blocks.attention, dropout=True, bias=True, memory="S"),
-        )
-    },
-    weights=dense.attention_weights,
-    entropy=entropy.row_entropy,
-    flops=_dense_flops,
-    bytes=_dense_bytes,
-)
+@cache
+def mechanism(name: str) -> Mechanism:
+    """The mechanism of a word, or of several joined by "+".
 
-MECHANISMS: dict[str, Mechanism] = {m.name: m for m in (DENSE,)}
+    Raises:
+        UnknownWord: a word is not registered, or two say the same kind of thing.
+    """
+    import difflib
+
+    from headway.kernels.attention import table
+
+    known, parts = words(), name.split("+")
+    for word in parts:
+        if word not in known:
+            near = difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
+            raise UnknownWord(
+                name, f"{word!r} is none of {', '.join(sorted(known))}", name.replace(word, near)
+            )
+    rows = [known[word] for word in parts]
+    if len(rows) == 1:
+        return rows[0]
+    for row in rows:
+        others = [other for other in rows if other is not row]
+        if row.part is None:
+            raise UnknownWord(name, f"{row.name!r} stands alone: it is not composed", row.name)
+        if any(other.kind == row.kind for other in others) or len(others) + 1 != len(rows):
+            rule = f"of each kind one word; {row.name!r} says the {row.kind}, as another does"
+            raise UnknownWord(name, rule, row.name)
+    return table.composed(name, rows)

@@ -11,6 +11,8 @@ from torch import Tensor
 from headway.kernels.attention.dense import WeightDropout
 from headway.kernels.attention.entropy import every_row
 from headway.kernels.attention.masks import Mask
+from headway.kernels.attention.registry import mechanism
+from headway.kernels.attention.scores import Extras
 from headway.parallel.context import ring, ulysses
 from headway.parallel.context.exchange import Team
 from headway.parallel.context.layout import cuts
@@ -23,6 +25,7 @@ class ContextCore(Core):
     def __init__(self, core: Core, team: Team, method: str) -> None:
         torch.nn.Module.__init__(self)
         self.mechanism, self.request, self.scale = core.mechanism, core.request, core.scale
+        self.settings = core.settings
         self.team, self.method = team, method
 
     def forward(
@@ -33,25 +36,45 @@ class ContextCore(Core):
         mask: Mask,
         dropout: WeightDropout | None,
         bias_HSM: Tensor | None = None,
+        own: Extras | None = None,
     ) -> Tensor:
         """Returns [B, H, S, D]; the bias is of the queries here and of all keys."""
-        if mask.split is None:
-            return super().forward(q_BHSD, k_BKMD, v_BKMD, mask, dropout, bias_HSM)
-        return self._together(q_BHSD, k_BKMD, v_BKMD, mask, dropout, bias_HSM)
+        compute = super().forward if mask.split is None else self._together
+        return compute(q_BHSD, k_BKMD, v_BKMD, mask, dropout, bias_HSM, own)
 
     @torch.compiler.disable
     def _together(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: WeightDropout | None, bias: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Mask,
+        dropout: WeightDropout | None,
+        bias: Tensor | None,
+        own: Extras | None,
     ) -> Tensor:
         if self.method == "ring":
-            return ring.attention(q, k, v, mask, dropout, self.scale, bias, self.team)
-        return ulysses.attention(q, k, v, mask, dropout, bias, self.team, super().forward)
+            return ring.attention(q, k, v, self._scoped(mask), dropout, self.scale, bias, self.team)
+        return ulysses.attention(q, k, v, mask, dropout, bias, own or {}, self.team, super().forward)
+
+    def _scoped(self, mask: Mask) -> Mask:
+        """The mask with the mechanism's scope: a ring sends keys only to those who see them."""
+        return mechanism(self.mechanism).part.narrowed(mask, self.settings)
 
     @torch.compiler.disable
-    def entropy(self, q_BHSD: Tensor, k_BKMD: Tensor, mask: Mask, bias_HSM: Tensor | None = None) -> Tensor:
+    def entropy(
+        self,
+        q_BHSD: Tensor,
+        k_BKMD: Tensor,
+        mask: Mask,
+        bias_HSM: Tensor | None = None,
+        own: Extras | None = None,
+    ) -> Tensor:
         """Mean entropy of a sample's rows of weights in nats, [B], of all columns, equal on all ranks."""
         if mask.split is None:
-            return super().entropy(q_BHSD, k_BKMD, mask, bias_HSM)
+            return super().entropy(q_BHSD, k_BKMD, mask, bias_HSM, own)
+        mask = self._scoped(mask)
+        assert mask.split is not None
         total = mask.split[0]
         here = self.team.runs(total)
         k_BKTD = self.team.gather(k_BKMD.transpose(1, 2), total).transpose(1, 2)

@@ -118,12 +118,12 @@ def narrowed(mask: Mask, queries: range, keys: range) -> Mask:
         documents = documents[:, queries.start : queries.stop]
     causal = mask.causal and (prefix is not None or keys.stop - 1 > queries.start)
     apart = max(queries.stop - keys.start, keys.stop - queries.start) - 1  # places between the farthest two
-    window = None if mask.window is None or apart < mask.window else mask.window
+    scope = None if mask.window is None or apart < mask.window else mask.scope
     if prefix is not None:
         prefix = prefix - keys.start
-    if (causal and prefix is not None) or ((causal or window) and queries != keys):
+    if (causal and prefix is not None) or ((causal or scope) and queries != keys):
         shift = keys.start - queries.start
-    return Mask(causal, documents, theirs, prefix, shift, window=window)
+    return Mask(causal, documents, theirs, prefix, shift, scope=scope)
 
 
 def _pass_on(sent: Tensor, buffer: Tensor, hop: int, team: Team) -> list[Any]:

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from headway.kernels.attention.dense import WeightDropout
+from headway.kernels.attention.draw import Draw
 from headway.kernels.attention.masks import Mask
+from headway.kernels.attention.scores import Extras
 from headway.parallel.context.exchange import Team
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Mask, WeightDropout | None, Tensor | None], Tensor]
+Kernel = Callable[[Tensor, Tensor, Tensor, Mask, WeightDropout | None, Tensor | None, Extras], Tensor]
 
 
 def attention(
@@ -26,13 +28,15 @@ def attention(
     mask: Mask,
     dropout: WeightDropout | None,
     bias_HST: Tensor | None,
+    own: Extras,
     team: Team,
     kernel: Kernel,
 ) -> Tensor:
     """Attention of this rank's queries to all ranks' keys, [B, H, S, D]; see `ring.attention`.
 
     Args:
-        kernel: (q, k, v, mask, dropout, bias) of whole sequences -> output.
+        own: the mechanism's parameters [H, ...] and gates [B, H, S, ...], by name.
+        kernel: (q, k, v, mask, dropout, bias, own) of whole sequences -> output.
     """
     assert mask.split is not None
     asking, asked = mask.split
@@ -43,7 +47,19 @@ def attention(
     if dropout is not None:
         first, places = dropout.first_head + team.rank * q.shape[1], torch.arange(asking, device=q.device)
         dropout = dropout._replace(positions=places, first_head=first)
-    return team.columns_for_heads(kernel(q, k, v, mask._replace(split=None), dropout, bias))
+    mine = {name: _mine(x, asking, team) for name, x in own.items()}
+    return team.columns_for_heads(kernel(q, k, v, mask._replace(split=None), dropout, bias, mine))
+
+
+def _mine(x: Tensor | Draw, total: int, team: Team) -> Tensor | Draw:
+    """A rank's heads of a parameter [H, ...], of a gate [B, H, S, ...] of all columns, or of what is drawn."""
+    if isinstance(x, Draw):
+        places = None if x.positions is None else torch.arange(total, device=x.positions.device)
+        return x._replace(positions=places, first_head=x.first_head)
+    if x.dim() == 4 and x.shape[2] != total:
+        return team.heads_for_columns(x, total)
+    share = x.shape[0] // team.ranks
+    return x[team.rank * share : (team.rank + 1) * share]
 
 
 def repeated(kv_BKMD: Tensor, ranks: int) -> Tensor:

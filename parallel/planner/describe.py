@@ -30,7 +30,7 @@ def describe(
     """
     attention = job.model.attention
     kernel = choose(
-        attention.mechanism,
+        attention.of_layer(0),
         attention.kernel,
         dropout=attention.dropout > 0,
         bias=job.model.positions == "relative",
@@ -38,7 +38,6 @@ def describe(
         dtype=PRECISIONS[precision],
         compiled=compiled,
         keys=job.row_tokens,
-        window=attention.window is not None,
     )
     rows = micro_rows(job, layout)
     return Run(

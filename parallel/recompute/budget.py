@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from headway.kernels.attention.registry import MECHANISMS
+from headway.kernels.attention.registry import mechanism
 from headway.parallel.planner.activations import Place, Policy, kept, table, total
 from headway.parallel.planner.memory import activation_peak, around_blocks
 from headway.parallel.planner.places import Run, places
 from headway.parallel.planner.transients import own_peak
 from headway.pretrain.errors import JobError
+from headway.pretrain.models.attention import attention_shape, word_of
+from headway.pretrain.models.seat import Seat
 from headway.pretrain.models.sizes import block_cost
 
 GIB = 2**30
@@ -91,9 +93,9 @@ def cost(p: Place, policy: Policy) -> float:
     if policy == "none":
         return 0.0
     terms = table(p)
-    core = p.rows * MECHANISMS[p.model.attention.mechanism].flops(
-        p.model.heads, p.model.head_width, p.length, p.causal, p.model.attention.window
-    )
+    seat = Seat(p.layer, p.causal, tokens=p.length)
+    word = word_of(p.model.attention, seat)
+    core = p.rows * mechanism(word).flops(attention_shape(p.model, word, seat))
     if policy == "attention":
         return core + BYTE * total(term for term in terms if term.part == "attention")
     others = BYTE * total(term for term in terms if not term.product)

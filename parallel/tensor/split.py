@@ -128,9 +128,9 @@ class Cutter:
         self._become(module, roles.Heads, ranks=self.ranks)
         module.first_head = _heads(module, module.q) // self.ranks * self.rank
         if module.k not in self.copied:
-            self._linears(module.q, module.k, module.v, rows=module.o)
+            self._linears(module.q, module.k, module.v, *module.gates.values(), rows=module.o)
             return
-        self._linears(module.q, rows=module.o)
+        self._linears(module.q, *module.gates.values(), rows=module.o)
         first = self.rank * _heads(module, module.k) // self.ranks * module.head_dim
         for layer in (module.k, module.v):
             self._become(layer, roles.Copies, rows=slice(first, first + module.head_dim))

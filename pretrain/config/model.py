@@ -6,27 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from headway.pretrain.config.attention import Attention
 from headway.pretrain.config.base import AboveZero, Count, Fraction, NotNegative, Positive, Section
-
-
-class Attention(Section):
-    """What attention means (mechanism) and how it is computed here (kernel)."""
-
-    mechanism: Literal["dense"] = "dense"
-    kernel: Literal["auto", "reference", "sdpa", "blocks"] = "auto"
-    """`auto` chooses by device, shape and mask, and the choice is printed; a name is never replaced."""
-    qk_norm: bool = False
-    """RMS-normalise queries and keys per head before the scores (Henry et al. 2020, Qwen3)."""
-    dropout: Fraction = 0.0
-    """Dropout of attention weights."""
-    scale: AboveZero | None = None
-    """Factor of the scores; 1 / sqrt(head dimension) if not given (T5: 1)."""
-    window: Positive | None = None
-    """Tokens see only tokens less than so many places away (Mistral's `sliding_window`, Longformer's local attention);
-    all if not given. Cross-attention sees all."""
-    entropy_penalty: float = 0.0
-    """Weight in the loss of the mean entropy of attention rows, in nats: positive sharpens attention, negative
-    keeps it from collapsing (Zhai et al. 2023)."""
 
 
 class Experts(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from headway.pretrain.config.mechanisms import check_attention
 from headway.pretrain.errors import JobError
 
 if TYPE_CHECKING:
@@ -172,6 +173,7 @@ RULES = (
     check_family,
     check_heads,
     check_positions,
+    check_attention,
     check_experts,
     check_masking,
     check_vision,

@@ -39,7 +39,7 @@ NOWHERE = {
     "model.layer_scale": None,
     "model.embedding_scale": False,
     "model.attention.mechanism": "dense",
-    "model.attention.window": None,
+    "model.attention.pattern": (),
 }
 """What models of Hugging Face that we write have not otherwise, unless they have a key for it."""
 
@@ -64,6 +64,7 @@ class Family:
         spellings: rules that give tensors of older files and of bare models their full names.
         constants: job -> tensors that files hold and that are no weights here.
         copies: a tensor that is stored a second time where it is tied -> the first.
+        varied: settings of `NOWHERE` that `write` looks after.
     """
 
     model_type: str
@@ -78,6 +79,7 @@ class Family:
     spellings: tuple[tuple[str, str], ...] = ()
     constants: Callable[[Job], dict[str, Tensor]] = lambda job: {}
     copies: Mapping[str, str] = field(default_factory=dict)
+    varied: frozenset[str] = frozenset()
 
     def to_model(self, hf_config: Mapping[str, Any], names: frozenset[str]) -> Settings:
         """Settings of a model that config.json and the names of its tensors describe.
@@ -112,7 +114,7 @@ class Family:
             JobError: the model has something that this kind of model lacks; names the setting.
         """
         for setting, value in {**NOWHERE, **self.fixed}.items():
-            if setting not in self.values:
+            if setting not in self.values and setting not in self.varied:
                 demand(job, setting, value, self.model_type)
         usual = {"model.kv_heads": job.model.heads, "model.head_dim": job.model.hidden // job.model.heads}
         for setting in usual.keys() - self.values.keys():

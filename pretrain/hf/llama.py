@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from headway.pretrain.config import Job
 from headway.pretrain.errors import JobError
-from headway.pretrain.hf.family import Family, Settings, is_tied
+from headway.pretrain.hf.family import Family, Settings, demand, is_tied
 from headway.pretrain.hf.links import STACKED, Link, layers, link
 from headway.pretrain.models.inputs import Inputs
 
@@ -79,8 +79,18 @@ def write_qwen3(job: Job, inputs: Inputs) -> dict:
     return config
 
 
+def read_mixtral(hf: dict, names: frozenset[str]) -> Settings:
+    """Mixtral's settings beyond the tables."""
+    word = "window" if hf.get("sliding_window") else "dense"
+    return read(hf, names) | {"model.attention.mechanism": word}
+
+
 def write_mixtral(job: Job, inputs: Inputs) -> dict:
     """Mixtral's keys beyond the tables."""
+    if job.model.attention.mechanism == "dense":
+        demand(job, "model.attention.window", None, "mixtral")
+    else:
+        demand(job, "model.attention.mechanism", "window", "mixtral")
     config = write(job, inputs) | {"architectures": ["MixtralForCausalLM"]}
     config["intermediate_size"] = job.model.experts.ffn or job.model.ffn_width
     del config["attention_bias"], config["mlp_bias"]
@@ -191,5 +201,7 @@ MIXTRAL = replace(
         "sliding_window": None,
         "default_theta": 1e6,
     },
+    read=read_mixtral,
     write=write_mixtral,
+    varied=frozenset({"model.attention.mechanism"}),
 )

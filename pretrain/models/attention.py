@@ -12,22 +12,26 @@ from torch import Tensor, nn
 
 from headway.kernels.attention.choose import KernelUnavailable, choose
 from headway.kernels.attention.dense import WeightDropout
+from headway.kernels.attention.draw import Draw
 from headway.kernels.attention.masks import Mask
-from headway.kernels.attention.registry import MECHANISMS
+from headway.kernels.attention.registry import Mechanism, Shape, mechanism
+from headway.kernels.attention.scores import Extras
 from headway.kernels.rotary import Rotation, rotate
 from headway.pretrain import config
 from headway.pretrain.errors import JobError
 from headway.pretrain.models.layers import Dropout, Noise, RMSNorm, build_linear, narrowed
+from headway.pretrain.models.seat import Seat
 
 
 class Core(nn.Module):
-    """softmax and its kin: heads in, heads out. The socket that `parallel/` may replace."""
+    """Heads in, heads out. The socket that `parallel/` may replace."""
 
-    def __init__(self, attention: config.Attention) -> None:
+    def __init__(self, attention: config.Attention, word: str, layer: int = 0) -> None:
         super().__init__()
-        self.mechanism, self.request, self.scale = attention.mechanism, attention.kernel, attention.scale
+        self.mechanism, self.request, self.scale = word, attention.kernel, attention.scale
+        self.settings = attention.settings(layer, mechanism(word).settings)
         try:
-            choose(self.mechanism, self.request, dropout=attention.dropout > 0)
+            choose(word, self.request, dropout=attention.dropout > 0)
         except KernelUnavailable as e:
             raise JobError("model.attention.kernel", e.value, e.rule, e.nearest) from None
 
@@ -39,8 +43,9 @@ class Core(nn.Module):
         mask: Mask,
         dropout: WeightDropout | None,
         bias_HSM: Tensor | None = None,
+        own: Extras | None = None,
     ) -> Tensor:
-        """Returns [B, H, S, D]."""
+        """Returns [B, H, S, D]; `own` are the mechanism's parameters and gates, by name."""
         assert mask.split is None, "this core needs all columns of a sequence"
         kernel = choose(
             self.mechanism,
@@ -51,17 +56,48 @@ class Core(nn.Module):
             dtype=q_BHSD.dtype,
             compiled=torch.compiler.is_compiling(),
             keys=k_BKMD.shape[2],
-            window=mask.window is not None,
         )
-        return kernel.compute(q_BHSD, k_BKMD, v_BKMD, mask, dropout, self.scale, bias_HSM)
+        extras = {**self.settings, **(own or {})}
+        return kernel.compute(q_BHSD, k_BKMD, v_BKMD, mask, dropout, self.scale, bias_HSM, **extras)
 
-    def entropy(self, q_BHSD: Tensor, k_BKMD: Tensor, mask: Mask, bias_HSM: Tensor | None = None) -> Tensor:
+    def entropy(
+        self,
+        q_BHSD: Tensor,
+        k_BKMD: Tensor,
+        mask: Mask,
+        bias_HSM: Tensor | None = None,
+        own: Extras | None = None,
+    ) -> Tensor:
         """Mean entropy of a sample's rows of weights in nats, [B]."""
-        return MECHANISMS[self.mechanism].entropy(q_BHSD, k_BKMD, mask, self.scale, bias_HSM)
+        compute = mechanism(self.mechanism).entropy
+        assert compute is not None, "rules refuse the penalty where there is none"
+        return compute(q_BHSD, k_BKMD, mask, self.scale, bias_HSM, **self.settings, **(own or {}))
 
-    def weights(self, q_BHSD: Tensor, k_BKMD: Tensor, mask: Mask, bias_HSM: Tensor | None = None) -> Tensor:
+    def weights(
+        self,
+        q_BHSD: Tensor,
+        k_BKMD: Tensor,
+        mask: Mask,
+        bias_HSM: Tensor | None = None,
+        own: Extras | None = None,
+    ) -> Tensor:
         """Attention weights by the mechanism's reference, [B, H, S, M]."""
-        return MECHANISMS[self.mechanism].weights(q_BHSD, k_BKMD, mask, self.scale, bias_HSM)
+        compute = mechanism(self.mechanism).weights
+        assert compute is not None, f"{self.mechanism} has no attention weights"
+        return compute(q_BHSD, k_BKMD, mask, self.scale, bias_HSM, **self.settings, **(own or {}))
+
+
+class Own(nn.Module):
+    """A mechanism's parameters, by name; cut by heads where tensor parallelism cuts attention."""
+
+    def __init__(self, row: Mechanism, shape: Shape) -> None:
+        super().__init__()
+        for name, own in row.own.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(own.shape(shape))))
+        self.names = tuple(row.own)
+
+    def forward(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.names}
 
 
 class Attention(nn.Module):
@@ -70,7 +106,9 @@ class Attention(nn.Module):
     q, k and v are separate products, so that each can be split by heads.
     """
 
-    def __init__(self, model: config.Model) -> None:
+    step: Tensor
+
+    def __init__(self, model: config.Model, seat: Seat = Seat()) -> None:
         super().__init__()
         self.head_dim = model.head_width
         self.first_head = 0  # global index of the first head here; tensor parallelism sets it
@@ -82,9 +120,21 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, model.norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, model.norm_eps) if qk_norm else None
         self.dropout = Dropout(model.attention.dropout)
-        self.core = Core(model.attention)
-        self.wants_entropy = model.attention.entropy_penalty != 0
-        self.window = model.attention.window
+        word = word_of(model.attention, seat)
+        row, shape = mechanism(word), attention_shape(model, word, seat)
+        self.own = Own(row, shape) if row.own else None
+        self.widths = {name: width(shape) for name, width in row.gates.items()}
+        self.gates = nn.ModuleDict(
+            {
+                name: build_linear(model, model.hidden, model.heads * width)
+                for name, width in self.widths.items()
+            }
+        )
+        self.draws = row.draws
+        if row.draws:
+            self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.core = Core(model.attention, word, seat.layer)
+        self.wants_entropy = model.attention.entropy_penalty != 0 and not seat.cross
 
     def forward(
         self,
@@ -116,22 +166,54 @@ class Attention(nn.Module):
         if turn is not None:
             asking = turn if queries is None else Rotation(*(t[..., :queries, :] for t in turn))
             q_BHSD, k_BKMD = rotate(q_BHSD, asking), rotate(k_BKMD, turn)
-        if memory_BME is None:
-            mask = mask._replace(window=self.window)
-        dropout = self._weight_dropout(noise, x_BSE.shape[1])
-        y_BHSD = self.core(q_BHSD, k_BKMD, v_BKMD, mask, dropout, bias_HSM)
-        entropy = self.core.entropy(q_BHSD, k_BKMD, mask, bias_HSM) if self.wants_entropy else None
+        dropout, own = self._weight_dropout(noise, x_BSE.shape[1]), self._own(x_BSE, noise)
+        y_BHSD = self.core(q_BHSD, k_BKMD, v_BKMD, mask, dropout, bias_HSM, own)
+        entropy = self.core.entropy(q_BHSD, k_BKMD, mask, bias_HSM, own) if self.wants_entropy else None
         return self.o(y_BHSD.transpose(1, 2).flatten(2)), entropy
 
     def _heads(self, x: Tensor) -> Tensor:
         # The number of heads is inferred: under tensor parallelism only some of them are here.
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
+    def _own(self, x_BSE: Tensor, noise: Noise | None) -> dict[str, Any]:
+        """What the mechanism reads beside queries, keys and values."""
+        own: dict[str, Any] = {} if self.own is None else self.own()
+        for name, gate in self.gates.items():
+            y = gate(x_BSE)
+            own[name] = y.unflatten(-1, (-1, self.widths[name])).transpose(1, 2)
+        if self.draws:
+            own["draw"] = self._draw(noise, x_BSE.shape[1])
+        return own
+
+    def _draw(self, noise: Noise | None, length: int) -> Draw:
+        if noise is None:
+            return Draw(self.dropout.salt, self.step, first_head=self.first_head)
+        if noise.step is not None:
+            self.step.copy_(noise.step)
+        where = noise.slots_B, noise.places(length), self.first_head
+        return Draw(self.dropout.salt, self.step, self.dropout.key(noise), *where)
+
     def _weight_dropout(self, noise: Noise | None, length: int) -> WeightDropout | None:
         p = self.dropout.p
         if noise is None or p == 0:
             return None
         return WeightDropout(p, self.dropout.key(noise), noise.slots_B, noise.places(length), self.first_head)
+
+
+def word_of(attention: config.Attention, seat: Seat) -> str:
+    """The mechanism of a layer; of cross-attention the words of it that can look at another sequence."""
+    word = attention.of_layer(seat.layer)
+    if not seat.cross:
+        return word
+    able = [part for part in word.split("+") if "cross" in mechanism(part).supports]
+    return "+".join(able) or "dense"
+
+
+def attention_shape(model: config.Model, word: str, seat: Seat) -> Shape:
+    """What a mechanism's parameters and costs depend on, for a row of `seat.tokens`."""
+    settings = model.attention.settings(seat.layer, mechanism(word).settings)
+    sizes = model.heads, model.kv, model.head_width, model.hidden, seat.tokens, seat.tokens
+    return Shape(*sizes, seat.causal, settings, seat.layer)
 
 
 @torch.no_grad()
@@ -147,8 +229,8 @@ def attention_maps(model: nn.Module, *inputs: Any, **named: Any) -> Tensor:
     maps: list[Tensor] = []
 
     def record(core: Any, arguments: Any) -> None:
-        q_BHSD, k_BKMD, _, mask, _, bias = arguments
-        maps.append(core.weights(q_BHSD, k_BKMD, mask, bias))
+        q_BHSD, k_BKMD, _, mask, _, bias, own = arguments
+        maps.append(core.weights(q_BHSD, k_BKMD, mask, bias, own))
 
     towers = [m for name, m in model.named_modules() if name.rpartition(".")[2] == "blocks"]
     cores = [block.attention.core for block in towers[0]]

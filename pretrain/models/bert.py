@@ -25,7 +25,7 @@ class BERT(Tower):
     embed: TokenEmbedding
 
     def __init__(self, model: config.Model, inputs: Inputs) -> None:
-        super().__init__(model, causal=False, embed=TokenEmbedding(model, inputs))
+        super().__init__(model, causal=False, embed=TokenEmbedding(model, inputs), tokens=inputs.length)
         self.pooler = Linear(model.hidden, model.hidden) if model.pooler else None
 
     def forward(

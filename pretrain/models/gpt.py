@@ -23,7 +23,7 @@ class GPT(Tower):
     embed: TokenEmbedding
 
     def __init__(self, model: config.Model, inputs: Inputs) -> None:
-        super().__init__(model, causal=True, embed=TokenEmbedding(model, inputs))
+        super().__init__(model, causal=True, embed=TokenEmbedding(model, inputs), tokens=inputs.length)
 
     def forward(
         self,

@@ -69,8 +69,8 @@ def fill(part: Slice, name: str, how: Fill, seed: int) -> None:
     key = random.key(seed, "init", name)
     if how.kind == "constant":
         part.local.fill_(how.value)
-    elif how.kind in ("orthogonal", "unit"):
-        make = _orthogonal if how.kind == "orthogonal" else _unit
+    elif how.kind in _WHOLE:
+        make = _WHOLE[how.kind]
         held = zip(part.offset, part.local.shape, strict=True)
         part.local.copy_(make(key, part.shape)[tuple(slice(o, o + n) for o, n in held)] * how.value)
     elif part.local.numel():
@@ -123,3 +123,12 @@ def _unit(key: int, shape: tuple[int, ...]) -> Tensor:
     """A vector of norm 1, fp64."""
     normals = _normals(key, shape)
     return normals / normals.norm()
+
+
+def _identity(key: int, shape: tuple[int, ...]) -> Tensor:
+    """Identity matrices [..., N, N]."""
+    return torch.eye(shape[-2], shape[-1]).expand(shape)
+
+
+_WHOLE = {"orthogonal": _orthogonal, "unit": _unit, "identity": _identity}
+"""Tensors that have no independent parts: every rank makes the whole."""

@@ -23,17 +23,19 @@ class Noise(NamedTuple):
         key: int64, 0-dim: a key of (seed, step), see `headway.kernels.random`.
         slots_B: int64, each row's place in the global batch.
         positions_S: int64, each column's place in the sequence; 0, 1, ... if None.
+        step: int64, 0-dim: the optimizer step, for what changes once in many of them.
     """
 
     key: Tensor
     slots_B: Tensor
     positions_S: Tensor | None = None
+    step: Tensor | None = None
 
     @classmethod
     def at(cls, seed: int, step: int, slots_B: Tensor, positions_S: Tensor | None = None) -> Noise:
         """Noise of optimizer step `step`, on the slots' device."""
         key = torch.tensor(random.key(seed, "dropout", step), device=slots_B.device)
-        return cls(key, slots_B, positions_S)
+        return cls(key, slots_B, positions_S, torch.tensor(step, device=slots_B.device))
 
     def places(self, length: int) -> Tensor:
         """Positions of the columns, int64 [S]: the first so many, where the others are not computed."""

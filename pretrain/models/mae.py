@@ -29,7 +29,8 @@ class PixelDecoder(Tower):
 
     def __init__(self, model: config.Model, mae: config.Reconstruct, inputs: Inputs) -> None:
         shape = decoder_shape(model, mae)
-        super().__init__(shape, causal=False, embed=Linear(model.hidden, mae.hidden))
+        tokens = (inputs.image // model.vision.patch) ** 2 + int(model.vision.class_token)
+        super().__init__(shape, causal=False, embed=Linear(model.hidden, mae.hidden), tokens=tokens)
         grid, self.first = inputs.image // model.vision.patch, int(model.vision.class_token)
         self.mask_token = nn.Parameter(torch.empty(1, mae.hidden))
         self.positions = SinusoidalGrid(mae.hidden)

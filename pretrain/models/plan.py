@@ -12,6 +12,8 @@ import re
 CUTS: tuple[tuple[str, int], ...] = (
     (r"(attention|cross)\.[qkv]\.(weight|bias)", 0),
     (r"(attention|cross)\.o\.weight", 1),
+    (r"(attention|cross)\.own\.[a-z0-9_]+", 0),
+    (r"(attention|cross)\.gates\.[a-z0-9_]+\.(weight|bias)", 0),
     (r"mlp\.(shared\.)?(gate|up)\.(weight|bias)", 0),
     (r"mlp\.(shared\.)?down\.weight", 1),
     (r"mlp\.(gate|up)", 1),  # stacks of experts [X, F, E]

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from functools import cache
+from typing import Any, Literal, NamedTuple
 
+from headway.kernels.attention.registry import words
 from headway.pretrain import config
 
 
@@ -19,11 +21,11 @@ class Fill(NamedTuple):
     Attributes:
         kind: `constant`; `normal`; `truncated` normal, cut off at two deviations; `uniform` in (-value, value);
             `orthogonal`, rows or columns orthonormal, whichever are fewer; `unit`, a vector of norm 1 in a
-            uniform direction.
-        value: the constant, the deviation (before the cut), the bound, or the gain.
+            uniform direction; `identity` matrices.
+        value: the constant, the deviation (before the cut), the bound, the gain, or the diagonal.
     """
 
-    kind: Literal["constant", "normal", "truncated", "uniform", "orthogonal", "unit"]
+    kind: Literal["constant", "normal", "truncated", "uniform", "orthogonal", "unit", "identity"]
     value: float = 1.0
 
 
@@ -75,6 +77,8 @@ def rule(name: str, shape: tuple[int, ...], model: config.Model) -> Fill:
     """
     path = tuple(name.split("."))
     layer = path[-2] if path[-1] == "weight" and len(path) > 1 else path[-1]
+    if len(path) > 1 and path[-2] == "own":
+        return Fill(*own_fill(layer))
     if layer == "bias" or layer.endswith("_bias"):
         return ZEROS
     if layer == "gain" or layer.endswith("norm"):
@@ -85,6 +89,12 @@ def rule(name: str, shape: tuple[int, ...], model: config.Model) -> Fill:
         assert model.layer_scale is not None, name
         return Fill("constant", model.layer_scale)
     return SCHEMES[model.init.scheme](Weight(path, layer, shape), model)
+
+
+@cache
+def own_fill(name: str) -> tuple[Any, ...]:
+    """How a mechanism's own parameter begins, under every scheme."""
+    return next(row.own[name].init for row in words().values() if name in row.own)
 
 
 def gpt2(weight: Weight, model: config.Model) -> Fill:

@@ -7,27 +7,17 @@ activations and lookups count nothing. This is the convention of model FLOPs uti
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
 from typing import NamedTuple
 
-from headway.kernels.attention.registry import MECHANISMS
+from headway.kernels.attention.registry import mechanism
 from headway.pretrain.config import Job, Model
+from headway.pretrain.models.attention import attention_shape, word_of
+from headway.pretrain.models.cost import Cost, linear, norm, total
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.mae import decoder_shape
-
-
-class Cost(NamedTuple):
-    """What a part of a model costs.
-
-    Attributes:
-        parameters: numbers that are trained.
-        flops: of a forward of one row.
-        idle: those of `parameters` that a token does not meet: experts that are not its own.
-    """
-
-    parameters: int = 0
-    flops: float = 0.0
-    idle: int = 0
+from headway.pretrain.models.mixers import MIXERS
+from headway.pretrain.models.seat import Seat
 
 
 class Parameters(NamedTuple):
@@ -57,7 +47,7 @@ def parameters(job: Job, inputs: Inputs) -> Parameters:
         job: shape and objective.
         inputs: sizes that the data gives: vocabulary, lengths, image, classes.
     """
-    embedding, blocks, heads = (_sum(costs) for costs in _table(job, inputs))
+    embedding, blocks, heads = (total(costs) for costs in _table(job, inputs))
     total = embedding.parameters + blocks.parameters + heads.parameters
     return Parameters(embedding.parameters, blocks.parameters, heads.parameters, total - blocks.idle)
 
@@ -68,7 +58,7 @@ def forward_flops(job: Job, inputs: Inputs) -> float:
     Heads count the tokens that they are applied to: masked ones only (BERT), one a row (classifiers). A masked
     autoencoder's blocks count visible patches only. A token counts `top_k` experts, whatever capacity drops.
     """
-    return sum(_sum(costs).flops for costs in _table(job, inputs))
+    return sum(total(costs).flops for costs in _table(job, inputs))
 
 
 def block_flops(model: Model, layer: int, tokens: int, causal: bool = False, memory: int = 0) -> float:
@@ -81,13 +71,13 @@ def block_flops(model: Model, layer: int, tokens: int, causal: bool = False, mem
         causal: whether a token sees earlier ones only.
         memory: tokens of the encoder, for cross-attention; 0 has none.
     """
-    return _sum(_block(model, layer, tokens, causal, memory)).flops
+    return total(_block(model, layer, tokens, causal, memory)).flops
 
 
 def end_flops(job: Job, inputs: Inputs) -> tuple[float, float]:
     """FLOPs of a forward of one row through the embedding, and through all that follows the model's blocks (of a
     masked autoencoder, its decoder too)."""
-    embedding, _, heads = (_sum(costs) for costs in _table(job, inputs))
+    embedding, _, heads = (total(costs) for costs in _table(job, inputs))
     return embedding.flops, heads.flops
 
 
@@ -113,7 +103,7 @@ def training_bytes(job: Job, inputs: Inputs, itemsize: int = 4) -> int:
 
 def block_cost(model: Model, layer: int, tokens: int, causal: bool = False, memory: int = 0) -> Cost:
     """A block's parameters, and the FLOPs of one row's forward; arguments as in `_stack`, `layer` from 0."""
-    return _sum(_block(model, layer, tokens, causal, memory))
+    return total(_block(model, layer, tokens, causal, memory))
 
 
 # Families: (embedding, blocks, heads)
@@ -143,12 +133,12 @@ def _bert(job: Job, inputs: Inputs) -> Table:
         _stack(m, m.layers, n),
         [
             _final_norm(m),
-            _linear(m.hidden, m.hidden, True, 1) if m.pooler else Cost(),
-            _linear(m.hidden, width, True, masked),  # transform
-            _norm(m, width),
+            linear(m.hidden, m.hidden, True, 1) if m.pooler else Cost(),
+            linear(m.hidden, width, True, masked),  # transform
+            norm(m, width),
             _language_head(m, inputs, masked),
             Cost(inputs.vocab),  # bias of the head
-            _linear(m.hidden, 2, True, 1) if pairs else Cost(),
+            linear(m.hidden, 2, True, 1) if pairs else Cost(),
         ],
     )
 
@@ -173,13 +163,13 @@ def _vit(job: Job, inputs: Inputs) -> Table:
     patches = (inputs.image // m.vision.patch) ** 2
     pixels, first = m.vision.patch**2 * inputs.channels, int(m.vision.class_token)
     embedding = [
-        _linear(pixels, m.hidden, True, patches),
+        linear(pixels, m.hidden, True, patches),
         Cost(m.hidden * first),
         Cost((patches + first) * m.hidden if m.positions == "learned" else 0),
-        _norm(m, m.hidden) if m.embedding_norm else Cost(),
+        norm(m, m.hidden) if m.embedding_norm else Cost(),
     ]
     if job.objective.name == "classify":
-        head = _linear(m.hidden, inputs.classes, True, 1)
+        head = linear(m.hidden, inputs.classes, True, 1)
         return embedding, _stack(m, m.layers, patches + first), [_final_norm(m), head]
     seen, small = max(1, int(patches * (1 - mae.rate))), decoder_shape(m, mae)
     return (
@@ -187,11 +177,11 @@ def _vit(job: Job, inputs: Inputs) -> Table:
         _stack(m, m.layers, seen + first),
         [
             _final_norm(m),
-            _linear(m.hidden, mae.hidden, True, seen + first),
+            linear(m.hidden, mae.hidden, True, seen + first),
             Cost(mae.hidden),  # mask token
             *_stack(small, mae.layers, patches + first),
             _final_norm(small),
-            _linear(mae.hidden, pixels, True, patches),
+            linear(mae.hidden, pixels, True, patches),
         ],
     )
 
@@ -199,23 +189,8 @@ def _vit(job: Job, inputs: Inputs) -> Table:
 # Parts
 
 
-def _sum(costs: Iterable[Cost]) -> Cost:
-    parameters, flops, idle = map(sum, zip(*costs, strict=True))
-    return Cost(int(parameters), float(flops), int(idle))
-
-
-def _linear(inputs: int, outputs: int, bias: bool, tokens: float, gains: int = 0) -> Cost:
-    """A linear layer on so many tokens of a row."""
-    return Cost(inputs * outputs + outputs * bias + gains, 2 * inputs * outputs * tokens)
-
-
-def _norm(model: Model, width: int) -> Cost:
-    vectors = {"layernorm": 1 + model.bias, "rmsnorm": 1, "none": 0}[model.norm]
-    return Cost(vectors * width)
-
-
 def _final_norm(model: Model) -> Cost:
-    return _norm(model, model.hidden) if model.norm_position == "pre" else Cost()
+    return norm(model, model.hidden) if model.norm_position == "pre" else Cost()
 
 
 def _embedding(model: Model, inputs: Inputs) -> list[Cost]:
@@ -226,14 +201,14 @@ def _embedding(model: Model, inputs: Inputs) -> list[Cost]:
         Cost(inputs.vocab * width),
         Cost(rows * width if model.positions == "learned" else 0),
         Cost(model.segments * width),
-        _norm(model, width) if model.embedding_norm else Cost(),
-        _linear(width, model.hidden, True, tokens) if model.embedding_size else Cost(),
+        norm(model, width) if model.embedding_norm else Cost(),
+        linear(width, model.hidden, True, tokens) if model.embedding_size else Cost(),
     ]
 
 
 def _language_head(model: Model, inputs: Inputs, tokens: float) -> Cost:
     width = model.embedding_size or model.hidden
-    product = _linear(width, inputs.vocab, False, tokens)
+    product = linear(width, inputs.vocab, False, tokens)
     return product._replace(parameters=0) if model.tied else product
 
 
@@ -256,17 +231,37 @@ def _stack(model: Model, layers: int, tokens: int, causal: bool = False, memory:
 
 
 def _block(model: Model, layer: int, tokens: int, causal: bool, memory: int) -> list[Cost]:
-    mechanism = MECHANISMS[model.attention.mechanism]
-    pairs = Cost(flops=mechanism.flops(model.heads, model.head_width, tokens, causal, model.attention.window))
-    cross = Cost(flops=4 * model.heads * model.head_width * tokens * memory)
+    seat = Seat(layer, causal, tokens=tokens)
+    cross = _heads(model, seat._replace(cross=True, causal=False), tokens, memory) if memory else []
     feed_forward = _experts if model.has_experts(layer) else _mlp
     return [
-        *_projections(model, tokens, tokens),
-        pairs,
-        *([*_projections(model, tokens, memory), cross] if memory else []),
+        *_mixer(model, seat),
+        *cross,
         *feed_forward(model, tokens),
-        *[_norm(model, model.hidden)] * (3 if memory else 2),
+        *[norm(model, model.hidden)] * (3 if memory else 2),
         *[Cost(model.hidden if model.layer_scale else 0)] * 2,
+    ]
+
+
+def _mixer(model: Model, seat: Seat) -> list[Cost]:
+    """What mixes the tokens of a sequence."""
+    word = word_of(model.attention, seat)
+    if mechanism(word).kind == "mixer":
+        return MIXERS[word].parts(model, seat, attention_shape(model, word, seat).settings)
+    return _heads(model, seat, seat.tokens, seat.tokens)
+
+
+def _heads(model: Model, seat: Seat, queries: int, keys: int) -> list[Cost]:
+    """Projections, what the mechanism owns, and the pairs."""
+    word = word_of(model.attention, seat)
+    row = mechanism(word)
+    shape = attention_shape(model, word, seat)._replace(queries=queries, keys=keys)
+    own = sum(math.prod(own.shape(shape)) for own in row.own.values())
+    gates = [model.heads * width(shape) for width in row.gates.values()]
+    return [
+        *_projections(model, queries, keys),
+        *(linear(model.hidden, width, model.bias, queries, int(model.spectral)) for width in gates),
+        Cost(own, row.flops(shape)),
     ]
 
 
@@ -275,22 +270,22 @@ def _projections(model: Model, queries: int, keys: int) -> list[Cost]:
     e, wide, narrow = model.hidden, model.heads * model.head_width, model.kv * model.head_width
     shapes = [(e, wide, queries), (e, narrow, keys), (e, narrow, keys), (wide, e, queries)]
     gains = Cost(2 * model.head_width if model.attention.qk_norm else 0)
-    return [*(_linear(i, o, model.bias, n, int(model.spectral)) for i, o, n in shapes), gains]
+    return [*(linear(i, o, model.bias, n, int(model.spectral)) for i, o, n in shapes), gains]
 
 
 def _mlp(model: Model, tokens: float, width: int | None = None) -> list[Cost]:
     e, f = model.hidden, width or model.ffn_width
     shapes = [*[(e, f)] * (1 + model.gated), (f, e)]
-    return [_linear(i, o, model.bias, tokens, int(model.spectral)) for i, o in shapes]
+    return [linear(i, o, model.bias, tokens, int(model.spectral)) for i, o in shapes]
 
 
 def _experts(model: Model, tokens: int) -> list[Cost]:
     """Router, routed experts (a token meets `top_k` of them), shared experts (it meets all)."""
     x = model.experts
     width = x.ffn or model.ffn_width
-    one = _sum(_mlp(model.model_copy(update={"spectral": False}), tokens, width))
+    one = total(_mlp(model.model_copy(update={"spectral": False}), tokens, width))
     return [
-        _linear(model.hidden, x.count, False, tokens),
+        linear(model.hidden, x.count, False, tokens),
         Cost(x.count * one.parameters, x.top_k * one.flops, (x.count - x.top_k) * one.parameters),
         *(_mlp(model, tokens, x.shared * width) if x.shared else []),
     ]

@@ -23,8 +23,10 @@ class T5(nn.Module):
     def __init__(self, model: config.Model, inputs: Inputs) -> None:
         super().__init__()
         self.embed = TokenEmbedding(model, inputs)
-        self.encoder = Tower(model, causal=False)
-        self.decoder = Tower(model, layers=model.decoder_depth, causal=True, cross=True)
+        self.encoder = Tower(model, causal=False, tokens=inputs.length)
+        self.decoder = Tower(
+            model, layers=model.decoder_depth, causal=True, cross=True, tokens=inputs.target_length
+        )
 
     def forward(
         self,

@@ -17,9 +17,11 @@ from headway.pretrain import config
 from headway.pretrain.models.attention import Attention
 from headway.pretrain.models.columns import Columns
 from headway.pretrain.models.layers import MLP, Dropout, Noise, StochasticDepth, build_norm
+from headway.pretrain.models.mixers import build_mixer
 from headway.pretrain.models.moe import MoE
 from headway.pretrain.models.positions import RelativeBias, RotaryPositions
 from headway.pretrain.models.routing import Side
+from headway.pretrain.models.seat import Seat
 
 
 class Context(NamedTuple):
@@ -52,27 +54,31 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, model: config.Model, layer: int = 0, layers: int | None = None, cross: bool = False
+        self,
+        model: config.Model,
+        seat: Seat = Seat(),
+        layers: int | None = None,
+        cross: bool = False,
     ) -> None:
         """
         Args:
             model: the shape.
-            layer: this block's place among its stack's `layers`, from 0.
+            seat: this block's place among its stack's `layers`, and what its rows are.
             layers: of the stack; `model.layers` if not given.
             cross: whether it attends to an encoder.
         """
         super().__init__()
         self.pre = model.norm_position == "pre"
-        depth = model.stochastic_depth * layer / max(1, (layers or model.layers) - 1)
+        depth = model.stochastic_depth * seat.layer / max(1, (layers or model.layers) - 1)
         self.attention_norm = build_norm(model)
-        self.attention = Attention(model)
+        self.attention = build_mixer(model, seat)
         self.attention_dropout = Dropout(model.dropout)
         if cross:
             self.cross_norm = build_norm(model)
-            self.cross = Attention(model)
+            self.cross = Attention(model, seat._replace(cross=True, causal=False))
             self.cross_dropout = Dropout(model.dropout)
         self.mlp_norm = build_norm(model)
-        self.mlp = MoE(model) if model.has_experts(layer) else MLP(model)
+        self.mlp = MoE(model) if model.has_experts(seat.layer) else MLP(model)
         self.mlp_dropout = Dropout(model.dropout)
         self.depth = (
             nn.ModuleDict({name: StochasticDepth(depth) for name in ("attention", "mlp")}) if depth else None
@@ -177,11 +183,13 @@ class Tower(nn.Module):
         layers: int | None = None,
         cross: bool = False,
         embed: nn.Module | None = None,
+        tokens: int = 0,
     ) -> None:
         """
         Args:
             model: the shape.
             causal: whether a token sees earlier ones only.
+            tokens: of the longest row that it reads, for mechanisms whose parameters depend on it.
             layers: uses of blocks; `model.layers` if not given.
             cross: whether blocks attend to an encoder.
             embed: what comes before the blocks, where the tower is a whole model.
@@ -199,7 +207,8 @@ class Tower(nn.Module):
         self.relative = (
             RelativeBias(model.heads, buckets, distance) if model.positions == "relative" else None
         )
-        blocks = (Block(model, i, unique, cross) for i in range(unique))
+        seats = (Seat(i, causal, tokens=tokens) for i in range(unique))
+        blocks = (Block(model, seat, unique, cross) for seat in seats)
         self.blocks = Stack(blocks, layers // unique)
         self.norm = build_norm(model) if model.norm_position == "pre" else nn.Identity()
 

@@ -21,7 +21,7 @@ class ViT(Tower):
     """Patches, a stack of blocks, a final norm (pre-norm models only)."""
 
     def __init__(self, model: config.Model, inputs: Inputs) -> None:
-        super().__init__(model, causal=False, embed=PatchEmbedding(model, inputs))
+        super().__init__(model, causal=False, embed=PatchEmbedding(model, inputs), tokens=inputs.length)
 
     def forward(
         self,

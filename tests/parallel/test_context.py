@@ -12,6 +12,7 @@ from headway.kernels import random
 from headway.kernels.attention.dense import WeightDropout, reference
 from headway.kernels.attention.entropy import row_entropy
 from headway.kernels.attention.masks import Mask
+from headway.kernels.attention.scopes import Window
 from headway.parallel import mesh
 from headway.parallel.context import layout, ring, ulysses
 from headway.parallel.context.core import ContextCore
@@ -75,10 +76,10 @@ MASKS = {
     "padded": Mask(False, PADDED),
     "prefix": Mask(True, prefix=torch.tensor([0, 19])),
     "padded prefix": Mask(True, PADDED, prefix=torch.tensor([37, 7])),
-    "window": Mask(window=4),
-    "window both ways": Mask(False, window=9),
-    "window of pairs": Mask(False, PADDED, window=7),
-    "window of a prefix": Mask(True, DOCUMENTS, prefix=torch.tensor([0, 19]), window=8),
+    "window": Mask(scope=Window(4)),
+    "window both ways": Mask(False, scope=Window(9)),
+    "window of pairs": Mask(False, PADDED, scope=Window(7)),
+    "window of a prefix": Mask(True, DOCUMENTS, prefix=torch.tensor([0, 19]), scope=Window(8)),
     "cross": Mask(False),
     "cross padded": Mask(False, TARGETS, PADDED),  # document 1 of the second row has no keys at all
 }
@@ -117,7 +118,7 @@ def attended(rank, world, method, cases, heads=4, kv_heads=2):
         if dropout is not None:
             dropout = dropout._replace(positions=asking)
         attention = config.Attention(scale=0.4)
-        core = ContextCore(Core(attention), team, method)
+        core = ContextCore(Core(attention, "dense"), team, method)
         out = core(q, k, v, mask, dropout, bias)
         leaves = [q, k, v] if bias is None else [q, k, v, bias]
         gradients = torch.autograd.grad(out, leaves, up)
@@ -168,10 +169,10 @@ def test_keys_travel_to_those_who_see_them_only():
     def stops(mask, split=(64, 64)):
         return ring.Task(team, mask._replace(split=split), None, 1.0).stops()
 
-    assert stops(Mask()) == stops(Mask(False)) == stops(Mask(window=64)) == [0, 1, 2, 3]
+    assert stops(Mask()) == stops(Mask(False)) == stops(Mask(scope=Window(64))) == [0, 1, 2, 3]
     # Neighbours on both sides: chunks come twice, in opposite orders.
-    assert stops(Mask(window=9)) == stops(Mask(False, window=9)) == [0, 1, 3]
-    assert stops(Mask(window=1)) == [0]
+    assert stops(Mask(scope=Window(9))) == stops(Mask(False, scope=Window(9))) == [0, 1, 3]
+    assert stops(Mask(scope=Window(1))) == [0]
 
 
 def test_chunks_that_nobody_sees_are_not_computed():
@@ -188,7 +189,7 @@ def local_window(rank, world):
     places = layout.places(64, world, rank)
     q, k, v, up = (x[:, :, places].clone().requires_grad_() for x in windowed())
     with patch.object(ring, "_pass_on", side_effect=ring._pass_on) as passed:
-        out = ring.attention(q, k, v, Mask(split=(64, 64), window=9), None, None, None, team)
+        out = ring.attention(q, k, v, Mask(split=(64, 64), scope=Window(9)), None, None, None, team)
         gradients = torch.autograd.grad(out, [q, k, v], up)
     return plain(out), plain(gradients), sum(call.args[0].nbytes for call in passed.call_args_list)
 
@@ -263,7 +264,7 @@ def test_ulysses_draws_the_curves_of_one_process(pool, parallel, names):
     pytest.param({"pipeline": 2, "shard": 1, "micro_batch": 3}, "vit", marks=long),
 ])  # fmt: skip
 def test_windows_draw_the_curves_of_one_process(pool, parallel, name):
-    prove(pool, [name], parallel, {"model": {"heads": 4, "attention": {"window": 3}}})
+    prove(pool, [name], parallel, {"model": {"heads": 4, "attention": {"mechanism": "window", "window": 3}}})
 
 
 @pytest.mark.long

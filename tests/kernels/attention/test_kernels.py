@@ -10,8 +10,10 @@ from headway.kernels import random
 from headway.kernels.attention.choose import KernelUnavailable, choose
 from headway.kernels.attention.dense import WeightDropout, reference
 from headway.kernels.attention.masks import Mask, lower
-from headway.kernels.attention.registry import MECHANISMS, Kernel
+from headway.kernels.attention.registry import Kernel, Shape, words
+from headway.kernels.attention.scopes import Window
 
+MECHANISMS = {"dense": words()["dense"]}
 KERNELS = [(m, k) for m in MECHANISMS for k in MECHANISMS[m].kernels]
 DOCUMENTS = torch.tensor([[0] * 100 + [1] * 33 + [2] * 170, [4] * 303], dtype=torch.int32)
 PADDED = torch.tensor([[0] * 290 + [-1] * 13, [0] * 170 + [-1] * 133])
@@ -24,11 +26,11 @@ MASKS = {
     "padded": Mask(False, PADDED),
     "prefix": Mask(True, prefix=torch.tensor([0, 150])),
     "padded prefix": Mask(True, PADDED, prefix=torch.tensor([303, 7])),
-    "window": Mask(window=40),
-    "window both ways": Mask(False, window=150),
-    "window of itself": Mask(False, window=1),
-    "window of pairs": Mask(False, PADDED, window=30),
-    "window of a prefix": Mask(True, DOCUMENTS, prefix=torch.tensor([0, 150]), window=140),
+    "window": Mask(scope=Window(40)),
+    "window both ways": Mask(False, scope=Window(150)),
+    "window of itself": Mask(False, scope=Window(1)),
+    "window of pairs": Mask(False, PADDED, scope=Window(30)),
+    "window of a prefix": Mask(True, DOCUMENTS, prefix=torch.tensor([0, 150]), scope=Window(140)),
     "cross": Mask(False),
     "cross padded": Mask(False, TARGETS, PADDED),  # document 1 of the second row has no keys at all
 }
@@ -317,11 +319,10 @@ def test_a_kernel_without_bias_is_refused(monkeypatch):
 
 
 def test_costs():
-    flops = MECHANISMS["dense"].flops
-    for causal in (True, False):
-        for window in (1, 4, 10, 12):
-            seen = lower(Mask(causal, window=window), 10, 10, torch.device("cpu"))
-            assert flops(1, 1, 10, causal, window) == 4 * int(seen.sum())
-    assert flops(2, 8, 10, False, None) == 2 * 2 * 2 * 8 * 100  # two products of 2 FLOPs a term
-    assert flops(2, 8, 10, True, None) == 2 * 2 * 2 * 8 * 55
-    assert MECHANISMS["dense"].bytes(4, 2, 8, 10, 2) == (4 + 2 + 2 + 4) * 8 * 10 * 2
+    def flops(heads, dim, causal):
+        return MECHANISMS["dense"].flops(Shape(heads, heads, dim, heads * dim, 10, 10, causal, {}))
+
+    assert flops(2, 8, False) == 2 * 2 * 2 * 8 * 100  # two products of 2 FLOPs a term
+    assert flops(2, 8, True) == 2 * 2 * 2 * 8 * 55
+    shape = Shape(4, 2, 8, 32, 10, 10, True, {})
+    assert MECHANISMS["dense"].bytes(shape, 2) == (4 + 2 + 2 + 4) * 8 * 10 * 2

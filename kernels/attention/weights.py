@@ -1,0 +1,117 @@
+"""Weightings: from a query's scores to the weights of its keys.
+
+A weighting finds a number for every row (its log-partition, its threshold), from which and the score alone a weight
+follows. So a kernel may save that number, recompute weights in the backward, and hold no matrix.
+
+Shapes: R rows (any leading dims), K keys, H query heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Weighting:
+    """Softmax, and the base of the others. Scores that are not seen are -inf; a row that sees nothing weighs 0."""
+
+    def threshold(self, scores_RK: Tensor, own_H: Tensor | None = None) -> Tensor:
+        """What a row's weights need beside its scores, [R]: the log-sum-exp; +inf where nothing is seen."""
+        lse = scores_RK.logsumexp(-1)
+        return lse.masked_fill_(lse == -torch.inf, torch.inf) if not lse.requires_grad else _sealed(lse)
+
+    def weigh(self, scores_RK: Tensor, threshold_R: Tensor) -> Tensor:
+        """Weights [R, K], 0 where the score is -inf."""
+        return (scores_RK - threshold_R.unsqueeze(-1)).exp()
+
+    def pull(self, weights_RK: Tensor, d_weights_RK: Tensor) -> Tensor:
+        """Gradient of the scores, which may overwrite that of the weights."""
+        return (d_weights_RK - (weights_RK * d_weights_RK).sum(-1, keepdim=True)) * weights_RK
+
+
+class Sink(Weighting):
+    """Softmax with one more key of a learned score and no value, a sink for what wants no key (gpt-oss; Miller 2023,
+    softmax-plus-one is a sink of score 0)."""
+
+    def threshold(self, scores_RK: Tensor, own_H: Tensor | None = None) -> Tensor:
+        assert own_H is not None
+        return torch.logaddexp(scores_RK.logsumexp(-1), own_H.unsqueeze(-1).to(scores_RK.dtype))
+
+
+class Sigmoid(Weighting):
+    """sigmoid(score - log n), n keys seen (Ramapuram et al. 2024, section 3: n is the length of the sequence; here what
+    the query sees, so that padding and packing change nothing)."""
+
+    def threshold(self, scores_RK: Tensor, own_H: Tensor | None = None) -> Tensor:
+        return (scores_RK > -torch.inf).sum(-1).clamp(min=1).to(scores_RK.dtype).log()
+
+    def weigh(self, scores_RK: Tensor, threshold_R: Tensor) -> Tensor:
+        return torch.sigmoid(scores_RK - threshold_R.unsqueeze(-1))
+
+    def pull(self, weights_RK: Tensor, d_weights_RK: Tensor) -> Tensor:
+        return d_weights_RK * weights_RK * (1 - weights_RK)
+
+
+class Sparsemax(Weighting):
+    """Euclidean projection of the scores onto the simplex (Martins and Astudillo 2016): max(score - t, 0), sum 1."""
+
+    def threshold(self, scores_RK: Tensor, own_H: Tensor | None = None) -> Tensor:
+        return _newton(scores_RK, 1)
+
+    def weigh(self, scores_RK: Tensor, threshold_R: Tensor) -> Tensor:
+        return (scores_RK - threshold_R.unsqueeze(-1)).clamp(min=0)
+
+    def pull(self, weights_RK: Tensor, d_weights_RK: Tensor) -> Tensor:
+        support = weights_RK > 0
+        d_weights = torch.where(support, d_weights_RK, 0)
+        mean = d_weights.sum(-1, keepdim=True) / support.sum(-1, keepdim=True).clamp(min=1)
+        return torch.where(support, d_weights - mean, 0)
+
+
+class Entmax15(Weighting):
+    """1.5-entmax (Peters et al. 2019, section 3): max(score / 2 - t, 0)^2, sum 1; between softmax and sparsemax."""
+
+    def threshold(self, scores_RK: Tensor, own_H: Tensor | None = None) -> Tensor:
+        return _newton(scores_RK / 2, 2)
+
+    def weigh(self, scores_RK: Tensor, threshold_R: Tensor) -> Tensor:
+        return (scores_RK / 2 - threshold_R.unsqueeze(-1)).clamp(min=0).square()
+
+    def pull(self, weights_RK: Tensor, d_weights_RK: Tensor) -> Tensor:
+        slope = weights_RK.sqrt()
+        d_scores = d_weights_RK * slope
+        total = slope.sum(-1, keepdim=True)
+        mean = d_scores.sum(-1, keepdim=True) / torch.where(total > 0, total, 1)
+        return d_scores - slope * mean
+
+
+def _sealed(lse: Tensor) -> Tensor:
+    return torch.where(lse == -torch.inf, torch.inf, lse)
+
+
+@torch.no_grad()
+def _newton(scores_RK: Tensor, power: int) -> Tensor:
+    """t with sum max(score - t, 0)^power = 1, [R]; +inf where nothing is seen.
+
+    The sum is convex and falls in t, so Newton's steps from a t that is too small never pass the root: for power 1 they
+    find it exactly, once the support is that of the root (Michelot 1986), for power 2 they converge quadratically. No
+    sort is needed. The largest score less 1 is too small: its own term is 1.
+    """
+    t = scores_RK.amax(-1, keepdim=True) - 1
+    t = torch.where(t == -torch.inf, torch.inf, t)
+    tolerance = 4 * torch.finfo(scores_RK.dtype).eps
+    for _ in range(_MOST_STEPS):
+        above = (scores_RK - t).clamp_(min=0)
+        slope = (above > 0).sum(-1, keepdim=True) if power == 1 else 2 * above.sum(-1, keepdim=True)
+        value = above.sum(-1, keepdim=True) if power == 1 else above.square_().sum(-1, keepdim=True)
+        step = torch.where(slope > 0, (value - 1) / slope, 0)
+        t = t + step
+        if not torch.compiler.is_compiling() and bool((step.abs() <= tolerance * (1 + t.abs())).all()):
+            break
+    return t.squeeze(-1)
+
+
+_MOST_STEPS = 20
+"""Of Newton's method: rows of 32,768 normal scores of deviation 1 take 9, of deviation 8 take 6."""
+
+SOFTMAX = Weighting()

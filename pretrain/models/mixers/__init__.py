@@ -1,0 +1,22 @@
+"""What mixes the tokens of a block: attention, or a module of its own where a mechanism is not made of heads."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from headway.kernels.attention.registry import mechanism
+from headway.pretrain import config
+from headway.pretrain.models.attention import Attention, attention_shape, word_of
+from headway.pretrain.models.mixers.base import Mixer
+from headway.pretrain.models.seat import Seat
+
+MIXERS: dict[str, type[Mixer]] = {}
+"""Mechanisms of the kind `mixer`."""
+
+
+def build_mixer(model: config.Model, seat: Seat) -> nn.Module:
+    """The layer that mixes tokens at a seat of the model: the mechanism that the config names there."""
+    word = word_of(model.attention, seat)
+    if mechanism(word).kind != "mixer":
+        return Attention(model, seat)
+    return MIXERS[word](model, seat, attention_shape(model, word, seat).settings)
