@@ -129,7 +129,7 @@ def _operands(part: Part, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) 
     )
 
 
-def _attend(task: Task, part: Part, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, own: Any) -> Tensor:
+def _attend(task: Task, part: Part, operands: Any, own: Any) -> Tensor:
     """The specification, of a block."""
     from headway.kernels.attention.compose import weigh
 
