@@ -72,7 +72,8 @@ def choose(
 
 def _dense(row: Mechanism) -> bool:
     """Whether every pair is seen, so that PyTorch's kernels waste nothing."""
-    return row.part is not None and row.part.fused and row.part.scope is None
+    form = row.part
+    return form is not None and form.fused and form.score.even and form.scope is None
 
 
 def _fastest(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from headway.kernels import random
-from headway.kernels.attention import blocks, chunks
+from headway.kernels.attention import blocks, chunks, rows
 from headway.kernels.attention.dense import WeightDropout, per_query_head, score_scale
 from headway.kernels.attention.masks import Mask, lower
 from headway.kernels.attention.scopes import Scope
@@ -106,8 +106,11 @@ class Form(NamedTuple):
         """Row blocks: memory grows with the length."""
         q, k, v, factor = self.score.prepare(q, k, v, score_scale(scale, q), x)
         mask = self.narrowed(mask, x)
-        if self.score.product and self.weighting is SOFTMAX and mask.strip:
+        if self.fused and self.score.even and mask.strip:
             out = blocks.attention(q, k, v, mask, dropout, factor, bias)
+        elif self.score.rows:
+            task = rows.Task(self.weighting, mask, dropout, factor, x.get("softcap"))
+            out = rows.attention(task, q, k, v, bias, None if self.own is None else x[self.own])
         else:
             out = chunks.attention(self, q, k, v, mask, dropout, factor, bias, x)
         return self.score.finish(out, x)
@@ -131,7 +134,8 @@ class _Weigh(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, own_H: Tensor | None, weighting: Weighting) -> Tensor:
         threshold = weighting.threshold(scores, own_H)
-        weights = weighting.weigh(scores, threshold)
+        threshold = torch.where(threshold == -torch.inf, torch.inf, threshold)  # rows that see nothing
+        weights = weighting.weigh_(scores.clone(), threshold)
         ctx.save_for_backward(weights, threshold, own_H)
         ctx.weighting = weighting
         return weights
@@ -139,13 +143,8 @@ class _Weigh(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_weights: Tensor) -> Any:
         weights, threshold, own_H = ctx.saved_tensors
-        d_own = None
-        if own_H is not None and ctx.needs_input_grad[1]:
-            d_own = sink_gradient((weights * d_weights).sum(-1), threshold, own_H)
-        return ctx.weighting.pull(weights, d_weights), d_own, None
-
-
-def sink_gradient(delta_BHQ: Tensor, threshold_BHQ: Tensor, own_H: Tensor) -> Tensor:
-    """Gradient of the sinks' scores [H], from sums of weights times their gradients: -p_sink delta, summed."""
-    weight = (own_H.unsqueeze(-1).to(threshold_BHQ.dtype) - threshold_BHQ).exp()
-    return -(weight * delta_BHQ).sum((0, 2)).to(own_H.dtype)
+        delta, d_own = (weights * d_weights).sum(-1), None
+        if own_H is not None:  # a sink takes what the weights leave
+            share = (own_H.unsqueeze(-1).to(threshold.dtype) - threshold).exp()
+            d_own = -(share * delta).sum((0, 2)).to(own_H.dtype)
+        return ctx.weighting.pull_(weights, d_weights.clone(), delta), d_own, None

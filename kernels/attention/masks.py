@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headway.kernels.attention.scopes import Scope, Window, joined
+from headway.kernels.attention.scopes import Scope, Window
 
 
 class Mask(NamedTuple):
@@ -81,20 +81,6 @@ class Mask(NamedTuple):
         past = keys.stop + (self.shift or 0) + self.window - 1
         start = min(max(start, first // rows * rows), (queries - 1) // rows * rows)
         return slice(start, min(queries, max(start + rows, -(-past // rows) * rows)))
-
-    @property
-    def rows(self) -> int:
-        """Queries of a block that see about the same keys."""
-        return 128 if self.scope is None else self.scope.rows
-
-    def runs_of(self, queries: slice, keys: int) -> list[slice]:
-        """Runs of keys, in order, of which a block of queries may see some by their places; any scope, no `shift`."""
-        assert self.shift is None
-        stop = queries.stop if self.triangular else keys
-        if self.scope is None:
-            return [slice(0, stop)]
-        runs = self.scope.ranges(range(queries.start, queries.stop), keys, self.triangular)
-        return joined(runs, 0, stop)
 
 
 _ALL = slice(None)

@@ -35,6 +35,15 @@ class Scope:
         """Runs of keys of which some query of a run of queries may see one; they may overlap."""
         raise NotImplementedError
 
+    def phases(self) -> tuple[Scope, ...]:
+        """Scopes that share no pair and together are this one; where weights can be merged, each is computed alone."""
+        return (self,)
+
+    @property
+    def step(self) -> int:
+        """Places from a query to the next one that sees about the same keys, which are as far apart."""
+        return 1
+
     def pairs(self, total: int, causal: bool) -> int:
         """How many pairs of a query and a key it leaves of a sequence's."""
         raise NotImplementedError
@@ -71,6 +80,10 @@ class Dilated(Scope):
     width: int
     dilation: int
 
+    @property
+    def step(self) -> int:
+        return self.dilation
+
     def sees(self, queries: Tensor, keys: Tensor, total: int, causal: bool) -> Tensor:
         apart = (queries - keys).abs()
         return (apart < self.width * self.dilation) & (apart % self.dilation == 0)
@@ -96,7 +109,7 @@ class Local(Scope):
 
     @property
     def rows(self) -> int:
-        return self.block
+        return -(-64 // self.block) * self.block
 
     def sees(self, queries: Tensor, keys: Tensor, total: int, causal: bool) -> Tensor:
         return (queries // self.block - keys // self.block).abs() <= self.neighbours
@@ -130,12 +143,37 @@ class Strided(Scope):
         apart = (queries - keys).abs()
         return (apart < self.stride) | (apart % self.stride == 0)
 
+    def phases(self) -> tuple[Scope, ...]:
+        return Window(self.stride), Comb(self.stride)
+
     def ranges(self, queries: range, total: int, causal: bool) -> list[range]:
         return [range(total)]
 
     def pairs(self, total: int, causal: bool) -> int:
         before = _within(total, self.stride) + sum(i // self.stride for i in range(total))
         return before if causal else 2 * before - total
+
+
+@dataclass(frozen=True)
+class Comb(Scope):
+    """Every `stride`-th key, but for the query itself: what strided attention sees beyond its window."""
+
+    stride: int
+
+    @property
+    def step(self) -> int:
+        return self.stride
+
+    def sees(self, queries: Tensor, keys: Tensor, total: int, causal: bool) -> Tensor:
+        apart = (queries - keys).abs()
+        return (apart >= self.stride) & (apart % self.stride == 0)
+
+    def ranges(self, queries: range, total: int, causal: bool) -> list[range]:
+        return [range(total)]
+
+    def pairs(self, total: int, causal: bool) -> int:
+        before = sum(i // self.stride for i in range(total))
+        return before if causal else 2 * before
 
 
 @dataclass(frozen=True)
@@ -148,7 +186,7 @@ class Fixed(Scope):
 
     @property
     def rows(self) -> int:
-        return self.stride
+        return -(-64 // self.stride) * self.stride
 
     def sees(self, queries: Tensor, keys: Tensor, total: int, causal: bool) -> Tensor:
         own = queries // self.stride == keys // self.stride

@@ -28,9 +28,13 @@ class Score:
 
     Attributes:
         product: whether `prepare` leaves a scaled dot product of the prepared operands, and nothing follows.
+        rows: whether `rows` computes it: such a product, or one with a cap.
+        even: whether prepared values are as wide as queries, as most fused kernels want them.
     """
 
     product = True
+    rows = True
+    even = True
 
     def prepare(self, q_BHQD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float, x: Extras) -> Operands:
         """The operands whose products are the scores."""
@@ -92,7 +96,7 @@ class Dot(Score):
 class Additive(Score):
     """u_h . tanh(q + k), q and k projected as everywhere (Bahdanau et al. 2015, appendix A.1.2)."""
 
-    product = False
+    product = rows = False
 
     def compute(self, q_BHQD, k_BKSD, scale, x):
         k_BHSD = per_query_head(k_BKSD, q_BHQD)
@@ -113,7 +117,7 @@ class SoftCap(Score):
 class TalkingHeads(Score):
     """Heads are mixed before and after the softmax (Shazeer et al. 2020)."""
 
-    product = False
+    product = rows = False
 
     def compute(self, q_BHQD, k_BKSD, scale, x):
         scores = super().compute(q_BHQD, k_BKSD, scale, x)
@@ -132,6 +136,8 @@ class Differential(Score):
     l = exp(lq1.lk1) - exp(lq2.lk2) + l0 for every head; the output is RMS-normalised per head, without a gain, and
     multiplied by 1 - l0. l0 = 0.8 - 0.6 exp(-0.3 layer).
     """
+
+    even = False
 
     def prepare(self, q_BHQD, k_BKSD, v_BKSD, scale, x):
         q, k = (torch.cat(t.chunk(2, -1), 1) for t in (q_BHQD, k_BKSD))

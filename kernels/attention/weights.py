@@ -13,20 +13,30 @@ from torch import Tensor
 
 
 class Weighting:
-    """Softmax, and the base of the others. Scores that are not seen are -inf; a row that sees nothing weighs 0."""
+    """Softmax, and the base of the others. Scores that are not seen are -inf; a row that sees nothing weighs 0.
+
+    Attributes:
+        merges: whether rows whose keys come in parts can be merged by their log-sum-exp.
+    """
+
+    merges = True
 
     def threshold(self, scores_RK: Tensor, own_H: Tensor | None = None) -> Tensor:
-        """What a row's weights need beside its scores, [R]: the log-sum-exp; +inf where nothing is seen."""
-        lse = scores_RK.logsumexp(-1)
-        return lse.masked_fill_(lse == -torch.inf, torch.inf) if not lse.requires_grad else _sealed(lse)
+        """What a row's weights need beside its scores, [R]: the log-sum-exp."""
+        return scores_RK.logsumexp(-1)
 
-    def weigh(self, scores_RK: Tensor, threshold_R: Tensor) -> Tensor:
-        """Weights [R, K], 0 where the score is -inf."""
-        return (scores_RK - threshold_R.unsqueeze(-1)).exp()
+    def weigh_(self, scores_RK: Tensor, threshold_R: Tensor) -> Tensor:
+        """Weights [R, K], 0 where the score is -inf, in place of the scores. Thresholds of rows that see nothing are
+        +inf."""
+        return scores_RK.sub_(threshold_R.unsqueeze(-1)).exp_()
 
-    def pull(self, weights_RK: Tensor, d_weights_RK: Tensor) -> Tensor:
-        """Gradient of the scores, which may overwrite that of the weights."""
-        return (d_weights_RK - (weights_RK * d_weights_RK).sum(-1, keepdim=True)) * weights_RK
+    def pull_(self, weights_RK: Tensor, d_weights_RK: Tensor, delta_R: Tensor) -> Tensor:
+        """Gradient of the scores, in place of that of the weights.
+
+        Args:
+            delta_R: sums of weights times their gradients.
+        """
+        return d_weights_RK.sub_(delta_R.unsqueeze(-1)).mul_(weights_RK)
 
 
 class Sink(Weighting):
@@ -42,51 +52,53 @@ class Sigmoid(Weighting):
     """sigmoid(score - log n), n keys seen (Ramapuram et al. 2024, section 3: n is the length of the sequence; here what
     the query sees, so that padding and packing change nothing)."""
 
+    merges = False
+
     def threshold(self, scores_RK: Tensor, own_H: Tensor | None = None) -> Tensor:
         return (scores_RK > -torch.inf).sum(-1).clamp(min=1).to(scores_RK.dtype).log()
 
-    def weigh(self, scores_RK: Tensor, threshold_R: Tensor) -> Tensor:
-        return torch.sigmoid(scores_RK - threshold_R.unsqueeze(-1))
+    def weigh_(self, scores_RK: Tensor, threshold_R: Tensor) -> Tensor:
+        return scores_RK.sub_(threshold_R.unsqueeze(-1)).sigmoid_()
 
-    def pull(self, weights_RK: Tensor, d_weights_RK: Tensor) -> Tensor:
-        return d_weights_RK * weights_RK * (1 - weights_RK)
+    def pull_(self, weights_RK: Tensor, d_weights_RK: Tensor, delta_R: Tensor) -> Tensor:
+        return d_weights_RK.mul_(weights_RK).mul_(1 - weights_RK)
 
 
 class Sparsemax(Weighting):
     """Euclidean projection of the scores onto the simplex (Martins and Astudillo 2016): max(score - t, 0), sum 1."""
 
+    merges = False
+
     def threshold(self, scores_RK: Tensor, own_H: Tensor | None = None) -> Tensor:
         return _newton(scores_RK, 1)
 
-    def weigh(self, scores_RK: Tensor, threshold_R: Tensor) -> Tensor:
-        return (scores_RK - threshold_R.unsqueeze(-1)).clamp(min=0)
+    def weigh_(self, scores_RK: Tensor, threshold_R: Tensor) -> Tensor:
+        return scores_RK.sub_(threshold_R.unsqueeze(-1)).clamp_(min=0)
 
-    def pull(self, weights_RK: Tensor, d_weights_RK: Tensor) -> Tensor:
+    def pull_(self, weights_RK: Tensor, d_weights_RK: Tensor, delta_R: Tensor) -> Tensor:
         support = weights_RK > 0
-        d_weights = torch.where(support, d_weights_RK, 0)
-        mean = d_weights.sum(-1, keepdim=True) / support.sum(-1, keepdim=True).clamp(min=1)
-        return torch.where(support, d_weights - mean, 0)
+        d_weights_RK.mul_(support)
+        mean = d_weights_RK.sum(-1, keepdim=True).div_(support.sum(-1, keepdim=True).clamp_(min=1))
+        return d_weights_RK.sub_(mean).mul_(support)
 
 
 class Entmax15(Weighting):
     """1.5-entmax (Peters et al. 2019, section 3): max(score / 2 - t, 0)^2, sum 1; between softmax and sparsemax."""
 
+    merges = False
+
     def threshold(self, scores_RK: Tensor, own_H: Tensor | None = None) -> Tensor:
         return _newton(scores_RK / 2, 2)
 
-    def weigh(self, scores_RK: Tensor, threshold_R: Tensor) -> Tensor:
-        return (scores_RK / 2 - threshold_R.unsqueeze(-1)).clamp(min=0).square()
+    def weigh_(self, scores_RK: Tensor, threshold_R: Tensor) -> Tensor:
+        return scores_RK.div_(2).sub_(threshold_R.unsqueeze(-1)).clamp_(min=0).square_()
 
-    def pull(self, weights_RK: Tensor, d_weights_RK: Tensor) -> Tensor:
+    def pull_(self, weights_RK: Tensor, d_weights_RK: Tensor, delta_R: Tensor) -> Tensor:
         slope = weights_RK.sqrt()
-        d_scores = d_weights_RK * slope
+        d_scores = d_weights_RK.mul_(slope)
         total = slope.sum(-1, keepdim=True)
         mean = d_scores.sum(-1, keepdim=True) / torch.where(total > 0, total, 1)
-        return d_scores - slope * mean
-
-
-def _sealed(lse: Tensor) -> Tensor:
-    return torch.where(lse == -torch.inf, torch.inf, lse)
+        return d_scores.sub_(slope.mul_(mean))
 
 
 @torch.no_grad()

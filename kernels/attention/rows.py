@@ -1,0 +1,216 @@
+"""Scaled dot products under any weighting and scope, in blocks of queries: memory grows with the length, and work with
+what is seen.
+
+The forward keeps a number a row, from which the backward computes the weights again (Dao et al. 2022, algorithm 4).
+Where a scope falls into phases, their outputs are merged by their log-sum-exp (Milakov and Gimelshein 2018).
+
+Shapes: B batch, H query heads (in [H, Q, K]: keys), Q queries, S keys, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from headway.kernels import random
+from headway.kernels.attention.dense import WeightDropout, per_query_head
+from headway.kernels.attention.masks import Mask
+from headway.kernels.attention.parts import Part, parts
+from headway.kernels.attention.weights import Weighting
+
+ELEMENTS = 1 << 20
+"""Scores that are computed at once: their temporaries stay in a CPU's caches."""
+
+
+class Task(NamedTuple):
+    """What an attention is about, beside its operands. `cap` bounds the scores, if it is not None."""
+
+    weighting: Weighting
+    mask: Mask
+    dropout: WeightDropout | None
+    scale: float
+    cap: float | None
+
+
+class Operands(NamedTuple):
+    """q [B, H, Q, D], k [B, H, S, D], v [B, H, S, any], bias [H, Q, S] or None, the weighting's own [H] or None."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    own: Tensor | None
+
+    @property
+    def wide(self) -> torch.dtype:
+        return torch.promote_types(self.q.dtype, torch.float32)
+
+
+@torch.compiler.disable
+def attention(
+    task: Task, q_BHQD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, bias_HQK: Tensor | None, own_H: Tensor | None
+) -> Tensor:
+    """[B, H, Q, D] of v's width; see `compose.Form.reference`."""
+    k_BHSD, v_BHSD = (per_query_head(x, q_BHQD) for x in (k_BKSD, v_BKSD))
+    out: Tensor = _Rows.apply(task, q_BHQD, k_BHSD, v_BHSD, bias_HQK, own_H)
+    return out
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, task: Task, *tensors: Any) -> Tensor:
+        operands = Operands(*tensors)
+        out, threshold = outputs(task, operands)
+        ctx.save_for_backward(*operands, out, threshold)
+        ctx.task = task
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> Any:
+        *tensors, out, threshold = ctx.saved_tensors
+        return None, *gradients(ctx.task, Operands(*tensors), out, threshold, d_out)
+
+
+class Piece(NamedTuple):
+    """Rows of the batch and heads of a part, computed at once."""
+
+    part: Part
+    rows: slice
+    heads: slice
+
+    def queries(self, x: Tensor) -> Tensor:
+        """What belongs to its queries of [B, H, Q, ...]."""
+        return x[self.rows, self.heads, self.part.queries]
+
+    def keys(self, x: Tensor) -> Tensor:
+        """What belongs to its keys of [B, H, S, ...]."""
+        return self.part.take(x[self.rows, self.heads], 2)
+
+    def pairs(self, bias: Tensor) -> Tensor:
+        """What belongs to its pairs of [H, Q, S]."""
+        return self.part.take(bias[self.heads, self.part.queries], 2)
+
+
+def _pieces(task: Task, x: Operands) -> Iterator[Piece]:
+    """All that is to be computed; phases one after the other."""
+    b, h, length = x.q.shape[:3]
+    scopes = (
+        task.mask.scope.phases()
+        if task.mask.scope is not None and task.weighting.merges
+        else (task.mask.scope,)
+    )
+    for scope in scopes:
+        for part in parts(task.mask._replace(scope=scope), length, x.k.shape[2]):
+            size = (part.queries.stop - part.queries.start) // (part.queries.step or 1) * part.keys
+            heads = max(1, min(h, ELEMENTS // max(1, size)))
+            rows = max(1, ELEMENTS // max(1, size * h)) if heads == h else 1
+            for first in range(0, b, rows):
+                for head in range(0, h, heads):
+                    yield Piece(part, slice(first, min(b, first + rows)), slice(head, min(h, head + heads)))
+
+
+def outputs(task: Task, x: Operands) -> tuple[Tensor, Tensor]:
+    """Output, and every row's threshold [B, H, Q]."""
+    shape = x.q.shape[:3]
+    merged = task.mask.scope is not None and len(task.mask.scope.phases()) > 1 and task.weighting.merges
+    make = torch.zeros if merged else torch.empty
+    out = make(*shape, x.v.shape[-1], dtype=x.wide if merged else x.v.dtype, device=x.q.device)
+    threshold = torch.full(shape, -torch.inf, dtype=x.wide, device=x.q.device)
+    for piece in _pieces(task, x):
+        scores = _scores(task, x, piece)[0]
+        own = None if x.own is None or merged else x.own[piece.heads]
+        here = task.weighting.threshold(scores, own) if not merged else scores.logsumexp(-1)
+        weights = task.weighting.weigh_(scores, _finite(here))
+        if task.dropout is not None:
+            weights = weights.mul_(piece.part.kept(task.dropout, piece.rows, piece.heads))
+        some = weights.to(x.v.dtype) @ piece.keys(x.v)
+        if merged:
+            _merge(piece.queries(out), piece.queries(threshold), some, here)
+        else:
+            piece.queries(out).copy_(some)
+            piece.queries(threshold).copy_(here)
+    if merged and x.own is not None:
+        both = torch.logaddexp(threshold, x.own.unsqueeze(-1).to(x.wide))
+        out.mul_((_finite(threshold) - both).exp_().unsqueeze(-1))
+        threshold = both
+    if task.dropout is not None:
+        out.mul_(random.kept_scale(task.dropout.p))
+    return out.to(x.v.dtype), _finite(threshold)
+
+
+def _finite(threshold: Tensor) -> Tensor:
+    """Rows that see nothing weigh 0: -inf less +inf."""
+    return threshold.masked_fill(threshold == -torch.inf, torch.inf)
+
+
+def _merge(out: Tensor, lse: Tensor, some: Tensor, more: Tensor) -> None:
+    """Add a phase's output to those before, in place."""
+    both = torch.logaddexp(lse, more)
+    old, new = ((part - _finite(both)).exp_().unsqueeze(-1) for part in (lse, more))
+    out.mul_(old).add_(some * new)
+    lse.copy_(both)
+
+
+def _scores(task: Task, x: Operands, piece: Piece) -> tuple[Tensor, Tensor | None]:
+    """Scores [B, H, Q, K] in fp32 or wider, which may be overwritten, -inf where nothing is seen; and the tanh of a
+    cap, for its gradient."""
+    scores = (piece.queries(x.q) @ piece.keys(x.k).mT).to(x.wide).mul_(task.scale)
+    bent = None
+    if task.cap is not None:
+        bent = scores.div_(task.cap).tanh_()
+        scores = bent * task.cap
+    if x.bias is not None:
+        scores.add_(piece.pairs(x.bias))
+    seen = piece.part.seen(scores.device, piece.rows)
+    if seen is not None:
+        scores.masked_fill_(~seen, -torch.inf)
+    return scores, bent
+
+
+def gradients(task: Task, x: Operands, out: Tensor, threshold: Tensor, d_out: Tensor) -> list[Tensor | None]:
+    """Of all operands."""
+    total: dict[str, Tensor] = {
+        name: torch.zeros_like(value, dtype=x.wide)
+        for name, value in x._asdict().items()
+        if value is not None
+    }
+    delta = (d_out.to(x.wide) * out.to(x.wide)).sum(-1)
+    if x.own is not None:  # a sink takes what the weights leave
+        share = (x.own.unsqueeze(-1).to(x.wide) - threshold).exp_()
+        total["own"] -= (share * delta).sum((0, 2))
+    scaled = d_out if task.dropout is None else d_out * random.kept_scale(task.dropout.p)
+    for piece in _pieces(task, x):
+        _pull(task, x, piece, threshold, delta, scaled, total)
+    return [None if value is None else total[name].to(value.dtype) for name, value in x._asdict().items()]
+
+
+def _pull(
+    task: Task,
+    x: Operands,
+    piece: Piece,
+    threshold: Tensor,
+    delta: Tensor,
+    d_out: Tensor,
+    total: dict[str, Tensor],
+) -> None:
+    """Add a piece's gradients to the total."""
+    part, here, narrow = piece.part, (piece.rows, piece.heads), x.q.dtype
+    q, k, v, d = piece.queries(x.q), piece.keys(x.k), piece.keys(x.v), piece.queries(d_out)
+    scores, bent = _scores(task, x, piece)
+    weights = task.weighting.weigh_(scores, piece.queries(threshold))
+    d_weights, dropped = (d @ v.mT).to(x.wide), weights
+    if task.dropout is not None:
+        kept = part.kept(task.dropout, *here)
+        dropped, d_weights = weights * kept, d_weights.mul_(kept)
+    part.add(total["v"][here], dropped.to(narrow).mT @ d, 2)
+    d_scores = task.weighting.pull_(weights, d_weights, piece.queries(delta))
+    if x.bias is not None:
+        part.add(total["bias"][piece.heads, part.queries], d_scores.sum(0), 2)
+    if bent is not None:
+        d_scores = d_scores.mul_(1 - bent.square_())
+    d_scores = d_scores.mul_(task.scale).to(narrow)
+    piece.queries(total["q"]).add_(d_scores @ k)
+    part.add(total["k"][here], d_scores.mT @ q, 2)
