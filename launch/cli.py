@@ -26,6 +26,8 @@ app.add_typer(data, name="data")
 app.add_typer(tokenizer, name="tokenizer")
 app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(config, name="config")
+attention = typer.Typer(help="List attention mechanisms, and compare their costs here.", no_args_is_help=True)
+app.add_typer(attention, name="attention")
 
 Recipes = Annotated[list[str], typer.Argument(help="Recipe names (gpt/tiny) or YAML files; later ones win.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: a.b=c. May be repeated.")]
@@ -199,6 +201,44 @@ def config_schema(debug: Debug = False) -> None:
     from headway.launch import settings
 
     settings.print_schema()
+
+
+@attention.command("ls")
+def attention_ls(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    tokens: Annotated[int, typer.Option(help="Length that costs are given for.", min=16)] = 4096,
+    debug: Debug = False,
+) -> None:
+    """Every mechanism: formula, cost, what it supports, source."""
+    from headway.launch import attention as mechanisms
+
+    mechanisms.ls(as_json, tokens)
+
+
+@attention.command("compare")
+def attention_compare(
+    seq: Annotated[str, typer.Option(help="Lengths, separated by commas.")] = "512,2048,8192",
+    names: Annotated[list[str] | None, typer.Argument(help="Mechanisms; all if none are named.")] = None,
+    limit: Annotated[float, typer.Option(help="Seconds that one call may take.")] = 20.0,
+    out: Annotated[str, typer.Option(help="Folder for the table and the plot.")] = "runs/attention",
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    threads: Annotated[int | None, typer.Option(help="Of the CPU; PyTorch's choice if not given.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Time and peak memory of forward and backward of every mechanism here, with a log-log plot."""
+    from headway.launch import attention as mechanisms
+
+    mechanisms.compare(numbers("--seq", seq), names or [], limit, out, dtype, threads)
+
+
+def numbers(option: str, given: str) -> list[int]:
+    """Whole numbers separated by commas."""
+    from headway.pretrain.errors import JobError
+
+    try:
+        return [int(part) for part in given.split(",")]
+    except ValueError:
+        raise JobError(option, given, "whole numbers separated by commas", "512,2048") from None
 
 
 def main() -> None:
