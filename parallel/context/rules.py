@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from headway.kernels.attention.registry import mechanism
 from headway.parallel.mesh import Layout
 from headway.pretrain.config import Job
 from headway.pretrain.errors import JobError
@@ -12,7 +13,7 @@ def check(job: Job, layout: Layout) -> None:
     if layout.context == 1:
         return
     _check_lengths(job, layout)
-    _check_kernel(job)
+    _check_kernel(job, layout)
     if job.parallel.context_method == "ulysses":
         _check_heads(job, layout)
     if job.model.init.lsuv and job.objective.name == "classify" and job.objective.pool == "first":
@@ -42,9 +43,17 @@ def _check_lengths(job: Job, layout: Layout) -> None:
             raise JobError("parallel.context", layout.context, rule, columns)
 
 
-def _check_kernel(job: Job) -> None:
-    kernel = job.model.attention.kernel
-    if job.parallel.context_method == "ring" and kernel not in ("auto", "blocks"):
+def _check_kernel(job: Job, layout: Layout) -> None:
+    kernel, method = job.model.attention.kernel, job.parallel.context_method
+    for word in job.model.attention.mechanisms:
+        can = mechanism(word).supports
+        if "context_ulysses" not in can:
+            rule = f"model.attention has {word!r}, which needs whole rows of all heads"
+            raise JobError("parallel.context", layout.context, rule, 1)
+        if method == "ring" and "context_ring" not in can:
+            rule = f"model.attention has {word!r}, and rings know dense and window attention"
+            raise JobError("parallel.context_method", method, rule, "ulysses")
+    if method == "ring" and kernel not in ("auto", "blocks"):
         rule = "ring attention computes by row blocks; parallel.context_method = ulysses takes any kernel"
         raise JobError("model.attention.kernel", kernel, rule, "blocks")
 

@@ -20,6 +20,10 @@ def check_recompute(job: Job, layout: Layout, device: str) -> None:
     if p.recompute_every != 1 and p.recompute != "full":
         rule = f"counts whole blocks: needs parallel.recompute = full, not {p.recompute}"
         raise JobError("parallel.recompute_every", p.recompute_every, rule, 1)
+    known = ("dense",), ("window",)
+    if p.recompute == "budget" and job.model.attention.mechanisms not in known:
+        rule = f"the memory of {', '.join(job.model.attention.mechanisms)} attention is not known by formula"
+        raise JobError("parallel.recompute", p.recompute, rule, "full")
     blocks = job.model.layers + (job.model.decoder_depth if job.model.family == "t5" else 0)
     if p.recompute_every > blocks:
         rule = f"of {blocks} blocks none would be computed again"

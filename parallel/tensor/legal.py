@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from headway.kernels.attention.registry import mechanism
 from headway.parallel.mesh import Layout
 from headway.pretrain.config import Job
 from headway.pretrain.errors import JobError
@@ -12,6 +13,7 @@ def check_tensor(job: Job, layout: Layout) -> None:
     ranks, m, mae = layout.tensor, job.model, job.objective.mae
     if ranks == 1:
         return
+    check_mechanisms(job, "tensor", "parallel.tensor", ranks, "this mechanism is not cut by heads")
     heads = [("model.heads", m.heads)]
     if job.objective.name == "mae":
         heads.append(("objective.mae.heads", mae.heads))
@@ -30,6 +32,13 @@ def check_tensor(job: Job, layout: Layout) -> None:
         if -(-width // ranks) * (ranks - 1) >= width:
             rule = f"{field} = {width} leaves a rank without features"
             raise JobError("parallel.tensor", ranks, rule, _divisor(width, ranks))
+
+
+def check_mechanisms(job: Job, need: str, field: str, value: int, why: str) -> None:
+    """Raise JobError if a mechanism of the model cannot be spread along an axis."""
+    for word in job.model.attention.mechanisms:
+        if need not in mechanism(word).supports:
+            raise JobError(field, value, f"model.attention has {word!r}: {why}", 1)
 
 
 def _divisor(of: int, near: int) -> int:

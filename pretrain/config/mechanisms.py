@@ -41,6 +41,8 @@ def check_attention(job: Job) -> None:
                 raise JobError(field, word, f"cannot: {WHY[need]}", _nearest(_needs(job)))
         if "images" in row.supports and job.model.family != "vit":
             raise JobError(field, word, WHY["images"], "dense")
+        if "images" in row.supports and job.objective.name == "mae":
+            raise JobError(field, word, "the visible patches of a masked autoencoder are no grid", "dense")
         if attention.kernel != "auto" and attention.kernel not in row.kernels:
             rule = f"{word} attention has the kernels {', '.join(row.kernels)}"
             raise JobError("model.attention.kernel", attention.kernel, rule, "auto")

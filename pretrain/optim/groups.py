@@ -14,10 +14,11 @@ def decays(name: str, parameter: Tensor) -> bool:
     """Weights of two dims and more decay; biases, norm gains, class and mask tokens and other vectors do not.
 
     Embeddings, position tables and tables of relative biases are matrices and decay too, as in nanoGPT's and
-    minGPT's GPT-2. Biases of expert stacks have two dims and do not.
+    minGPT's GPT-2. Biases of expert stacks have two dims and do not; nor does what attention mechanisms own, which are
+    vectors of heads, or begin as identities.
     """
-    kind = name.rpartition(".")[2]
-    return parameter.ndim >= 2 and not kind.endswith(("bias", "token"))
+    path = name.split(".")
+    return parameter.ndim >= 2 and not path[-1].endswith(("bias", "token")) and "own" not in path
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
