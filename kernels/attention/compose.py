@@ -66,6 +66,10 @@ class Form(NamedTuple):
         scores = self.score.compute(q, k, scale, x)
         if bias_HQK is not None:
             scores = scores + bias_HQK
+        if self.weighting.draws:
+            every = slice(0, q.shape[0]), slice(0, q.shape[1]), slice(0, q.shape[2])
+            noise = x["draw"].gumbel(*every, torch.arange(k.shape[2], device=k.device))
+            scores = (scores if noise is None else scores + noise.to(scores.dtype)) / x["temperature"]
         seen = lower(mask, q.shape[2], k.shape[2], q.device)
         own = None if self.own is None else x[self.own]
         return self.score.mix(weigh(self.weighting, scores, seen, own), x)
@@ -109,7 +113,8 @@ class Form(NamedTuple):
         if self.fused and self.score.even and mask.strip:
             out = blocks.attention(q, k, v, mask, dropout, factor, bias)
         elif self.score.rows:
-            task = rows.Task(self.weighting, mask, dropout, factor, x.get("softcap"))
+            settled = x.get("softcap"), x.get("temperature", 1.0), x.get("draw")
+            task = rows.Task(self.weighting, mask, dropout, factor, *settled)
             out = rows.attention(task, q, k, v, bias, None if self.own is None else x[self.own])
         else:
             out = chunks.attention(self, q, k, v, mask, dropout, factor, bias, x)
@@ -138,7 +143,7 @@ class _Weigh(torch.autograd.Function):
         weights = weighting.weigh_(scores.clone(), threshold)
         ctx.save_for_backward(weights, threshold, own_H)
         ctx.weighting = weighting
-        return weights
+        return weighting.used(weights)
 
     @staticmethod
     def backward(ctx: Any, d_weights: Tensor) -> Any:

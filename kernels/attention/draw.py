@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from headway.kernels import random
 
 
 class Draw(NamedTuple):
@@ -25,3 +28,17 @@ class Draw(NamedTuple):
     slots: Tensor | None = None
     positions: Tensor | None = None
     first_head: int = 0
+
+    def gumbel(self, rows: slice, heads: slice, queries: slice, keys: Tensor) -> Tensor | None:
+        """Gumbel noise of some rows of the batch, heads and queries, and of keys at these places, [B, H, Q, K] in fp64,
+        a function of their global coordinates; None outside training."""
+        if self.noise is None or self.slots is None or self.positions is None:
+            return None
+        heads_H = torch.arange(heads.start, heads.stop, device=keys.device) + self.first_head
+        coordinates = (
+            self.slots[rows][:, None, None, None],
+            heads_H[:, None, None],
+            self.positions[queries][:, None],
+            keys,
+        )
+        return -torch.log(-torch.log(random.uniform(self.noise, *coordinates)))

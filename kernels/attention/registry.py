@@ -105,6 +105,7 @@ class Mechanism:
         entropy: (q, k, mask, scale, bias) -> mean entropy of a sample's rows [B], differentiable, in memory O(S).
         part: what the word adds to a composition.
         draws: whether its kernels take `draw`, what random numbers are a function of (`draw.Draw`).
+        estimated: whether its gradients are estimates of what finite differences would give.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Mechanism:
     entropy: Callable[..., Tensor] | None = None
     part: Any = None
     draws: bool = False
+    estimated: bool = False
 
 
 @cache

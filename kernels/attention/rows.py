@@ -17,6 +17,7 @@ from torch import Tensor
 
 from headway.kernels import random
 from headway.kernels.attention.dense import WeightDropout, per_query_head
+from headway.kernels.attention.draw import Draw
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.parts import Part, parts
 from headway.kernels.attention.weights import Weighting
@@ -26,13 +27,16 @@ ELEMENTS = 1 << 20
 
 
 class Task(NamedTuple):
-    """What an attention is about, beside its operands. `cap` bounds the scores, if it is not None."""
+    """What an attention is about, beside its operands. `cap` bounds the scores, if it is not None; `temperature` and
+    `draw` are for weightings that draw."""
 
     weighting: Weighting
     mask: Mask
     dropout: WeightDropout | None
     scale: float
-    cap: float | None
+    cap: float | None = None
+    temperature: float = 1.0
+    draw: Draw | None = None
 
 
 class Operands(NamedTuple):
@@ -124,6 +128,7 @@ def outputs(task: Task, x: Operands) -> tuple[Tensor, Tensor]:
         own = None if x.own is None or merged else x.own[piece.heads]
         here = task.weighting.threshold(scores, own) if not merged else scores.logsumexp(-1)
         weights = task.weighting.weigh_(scores, _finite(here))
+        weights = task.weighting.used(weights)
         if task.dropout is not None:
             weights = weights.mul_(piece.part.kept(task.dropout, piece.rows, piece.heads))
         some = weights.to(x.v.dtype) @ piece.keys(x.v)
@@ -164,6 +169,10 @@ def _scores(task: Task, x: Operands, piece: Piece) -> tuple[Tensor, Tensor | Non
         scores = bent * task.cap
     if x.bias is not None:
         scores.add_(piece.pairs(x.bias))
+    if task.draw is not None:
+        where = piece.rows, piece.heads, piece.part.queries
+        noise = task.draw.gumbel(*where, piece.part.numbers.to(scores.device))
+        scores = (scores if noise is None else scores.add_(noise)).div_(task.temperature)
     seen = piece.part.seen(scores.device, piece.rows)
     if seen is not None:
         scores.masked_fill_(~seen, -torch.inf)
@@ -201,12 +210,14 @@ def _pull(
     q, k, v, d = piece.queries(x.q), piece.keys(x.k), piece.keys(x.v), piece.queries(d_out)
     scores, bent = _scores(task, x, piece)
     weights = task.weighting.weigh_(scores, piece.queries(threshold))
-    d_weights, dropped = (d @ v.mT).to(x.wide), weights
+    d_weights, dropped = (d @ v.mT).to(x.wide), task.weighting.used(weights)
     if task.dropout is not None:
         kept = part.kept(task.dropout, *here)
-        dropped, d_weights = weights * kept, d_weights.mul_(kept)
+        dropped, d_weights = dropped * kept, d_weights.mul_(kept)
     part.add(total["v"][here], dropped.to(narrow).mT @ d, 2)
     d_scores = task.weighting.pull_(weights, d_weights, piece.queries(delta))
+    if task.draw is not None:
+        d_scores = d_scores.div_(task.temperature)
     if x.bias is not None:
         part.add(total["bias"][piece.heads, part.queries], d_scores.sum(0), 2)
     if bent is not None:

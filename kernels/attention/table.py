@@ -112,6 +112,8 @@ def composed(name: str, rows: list[Mechanism]) -> Mechanism:
         own=_joined(row.own for row in rows),
         order=next((row.order for row in rows if row.kind == "scope"), "n^2"),
         supports=reduce(frozenset.intersection, (row.supports for row in rows)),
+        draws=any(row.draws for row in rows),
+        estimated=any(row.estimated for row in rows),
     )
 
 
@@ -249,6 +251,11 @@ WEIGHTS = (
     _mechanism(
         "sink", "weights", Form(weighting=weights.Sink(), own="sink"), "exp(s) / (sum exp(s) + exp(sink_h)) V",
         "OpenAI 2025 (gpt-oss); Miller 2023", own={"sink": Own(_per_head, ("constant", 0.0))},
+    ),
+    _mechanism(
+        "hard", "weights", Form(weighting=weights.Hard()), "v_j, j drawn from softmax(Q K^T / sqrt(D))",
+        "Jang et al. 2017, section 2.2 (straight-through Gumbel)", settings={"temperature": 1.0}, draws=True,
+        estimated=True, supports=EVERYTHING - {"cross"},
     ),
 )  # fmt: skip
 

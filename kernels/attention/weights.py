@@ -17,9 +17,11 @@ class Weighting:
 
     Attributes:
         merges: whether rows whose keys come in parts can be merged by their log-sum-exp.
+        draws: whether scores are perturbed at random, and divided by a temperature, before they are weighed.
     """
 
     merges = True
+    draws = False
 
     def threshold(self, scores_RK: Tensor, own_H: Tensor | None = None) -> Tensor:
         """What a row's weights need beside its scores, [R]: the log-sum-exp."""
@@ -29,6 +31,10 @@ class Weighting:
         """Weights [R, K], 0 where the score is -inf, in place of the scores. Thresholds of rows that see nothing are
         +inf."""
         return scores_RK.sub_(threshold_R.unsqueeze(-1)).exp_()
+
+    def used(self, weights_RK: Tensor) -> Tensor:
+        """The weights that values meet; gradients are those of `weigh_` all the same."""
+        return weights_RK
 
     def pull_(self, weights_RK: Tensor, d_weights_RK: Tensor, delta_R: Tensor) -> Tensor:
         """Gradient of the scores, in place of that of the weights.
@@ -99,6 +105,23 @@ class Entmax15(Weighting):
         total = slope.sum(-1, keepdim=True)
         mean = d_scores.sum(-1, keepdim=True) / torch.where(total > 0, total, 1)
         return d_scores.sub_(slope.mul_(mean))
+
+
+class Hard(Weighting):
+    """One key, drawn from the softmax, by the Gumbel-max trick; gradients are those of the relaxed choice, softmax of
+    (scores + Gumbel noise) / temperature (straight-through; Jang et al. 2017, section 2.2). Without noise, the best."""
+
+    merges = False
+    draws = True
+
+    def used(self, weights_RK: Tensor) -> Tensor:
+        best = weights_RK.argmax(-1, keepdim=True)
+        one = torch.zeros_like(weights_RK).scatter_(-1, best, 1)
+        return one.mul_(weights_RK > 0)  # rows that see nothing choose nothing
+
+    def pull_(self, weights_RK: Tensor, d_weights_RK: Tensor, delta_R: Tensor) -> Tensor:
+        delta = (weights_RK * d_weights_RK).sum(-1)  # not of what was used
+        return super().pull_(weights_RK, d_weights_RK, delta)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import torch
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as gpt_oss
 
 from headway.kernels.attention.compose import weigh
+from headway.kernels.attention.draw import Draw
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.registry import mechanism
 from headway.kernels.attention.weights import Entmax15, Sigmoid, Sparsemax
@@ -86,3 +87,36 @@ def test_sigmoid_is_the_equation():
     for i in range(6):
         expected = torch.sigmoid(scores[0, 0, i, : i + 1] - torch.tensor(i + 1.0).double().log())
         torch.testing.assert_close(weights[0, 0, i, : i + 1], expected)
+
+
+def test_a_hard_choice_is_one_of_the_softmax():
+    rows, keys = 4000, 5
+    q, k = torch.zeros(rows, 1, 1, 2), torch.zeros(rows, 1, keys, 2)
+    q[..., 0], k[..., 0] = 1.0, torch.arange(keys) * 0.5 * 2**0.5
+    v = torch.eye(keys).expand(rows, 1, keys, keys)
+    draw = Draw(torch.tensor(1), torch.tensor(0), torch.tensor(99), torch.arange(rows), torch.tensor([3]))
+    for kernel in mechanism("hard").kernels.values():
+        out = kernel.compute(q, k, v, Mask(False), temperature=0.7, draw=draw)
+        assert (out.sum(-1) == 1).all()
+        assert (out.amax(-1) == 1).all()
+        p = torch.softmax(torch.arange(keys) * 0.5, 0)
+        # Frequencies of 4,000 draws: deviations below 0.008.
+        assert (out.mean((0, 1, 2)) - p).abs().max() < 5 * 0.008
+
+
+def test_a_hard_choice_learns_as_its_relaxation():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, 3, 7, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+        for _ in range(3)
+    )
+    draw = Draw(torch.tensor(1), torch.tensor(0), torch.tensor(99), torch.arange(2), torch.arange(7))
+    noise = draw.gumbel(slice(0, 2), slice(0, 3), slice(0, 7), torch.arange(7))
+    soft = ((q @ k.mT / 2 + noise) / 0.7).softmax(-1)
+    one = torch.zeros_like(soft).scatter(-1, soft.argmax(-1, keepdim=True), 1.0)
+    theirs = (one - soft.detach() + soft) @ v
+    for kernel in mechanism("hard").kernels.values():
+        ours = kernel.compute(q, k, v, Mask(False), temperature=0.7, draw=draw)
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+        found = [torch.autograd.grad(y.square().sum(), (q, k, v), retain_graph=True) for y in (ours, theirs)]
+        torch.testing.assert_close(*found, rtol=1e-10, atol=1e-11)
