@@ -56,18 +56,32 @@ def attention(
     return featured(elu_features(q_BHQD), elu_features(k_BKSD), v_BKSD, mask)
 
 
-def quadratic(q_BHQM: Tensor, k_BKSM: Tensor, v_BKSD: Tensor, mask: Mask, floor: float = 0) -> Tensor:
-    """The weighted mean of values that features q and k define, by the matrix of weights: [B, H, Q, D] like v.
+def weights(
+    q_BHQD: Tensor, k_BKSD: Tensor, mask: Mask, scale: float | None = None, bias_HQK: Tensor | None = None
+) -> Tensor:
+    """What `reference` averages values by, [B, H, Q, S] in fp32 or wider; rows sum to 1, or 0 if nothing is seen."""
+    assert scale is None and bias_HQK is None
+    return feature_weights(elu_features(q_BHQD), elu_features(k_BKSD), mask)
 
-    `floor`: below which the sum of weights is not let fall, for features that estimate.
+
+def feature_weights(q_BHQM: Tensor, k_BKSM: Tensor, mask: Mask, floor: float = 0) -> Tensor:
+    """Weights of keys that features of queries and keys define, [B, H, Q, S].
+
+    `floor`: what the sum of products is raised to if it is less, for features whose products may be negative.
     """
     with exactly(q_BHQM):
-        weights_BHQS = q_BHQM @ per_query_head(k_BKSM, q_BHQM).mT
+        products_BHQS = q_BHQM @ per_query_head(k_BKSM, q_BHQM).mT
         seen = lower(mask, q_BHQM.shape[2], k_BKSM.shape[2], q_BHQM.device)
         if seen is not None:
-            weights_BHQS = weights_BHQS.masked_fill(~seen, 0)
-        values_BHSD = per_query_head(v_BKSD, q_BHQM).to(weights_BHQS.dtype)
-        return _divided(weights_BHQS @ values_BHSD, weights_BHQS.sum(-1, keepdim=True), floor).to(v_BKSD.dtype)
+            products_BHQS = products_BHQS.masked_fill(~seen, 0)
+        return _divided(products_BHQS, products_BHQS.sum(-1, keepdim=True), floor)
+
+
+def quadratic(q_BHQM: Tensor, k_BKSM: Tensor, v_BKSD: Tensor, mask: Mask, floor: float = 0) -> Tensor:
+    """Mean of values by `feature_weights`, [B, H, Q, D] like v."""
+    weights_BHQS = feature_weights(q_BHQM, k_BKSM, mask, floor)
+    with exactly(q_BHQM):
+        return (weights_BHQS @ per_query_head(v_BKSD, q_BHQM).to(weights_BHQS.dtype)).to(v_BKSD.dtype)
 
 
 def featured(
