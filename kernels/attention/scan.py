@@ -39,11 +39,9 @@ class Joints(NamedTuple):
     through: Tensor | None
 
 
-def chunked(x: Tensor, chunk: int = CHUNK, value: float = 0) -> Tensor:
-    """[B, H, S, ...] -> [B, H, N, C, ...], filled up with `value`; a short sequence is a chunk of its own length."""
-    length = x.shape[2]
-    chunk = min(chunk, length)
-    lacks = -length % chunk
+def chunked(x: Tensor, chunk: int, value: float = 0) -> Tensor:
+    """[B, H, S, ...] -> [B, H, N, C, ...], filled up with `value`."""
+    lacks = -x.shape[2] % chunk
     if lacks:
         x = F.pad(x, [0, 0] * (x.dim() - 3) + [0, lacks], value=value)
     return x.unflatten(2, (-1, chunk))
@@ -88,6 +86,22 @@ def _decayed(exponent: Tensor, seen: Tensor | None) -> Tensor:
     return (exponent if seen is None else exponent.masked_fill(~seen, -math.inf)).exp()
 
 
+def edges(
+    total: Tensor, left: Tensor | None, right: Tensor | None, through: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors of a state that decays: as it comes to each token, of each token as the chunk is left, and through it.
+
+    Args:
+        total: logarithms of decays summed from the chunk's start, [B, H, N, C, M] or [B, H, N, C, 1].
+        left, right, through: what documents let pass, as in `Joints`.
+
+    Returns:
+        [B, H, N, C, M or 1] twice, and [B, H, N, M or 1, 1].
+    """
+    end = total[..., -1:, :]
+    return scaled(total.exp(), left), scaled((end - total).exp(), right), scaled(end.exp().mT, through)
+
+
 def carried(updates: Tensor, through: Tensor | None, back: bool = False) -> Tensor:
     """States [B, H, N, M, D] that reach each chunk, from what each adds; `back`: from the right to the left."""
     added = updates.unbind(2)
@@ -117,12 +131,13 @@ def sums(
         causal: only keys up to the query's own place.
     """
     length = q_BHSM.shape[2]
-    q, k, v = (chunked(x) for x in (q_BHSM, k_BHSM, v_BHSD))
+    chunk = min(CHUNK, length)
+    q, k, v = (chunked(x, chunk) for x in (q_BHSM, k_BHSM, v_BHSD))
     if documents is not None:
-        documents = chunked(documents[:, None], value=-1)
+        documents = chunked(documents[:, None], chunk, -1)
     if level is not None:
         # Behind the end the level is as high as can be, so that it never falls; keys are 0 there.
-        level = chunked(level, value=float(torch.finfo(level.dtype).max))
+        level = chunked(level, chunk, float(torch.finfo(level.dtype).max))
     return _Sums.apply(q, k, v, documents, level, causal).flatten(2, 3)[:, :, :length]
 
 
