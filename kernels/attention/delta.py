@@ -14,7 +14,7 @@ from torch import Tensor
 
 from headway.kernels.attention.dense import WeightDropout, per_query_head, score_scale
 from headway.kernels.attention.masks import Mask
-from headway.kernels.attention.scan import chunked, edges, exactly, joints
+from headway.kernels.attention.scan import Ties, chunked, edges, exactly
 
 CHUNK = 64
 
@@ -89,7 +89,7 @@ def attention(
     documents = None if mask.documents is None else chunked(mask.documents[:, None], chunk, -1)
     q, k, v, b, log = (chunked(x, chunk) for x in given)
     with exactly(q):
-        within, *sides = joints(q, documents, None)
+        within, *sides = Ties(chunk, q.device, True, documents).of()
         total = log.cumsum(-2)
         enter, leave, through = edges(total, *sides)
         assert within is not None

@@ -19,7 +19,8 @@ from torch import Tensor
 from headway.kernels import random
 from headway.kernels.attention.dense import WeightDropout, per_query_head, score_scale
 from headway.kernels.attention.draw import Draw
-from headway.kernels.attention.linear import feature_weights, featured, quadratic
+from headway.kernels.attention.featured import Map, average, segments
+from headway.kernels.attention.linear import feature_weights, quadratic
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.scan import exactly
 
@@ -119,42 +120,75 @@ def favor(
     features: int = 256,
     redraw: int = 0,
 ) -> Tensor:
-    """As `favor_reference`, in O((Q + S) M D) time and O((Q + S) M) memory.
+    """As `favor_reference`, in O((Q + S) M D) time and O((Q + S) D) memory.
 
-    A key's features are divided by the greatest that its document had up to it (all of its document if not causal):
-    no exponent is above 0, no later key is asked, and what is divided by cancels. No epsilon is added to features, as
-    the authors' code does, which would tell documents and layouts apart.
+    A key's features are divided by the greatest that its document had up to it (see `featured.average`). No epsilon is
+    added to features, as the authors' code does, which would tell documents and layouts apart.
     """
     assert dropout is None and bias_HQK is None
-    queries, keys = _favor_logs(q_BHQD, k_BKSD, scale, draw, features, redraw)
-    key_documents = mask.documents if mask.key_documents is None else mask.key_documents
-    with torch.no_grad():
-        greatest = (running_max if mask.causal else document_max)(keys.amax(-1), key_documents)
-    queries, keys = (queries - queries.detach().amax(-1, keepdim=True)).exp(), (keys - greatest[..., None]).exp()
-    return featured(queries, keys, v_BKSD, mask, level_BKS=greatest if mask.causal else None)
+    q_BHQD, k_BKSD = _scaled(q_BHQD, k_BKSD, scale)
+    w_KMD = _of_heads(orthogonal_directions, q_BHQD, k_BKSD, draw, features, redraw)
+    return average(FAVOR, q_BHQD, k_BKSD, v_BKSD, mask, w_KMD, _peaks(k_BKSD, w_KMD))
 
 
-def _favor_features(*given: Any) -> tuple[Tensor, Tensor]:
+def _scaled(q_BHQD: Tensor, k_BKSD: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    """Queries and keys by the root of the scale, in fp32 or wider."""
+    wide, root = torch.promote_types(q_BHQD.dtype, torch.float32), score_scale(scale, q_BHQD) ** 0.5
+    return q_BHQD.to(wide) * root, k_BKSD.to(wide) * root
+
+
+def _key_logs(k_BKSD: Tensor, w_1KMD: Tensor) -> Tensor:
+    """Logarithms of keys' features, [B, K, S, M].
+
+    exp(q . k) is the mean over w of exp(w . q - |q|^2 / 2) exp(w . k - |k|^2 / 2) (lemma 1). A query's |q|^2 is one
+    factor of all that it sums: it cancels, and is left out.
+    """
+    return k_BKSD @ w_1KMD.mT - k_BKSD.square().sum(-1, keepdim=True) / 2
+
+
+def _favor_features(
+    q_BHQD: Tensor, k_BKSD: Tensor, scale: float | None, draw: Draw, features: int, redraw: int
+) -> tuple[Tensor, Tensor]:
     """Positive features of queries and keys, up to a factor that cancels: one of each query, and one of all keys."""
-    queries, keys = _favor_logs(*given)
+    q_BHQD, k_BKSD = _scaled(q_BHQD, k_BKSD, scale)
+    with exactly(q_BHQD):
+        w_1KMD = _of_heads(orthogonal_directions, q_BHQD, k_BKSD, draw, features, redraw)[None]
+        queries, keys = q_BHQD @ per_query_head(w_1KMD, q_BHQD).mT, _key_logs(k_BKSD, w_1KMD)
     greatest = keys.detach().amax((-1, -2), keepdim=True)
     return (queries - queries.detach().amax(-1, keepdim=True)).exp(), (keys - greatest).exp()
 
 
-def _favor_logs(
-    q_BHQD: Tensor, k_BKSD: Tensor, scale: float | None, draw: Draw, features: int, redraw: int
-) -> tuple[Tensor, Tensor]:
-    """Logarithms of positive features of queries [B, H, Q, M] and keys [B, K, S, M], fp32 or wider.
+@torch.no_grad()
+def _peaks(k_BKSD: Tensor, w_KMD: Tensor) -> Tensor:
+    """Greatest logarithm of each key's features, [B, K, S]."""
+    with exactly(k_BKSD):
+        width = k_BKSD.shape[0] * w_KMD.shape[0] * w_KMD.shape[1]
+        parts = segments(k_BKSD.shape[2], width, k_BKSD.device)
+        return torch.cat([_key_logs(k_BKSD[:, :, part], w_KMD[None]).amax(-1) for part in parts], -1)
 
-    exp(scale q . k) is the mean over w of exp(w . q') exp(w . k' - |k'|^2 / 2) exp(-|q'|^2 / 2), x' = sqrt(scale) x
-    (lemma 1). The last factor is one number of a query: it cancels, and is left out.
-    """
-    wide, root = torch.promote_types(q_BHQD.dtype, torch.float32), score_scale(scale, q_BHQD) ** 0.5
-    q_BHQD, k_BKSD = q_BHQD.to(wide) * root, k_BKSD.to(wide) * root
-    with exactly(q_BHQD):
-        w_1KMD = _of_heads(orthogonal_directions, q_BHQD, k_BKSD, draw, features, redraw)[None].to(wide)
-        keys = k_BKSD @ w_1KMD.mT - k_BKSD.square().sum(-1, keepdim=True) / 2
-        return q_BHQD @ per_query_head(w_1KMD, q_BHQD).mT, keys
+
+def _pull_favor(
+    x: Tensor, phi: Tensor, d_phi: Tensor, w: Tensor | None, of_keys: bool
+) -> tuple[Tensor, None]:
+    assert w is not None
+    d_logs = d_phi * phi
+    dx = d_logs @ w
+    return (dx - x * d_logs.sum(-1, keepdim=True) if of_keys else dx), None
+
+
+def _favor_queries(x: Tensor, w: Tensor | None) -> Tensor:
+    assert w is not None
+    logs = x @ w.mT
+    return logs.sub_(logs.amax(-1, keepdim=True)).exp_()
+
+
+def _favor_keys(x: Tensor, w: Tensor | None, level: Tensor | None) -> Tensor:
+    assert w is not None and level is not None
+    # The level is reached, but for rounding, wherever there is a key.
+    return _key_logs(x, w).sub_(level).clamp_(max=0).exp_()
+
+
+FAVOR = Map(_favor_queries, _favor_keys, _pull_favor)
 
 
 def _of_heads(
@@ -164,7 +198,8 @@ def _of_heads(
     first = draw.first_head * k_BKSD.shape[1] // q_BHQD.shape[1]
     period = draw.step // redraw if redraw else 0
     with torch.no_grad():
-        return make(draw.key, k_BKSD.shape[1], features, q_BHQD.shape[-1], first, period)
+        w_KMD = make(draw.key, k_BKSD.shape[1], features, q_BHQD.shape[-1], first, period)
+    return w_KMD.to(torch.promote_types(q_BHQD.dtype, torch.float32))
 
 
 def running_max(x_BKS: Tensor, documents: Tensor | None) -> Tensor:
@@ -246,25 +281,46 @@ def rfa(
     features: int = 64,
     redraw: int = 0,
 ) -> Tensor:
-    """As `rfa_reference`, in O((Q + S) M D) time and O((Q + S) M) memory."""
+    """As `rfa_reference`, in O((Q + S) M D) time and O((Q + S) D) memory."""
     assert dropout is None and scale is None and bias_HQK is None
-    return featured(*_rfa_features(q_BHQD, k_BKSD, draw, sigma, features, redraw), v_BKSD, mask, FLOOR)
+    q, k, w_KMD = _turned(q_BHQD, k_BKSD, draw, sigma, features, redraw)
+    return average(WAVES, q, k, v_BKSD, mask, w_KMD, floor=FLOOR)
+
+
+def _turned(
+    q_BHQD: Tensor, k_BKSD: Tensor, draw: Draw, sigma: Tensor, features: int, redraw: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys of unit norm, and directions [K, M, D] of deviations sigma, in fp32 or wider."""
+    wide = torch.promote_types(q_BHQD.dtype, torch.float32)
+    w_KMD = _of_heads(directions, q_BHQD, k_BKSD, draw, features, redraw) * sigma.to(wide)[:, None]
+    return F.normalize(q_BHQD.to(wide), dim=-1), F.normalize(k_BKSD.to(wide), dim=-1), w_KMD
 
 
 def _rfa_features(
     q_BHQD: Tensor, k_BKSD: Tensor, draw: Draw, sigma: Tensor, features: int, redraw: int
 ) -> tuple[Tensor, Tensor]:
-    """[sin(w . x), cos(w . x)] / sqrt(M) of queries and keys of unit norm, [..., 2 M] in fp32 or wider (equation 4).
+    q, k, w_KMD = _turned(q_BHQD, k_BKSD, draw, sigma, features, redraw)
+    with exactly(q):
+        return _waves(q, per_query_head(w_KMD[None], q)), _waves(k, w_KMD[None])
 
-    Their products have the mean exp(-|sigma (q - k)|^2 / 2), at sigma 1 a multiple of exp(q . k).
+
+def _waves(x: Tensor, w: Tensor | None) -> Tensor:
+    """[sin(w . x), cos(w . x)] / sqrt(M), [..., 2 M] (equation 4).
+
+    Products of two have the mean exp(-|sigma (x - y)|^2 / 2): of unit vectors, at sigma 1, a multiple of exp(x . y).
     """
-    wide = torch.promote_types(q_BHQD.dtype, torch.float32)
-    with exactly(q_BHQD):
-        w_1KMD = _of_heads(directions, q_BHQD, k_BKSD, draw, features, redraw)[None].to(wide)
-        w_1KMD = w_1KMD * sigma.to(wide)[:, None]
+    assert w is not None
+    angles = x @ w.mT
+    return torch.cat([angles.sin(), angles.cos()], -1) * w.shape[-2] ** -0.5
 
-        def waves(x: Tensor, w: Tensor) -> Tensor:
-            angles = F.normalize(x.to(wide), dim=-1) @ w.mT
-            return torch.cat([angles.sin(), angles.cos()], -1) * features**-0.5
 
-        return waves(q_BHQD, per_query_head(w_1KMD, q_BHQD)), waves(k_BKSD, w_1KMD)
+def _pull_waves(
+    x: Tensor, phi: Tensor, d_phi: Tensor, w: Tensor | None, of_keys: bool
+) -> tuple[Tensor, Tensor]:
+    assert w is not None
+    (sin, cos), (d_sin, d_cos) = phi.chunk(2, -1), d_phi.chunk(2, -1)
+    d_angles = d_sin * cos - d_cos * sin
+    return d_angles @ w, (d_angles.mT @ x).sum(0, keepdim=True)
+
+
+WAVES = Map(_waves, lambda x, w, level: _waves(x, w), _pull_waves)

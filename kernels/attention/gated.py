@@ -18,7 +18,7 @@ from torch import Tensor
 
 from headway.kernels.attention.dense import WeightDropout, per_query_head, score_scale
 from headway.kernels.attention.masks import Mask
-from headway.kernels.attention.scan import carried, chunked, edges, exactly, joints, scaled
+from headway.kernels.attention.scan import Ties, carried, chunked, edges, exactly, scaled
 
 CHUNK = 64
 TEMPERATURE = 16
@@ -93,22 +93,22 @@ class _Gated(torch.autograd.Function):
     def forward(ctx, q, k, v, log, documents):
         ctx.save_for_backward(q, k, v, log, documents)
         with exactly(q):
-            same, *sides = joints(q, documents, None, causal=False)
+            same, *sides = Ties(q.shape[3], q.device, False, documents).of()
             total = log.cumsum(-2)
             enter, leave, through = edges(total, *sides)
             out = scaled(_products(q, k, total), same) @ v
-            out += (q * enter) @ carried((k * leave).mT @ v, through)
+            out += (q * enter) @ carried((k * leave).mT @ v, through)[0]
         return out
 
     @staticmethod
     def backward(ctx, d_out):
         q, k, v, log, documents = ctx.saved_tensors
         with exactly(q):
-            same, *sides = joints(q, documents, None, causal=False)
+            same, *sides = Ties(q.shape[3], q.device, False, documents).of()
             total = log.cumsum(-2)
             enter, leave, through = edges(total, *sides)
-            states = carried((k * leave).mT @ v, through)
-            d_states = carried((q * enter).mT @ d_out, through, back=True)  # of what chunks hand on
+            states, _ = carried((k * leave).mT @ v, through)
+            d_states, _ = carried((q * enter).mT @ d_out, through, back=True)  # of what chunks hand on
             dv = scaled(_products(q, k, total), same).mT @ d_out + (k * leave) @ d_states
             dq, dk = _product_gradients(scaled(d_out @ v.mT, same), q, k, total)
             dq += d_out @ states.mT * enter

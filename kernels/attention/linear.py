@@ -1,8 +1,7 @@
 """Linear attention: phi(Q) (phi(K)^T V) / phi(Q) sum phi(K) (Katharopoulos et al. 2020, equations 5, 7 and 8).
 
 Whatever the features phi are, products of features stand where dense attention has exponentials of scores; the sum
-over keys can then be formed before a query is known. Numerator and denominator are one product: the denominator's
-values are ones.
+over keys can then be formed before a query is known, which `featured` does.
 
 Shapes: B batch, H query heads, K key/value heads, Q queries, S keys, M features, D head dimension.
 """
@@ -10,18 +9,25 @@ Shapes: B batch, H query heads, K key/value heads, Q queries, S keys, M features
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from headway.kernels.attention.dense import WeightDropout, per_query_head
+from headway.kernels.attention.featured import Map, average, divided
 from headway.kernels.attention.masks import Mask, lower
-from headway.kernels.attention.scan import exactly, sums, sums_over_documents
+from headway.kernels.attention.scan import exactly
 
 
 def elu_features(x: Tensor) -> Tensor:
     """elu(x) + 1 in fp32 or wider: e^x below 0, which keeps digits that elu(x) + 1 rounds away."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+
+
+ELU = Map(
+    queries=lambda x, w: elu_features(x),
+    keys=lambda x, w, level: elu_features(x),
+    pull=lambda x, phi, d_phi, w, of_keys: (d_phi * phi.clamp(max=1), None),
+)
 
 
 def reference(
@@ -53,7 +59,8 @@ def attention(
 ) -> Tensor:
     """As `reference`, in O((Q + S) D^2) time and O((Q + S) D) memory."""
     assert dropout is None and scale is None and bias_HQK is None
-    return featured(elu_features(q_BHQD), elu_features(k_BKSD), v_BKSD, mask)
+    wide = torch.promote_types(q_BHQD.dtype, torch.float32)
+    return average(ELU, q_BHQD.to(wide), k_BKSD.to(wide), v_BKSD, mask)
 
 
 def weights(
@@ -74,7 +81,7 @@ def feature_weights(q_BHQM: Tensor, k_BKSM: Tensor, mask: Mask, floor: float = 0
         seen = lower(mask, q_BHQM.shape[2], k_BKSM.shape[2], q_BHQM.device)
         if seen is not None:
             products_BHQS = products_BHQS.masked_fill(~seen, 0)
-        return _divided(products_BHQS, products_BHQS.sum(-1, keepdim=True), floor)
+        return divided(products_BHQS, products_BHQS.sum(-1, keepdim=True), floor)
 
 
 def quadratic(q_BHQM: Tensor, k_BKSM: Tensor, v_BKSD: Tensor, mask: Mask, floor: float = 0) -> Tensor:
@@ -82,44 +89,3 @@ def quadratic(q_BHQM: Tensor, k_BKSM: Tensor, v_BKSD: Tensor, mask: Mask, floor:
     weights_BHQS = feature_weights(q_BHQM, k_BKSM, mask, floor)
     with exactly(q_BHQM):
         return (weights_BHQS @ per_query_head(v_BKSD, q_BHQM).to(weights_BHQS.dtype)).to(v_BKSD.dtype)
-
-
-def featured(
-    q_BHQM: Tensor,
-    k_BKSM: Tensor,
-    v_BKSD: Tensor,
-    mask: Mask,
-    floor: float = 0,
-    level_BKS: Tensor | None = None,
-) -> Tensor:
-    """As `quadratic`, in O((Q + S) M D) time.
-
-    Args:
-        level_BKS: causal masks only: keys j weigh exp(level_j - level_i) more for query i; it does not fall inside a
-            document, and takes no gradient.
-    """
-    assert mask.prefix is None and mask.shift is None and mask.window is None
-    width = v_BKSD.shape[-1]
-    # Ones are the denominator's values; as many zeros beside them as keep rows of products aligned.
-    v_BKSD, dtype = F.pad(v_BKSD.to(q_BHQM.dtype), (0, 1), value=1.0), v_BKSD.dtype
-    v_BKSD = F.pad(v_BKSD, (0, 7))
-    with exactly(q_BHQM):
-        if mask.documents is None and not mask.causal:
-            state_BHMD = per_query_head(k_BKSM.mT @ v_BKSD, q_BHQM)
-            out = q_BHQM @ state_BHMD
-        else:
-            k_BHSM, v_BHSD = (per_query_head(x, q_BHQM) for x in (k_BKSM, v_BKSD))
-            if mask.key_documents is None:
-                level_BHS = None if level_BKS is None else per_query_head(level_BKS, q_BHQM)
-                out = sums(q_BHQM, k_BHSM, v_BHSD, mask.documents, level_BHS, mask.causal)
-            else:
-                assert mask.documents is not None and not mask.causal
-                out = sums_over_documents(q_BHQM, k_BHSM, v_BHSD, mask.documents, mask.key_documents)
-    return _divided(out[..., :width], out[..., width : width + 1], floor).to(dtype)
-
-
-def _divided(sums_BHQD: Tensor, weights_BHQ1: Tensor, floor: float) -> Tensor:
-    """The mean; 0 where a query sees nothing, and so are its gradients."""
-    if floor:
-        return sums_BHQD / weights_BHQ1.clamp(min=floor)
-    return sums_BHQD / weights_BHQ1.masked_fill(weights_BHQ1 == 0, 1)
