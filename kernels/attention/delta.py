@@ -46,7 +46,10 @@ def reference(
 
     `dropout` and `bias_HQK` must be None.
     """
-    assert dropout is None and bias_HQK is None and mask.triangular and mask.window is None
+    assert dropout is None
+    assert bias_HQK is None
+    assert mask.triangular
+    assert mask.scope is None
     q, k, v, b, log = _prepared(q_BHSD, k_BKSD, v_BKSD, scale, beta, decay, rate, shift)
     state, outs = torch.zeros_like(k[:, :, 0, :, None] * v[:, :, 0, None, :]), []
     with exactly(q):
@@ -82,7 +85,10 @@ def attention(
     chunks at once, in the values and in the keys (the WY form, Yang et al. 2024b, section 3.2). The state then takes
     two products a chunk.
     """
-    assert dropout is None and bias_HQK is None and mask.triangular and mask.window is None
+    assert dropout is None
+    assert bias_HQK is None
+    assert mask.triangular
+    assert mask.scope is None
     given = _prepared(q_BHSD, k_BKSD, v_BKSD, scale, beta, decay, rate, shift)
     length = q_BHSD.shape[2]
     chunk = min(CHUNK, length)

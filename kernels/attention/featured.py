@@ -31,7 +31,7 @@ class Map(NamedTuple):
 
     Attributes:
         queries: (x [B, H, Q, D], w [1, H, M, D] or None) -> features [B, H, Q, M].
-        keys: (x [B, K, S, D], w [1, K, M, D] or None, level [B, K, S, 1] or None) -> features [B, K, S, M].
+        keys: (x [B, H, S, D], w, level [B, H, S, 1] or None) -> features [B, H, S, M].
         pull: (x, features, their gradients, w, whether of keys) -> gradients of x, and of w or None.
     """
 
@@ -46,35 +46,37 @@ def average(
     k_BKSD: Tensor,
     v_BKSD: Tensor,
     mask: Mask,
-    w_KMD: Tensor | None = None,
-    peak_BKS: Tensor | None = None,
+    w_HMD: Tensor | None = None,
+    peak_BHS: Tensor | None = None,
     floor: float = 0,
 ) -> Tensor:
     """sum_j phi(q_i) . phi(k_j) v_j / sum_j phi(q_i) . phi(k_j) over the keys j that query i sees, [B, H, Q, D].
 
     Args:
         maps: what phi is; queries and keys are fp32 or wider.
-        mask: no prefix, no window; a query that sees nothing gets 0.
-        w_KMD: directions that phi reads, of key/value heads.
-        peak_BKS: greatest logarithm of each key's features, of maps that lessen these by a level: the greatest of the
+        mask: no prefix and no scope; a query that sees nothing gets 0.
+        w_HMD: directions that phi reads.
+        peak_BHS: greatest logarithm of each key's features, of maps that lessen these by a level: the greatest of the
             key's document up to it (of all its document if not causal). So no exponent is above 0, no later key is
             asked, and what they are lessened by cancels. Takes no gradient.
         floor: what the denominator is raised to if it is less, for features whose products may be negative.
     """
-    assert mask.prefix is None and mask.shift is None and mask.split is None and mask.window is None
+    assert mask[3:] == (None,) * 4, "no prefix, no scope, no parts"
     width, dtype = v_BKSD.shape[-1], v_BKSD.dtype
+    keys, values = (per_query_head(x, q_BHQD) for x in (k_BKSD, v_BKSD))
     # Ones are the denominator's values; the zeros beside them keep rows of products aligned.
-    values = F.pad(F.pad(v_BKSD.to(q_BHQD.dtype), (0, 1), value=1.0), (0, 7))
+    values = F.pad(F.pad(values.to(q_BHQD.dtype), (0, 1), value=1.0), (0, 7))
     causal, documents, at = mask.causal, mask.documents, None
     if mask.key_documents is not None:
-        assert documents is not None and not causal
-        merged = over_documents(q_BHQD, k_BKSD, values, documents, mask.key_documents, peak_BKS)
-        q_BHQD, k_BKSD, values, documents, at, peak_BKS = merged
+        assert documents is not None
+        assert not causal
+        merged = over_documents(q_BHQD, keys, values, documents, mask.key_documents, peak_BHS)
+        q_BHQD, keys, values, documents, at, peak_BHS = merged
         causal = True
-    level_BKS = None
-    if peak_BKS is not None:
-        level_BKS = (running_max if causal else document_max)(peak_BKS.detach(), documents)
-    out = sums(maps, q_BHQD, k_BKSD, values, w_KMD, level_BKS, documents, causal)
+    level_BHS = None
+    if peak_BHS is not None:
+        level_BHS = (running_max if causal else document_max)(peak_BHS.detach(), documents)
+    out = sums(maps, q_BHQD, keys, values, w_HMD, level_BHS, documents, causal)
     if at is not None:
         out = out.take_along_dim(at[:, None, :, None], 2)
     return divided(out[..., :width], out[..., width : width + 1], floor).to(dtype)
@@ -87,34 +89,34 @@ def divided(sums_BHQD: Tensor, weights_BHQ1: Tensor, floor: float = 0) -> Tensor
     return sums_BHQD / weights_BHQ1.masked_fill(weights_BHQ1 == 0, 1)
 
 
-def running_max(x_BKS: Tensor, documents: Tensor | None) -> Tensor:
+def running_max(x_BHS: Tensor, documents: Tensor | None) -> Tensor:
     """Largest value up to each place, of its document where documents [B, S] are given."""
     if documents is None:
-        return x_BKS.cummax(-1).values
+        return x_BHS.cummax(-1).values
     documents, reach = documents[:, None], 1
-    while reach < x_BKS.shape[-1]:  # each round looks twice as far
+    while reach < x_BHS.shape[-1]:  # each round looks twice as far
         same = documents[..., reach:] == documents[..., :-reach]
-        more = torch.where(same, x_BKS[..., :-reach], x_BKS[..., reach:])
-        x_BKS = torch.cat([x_BKS[..., :reach], torch.maximum(x_BKS[..., reach:], more)], -1)
+        more = torch.where(same, x_BHS[..., :-reach], x_BHS[..., reach:])
+        x_BHS = torch.cat([x_BHS[..., :reach], torch.maximum(x_BHS[..., reach:], more)], -1)
         reach *= 2
-    return x_BKS
+    return x_BHS
 
 
-def document_max(x_BKS: Tensor, documents: Tensor | None) -> Tensor:
+def document_max(x_BHS: Tensor, documents: Tensor | None) -> Tensor:
     """Largest value of each place's document."""
     if documents is None:
-        return x_BKS.amax(-1, keepdim=True).expand(x_BKS.shape)
-    back = running_max(x_BKS.flip(-1), documents.flip(-1)).flip(-1)
-    return torch.maximum(running_max(x_BKS, documents), back)
+        return x_BHS.amax(-1, keepdim=True).expand(x_BHS.shape)
+    back = running_max(x_BHS.flip(-1), documents.flip(-1)).flip(-1)
+    return torch.maximum(running_max(x_BHS, documents), back)
 
 
 def sums(
     maps: Map,
     q_BHQD: Tensor,
-    k_BKSD: Tensor,
-    v_BKSD: Tensor,
-    w_KMD: Tensor | None = None,
-    level_BKS: Tensor | None = None,
+    k_BHSD: Tensor,
+    v_BHSD: Tensor,
+    w_HMD: Tensor | None = None,
+    level_BHS: Tensor | None = None,
     documents: Tensor | None = None,
     causal: bool = True,
 ) -> Tensor:
@@ -122,24 +124,24 @@ def sums(
 
     Args:
         maps: what phi is.
-        w_KMD: directions that it reads, of key/value heads.
-        level_BKS: what logarithms of keys' features are lessened by; it takes no gradient. If causal, it does not
+        w_HMD: directions that it reads.
+        level_BHS: what logarithms of keys' features are lessened by; it takes no gradient. If causal, it does not
             fall inside a document, and what a query sums is lessened by its own place's level in all.
         documents: int [B, S], contiguous; a query sees keys of its own.
         causal: only keys up to the query's own place.
     """
     with exactly(q_BHQD):
         if documents is None and not causal:
-            return _Whole.apply(maps, q_BHQD, k_BKSD, v_BKSD, w_KMD, level_BKS)
+            return _Whole.apply(maps, q_BHQD, k_BHSD, v_BHSD, w_HMD, level_BHS)
         length = q_BHQD.shape[2]
         chunk = min(CHUNK, length)
-        given = (chunked(x, chunk) for x in (q_BHQD, k_BKSD, v_BKSD))
+        given = (chunked(x, chunk) for x in (q_BHQD, k_BHSD, v_BHSD))
         if documents is not None:
             documents = chunked(documents[:, None], chunk, -1)
-        if level_BKS is not None:
+        if level_BHS is not None:
             # Behind the end the level is as high as can be, so that it never falls.
-            level_BKS = chunked(level_BKS, chunk, float(torch.finfo(level_BKS.dtype).max))
-        return _Scan.apply(maps, *given, w_KMD, level_BKS, documents, causal).flatten(2, 3)[:, :, :length]
+            level_BHS = chunked(level_BHS, chunk, float(torch.finfo(level_BHS.dtype).max))
+        return _Scan.apply(maps, *given, w_HMD, level_BHS, documents, causal).flatten(2, 3)[:, :, :length]
 
 
 def segments(parts: int, features: int, device: torch.device) -> list[slice]:
@@ -149,7 +151,7 @@ def segments(parts: int, features: int, device: torch.device) -> list[slice]:
 
 
 class _Scan(torch.autograd.Function):
-    """Chunks of queries [B, H, N, C, D], keys and values [B, K, N, C, D]; see `scan.Joints`."""
+    """Chunks [B, H, N, C, D] of queries, keys and values; see `scan.Joints`."""
 
     @staticmethod
     def forward(ctx, maps, q, k, v, w, level, documents, causal):
@@ -202,33 +204,29 @@ class _Run:
 
     def __init__(self, maps, q, k, v, w, level, documents, causal) -> None:
         self.maps, self.q, self.k, self.v, self.level = maps, q, k, v, level
-        self.w_k, self.w_q = _directions(q, k, w)
-        between = per_query_head(level, q) if causal and level is not None else None
-        self.ties = Ties(q.shape[3], q.device, causal, documents, between)
+        self.w = None if w is None else w[None]
+        self.ties = Ties(q.shape[3], q.device, causal, documents, level if causal else None)
         width = q.shape[-1] if w is None else w.shape[1]
         self.parts = segments(q.shape[2], q.shape[0] * q.shape[1] * q.shape[3] * width, q.device)
 
     def queries(self, part: slice) -> Tensor:
         """Features [B, H, N, C, M] of a segment."""
-        return self._chunks(self.maps.queries(self.q[:, :, part].flatten(2, 3), self.w_q))
+        return self._chunks(self.maps.queries(self.q[:, :, part].flatten(2, 3), self.w))
 
     def keys(self, part: slice) -> Tensor:
-        """Features [B, K, N, C, M] of a segment."""
         level = None if self.level is None else self.level[:, :, part].flatten(2)[..., None]
-        return self._chunks(self.maps.keys(self.k[:, :, part].flatten(2, 3), self.w_k, level))
+        return self._chunks(self.maps.keys(self.k[:, :, part].flatten(2, 3), self.w, level))
 
     def of(self, part: slice) -> tuple[Tensor, Tensor, Tensor, Joints]:
-        """Features of queries and keys, and values, of query heads."""
-        k, v = (per_query_head(x, self.q) for x in (self.keys(part), self.v[:, :, part]))
-        return self.queries(part), k, v, self.ties.of(part)
+        """Features of queries and keys, values, and joints."""
+        return self.queries(part), self.keys(part), self.v[:, :, part], self.ties.of(part)
 
     def states_beyond(self) -> list[Tensor | None]:
         """States that reach each segment from the right."""
         state, states = None, []
         for part in reversed(self.parts):
             states.append(state)
-            k, v = (per_query_head(x, self.q) for x in (self.keys(part), self.v[:, :, part]))
-            _, state = _passed(k, v, self.ties.of(part), state, back=True)
+            _, state = _passed(self.keys(part), self.v[:, :, part], self.ties.of(part), state, back=True)
         return states[::-1]
 
     def gradients_before(self, d_out: Tensor) -> list[Tensor | None]:
@@ -240,21 +238,17 @@ class _Run:
         return states
 
     def pulled(self, part, phi_q, phi_k, d_phi_q, d_phi_k, dv):
-        """Gradients of queries, keys, values and directions, from those of features of query heads."""
-        if self.k.shape[1] != self.q.shape[1]:
-            phi_k = self.keys(part)
-        d_phi_k, dv = (_per_key_head(x, self.k) for x in (d_phi_k, dv))
-        dq, dw_q = self.maps.pull(*self._tokens(self.q[:, :, part], phi_q, d_phi_q), self.w_q, False)
-        dk, dw_k = self.maps.pull(*self._tokens(self.k[:, :, part], phi_k, d_phi_k), self.w_k, True)
-        dw = None if dw_q is None else (_per_key_head(dw_q, self.k) + dw_k)[0]
-        return self._chunks(dq), self._chunks(dk), dv, dw
+        """Gradients of queries, keys, values and directions, from those of features."""
+        dq, dw_q = self._pulled(self.q[:, :, part], phi_q, d_phi_q, False)
+        dk, dw_k = self._pulled(self.k[:, :, part], phi_k, d_phi_k, True)
+        return dq, dk, dv, None if dw_q is None else (dw_q + dw_k)[0]
+
+    def _pulled(self, x, phi, d_phi, of_keys):
+        dx, dw = self.maps.pull(*(y.flatten(2, 3) for y in (x, phi, d_phi)), self.w, of_keys)
+        return self._chunks(dx), dw
 
     def _chunks(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (-1, self.ties.chunk))
-
-    @staticmethod
-    def _tokens(*given: Tensor) -> list[Tensor]:
-        return [x.flatten(2, 3) for x in given]
 
 
 def _passed(phi, values, joints, state, back=False):
@@ -275,24 +269,16 @@ def _add_side(gradients, phi_q, phi_k, values, d, joints, state, d_state, back):
     return d_state
 
 
-def _per_key_head(x: Tensor, k: Tensor) -> Tensor:
-    """Gradients of query heads summed for the key/value heads that they read."""
-    group = x.shape[1] // k.shape[1]
-    return x if group == 1 else x.unflatten(1, (-1, group)).sum(2)
-
-
 class _Whole(torch.autograd.Function):
-    """Every query sees every key: one state of all of them, [B, K, M, D]."""
+    """Every query sees every key: one state of all of them, [B, H, M, D]."""
 
     @staticmethod
     def forward(ctx, maps, q, k, v, w, level):
         ctx.maps = maps
         with exactly(q):
-            w_k, w_q = _directions(q, k, w)
-            parts_q, parts_k = (_parts(x, w) for x in (q, k))
-            state = sum(_keys(maps, k, w_k, level, part).mT @ v[:, :, part] for part in parts_k)
-            wide = per_query_head(state, q)
-            out = torch.cat([maps.queries(q[:, :, part], w_q) @ wide for part in parts_q], 2)
+            w_1HMD = None if w is None else w[None]
+            state = sum(_keys(maps, k, w_1HMD, level, part).mT @ v[:, :, part] for part in _parts(k, w))
+            out = torch.cat([maps.queries(q[:, :, part], w_1HMD) @ state for part in _parts(q, w)], 2)
         ctx.save_for_backward(q, k, v, w, level, state)
         return out
 
@@ -300,30 +286,23 @@ class _Whole(torch.autograd.Function):
     def backward(ctx, d_out):
         q, k, v, w, level, state = ctx.saved_tensors
         with exactly(q):
-            w_k, w_q = _directions(q, k, w)
-            parts_q, parts_k = (_parts(x, w) for x in (q, k))
-            wide, d_state, dqs, dks, dvs, dws = per_query_head(state, q), 0, [], [], [], []
-            for part in parts_q:
+            w_1HMD = None if w is None else w[None]
+            d_state, dqs, dks, dvs, dws = torch.zeros_like(state), [], [], [], []
+            for part in _parts(q, w):
                 x, d = q[:, :, part], d_out[:, :, part]
-                phi = ctx.maps.queries(x, w_q)
-                d_state = d_state + phi.mT @ d
-                dq, dw = ctx.maps.pull(x, phi, d @ wide.mT, w_q, False)
+                phi = ctx.maps.queries(x, w_1HMD)
+                d_state += phi.mT @ d
+                dq, dw = ctx.maps.pull(x, phi, d @ state.mT, w_1HMD, False)
                 dqs.append(dq)
-                dws.append(None if dw is None else _per_key_head(dw, k))
-            d_state = _per_key_head(d_state, k)
-            for part in parts_k:
-                phi = _keys(ctx.maps, k, w_k, level, part)
-                dk, dw = ctx.maps.pull(k[:, :, part], phi, v[:, :, part] @ d_state.mT, w_k, True)
+                dws.append(dw)
+            for part in _parts(k, w):
+                phi = _keys(ctx.maps, k, w_1HMD, level, part)
+                dk, dw = ctx.maps.pull(k[:, :, part], phi, v[:, :, part] @ d_state.mT, w_1HMD, True)
                 dks.append(dk)
                 dvs.append(phi @ d_state)
                 dws.append(dw)
         dw = None if dws[0] is None else sum(dws)[0]
         return None, *(torch.cat(x, 2) for x in (dqs, dks, dvs)), dw, None
-
-
-def _directions(q, k, w):
-    """Directions of key/value heads and of query heads, each beside rows [B, H, S, D]."""
-    return (None, None) if w is None else (w[None], per_query_head(w[None], q))
 
 
 def _parts(x, w):
@@ -336,7 +315,7 @@ def _keys(maps, k, w, level, part):
     return maps.keys(k[:, :, part], w, None if level is None else level[:, :, part, None])
 
 
-def over_documents(q_BHQD, k_BKSD, v_BKSD, documents, key_documents, peak_BKS):
+def over_documents(q_BHQD, k_BHSD, v_BHSD, documents, key_documents, peak_BHS):
     """Keys and queries of two sequences put into one, of each document its keys and then its queries.
 
     A causal scan of it gives each query all keys of its document, and no state of a document need be kept until its
@@ -346,13 +325,13 @@ def over_documents(q_BHQD, k_BKSD, v_BKSD, documents, key_documents, peak_BKS):
         queries, keys and values of Q + S places, 0 where a place is none of them; their documents; the places of the
         queries, [B, Q]; and peaks of keys, far below all others where there is no key.
     """
-    keys, queries = k_BKSD.shape[2], q_BHQD.shape[2]
+    keys, queries = k_BHSD.shape[2], q_BHQD.shape[2]
     documents = torch.cat([key_documents, documents], 1)
     order = documents.argsort(dim=1, stable=True)
     at = order[:, None, :, None]
     q = F.pad(q_BHQD, (0, 0, keys, 0)).take_along_dim(at, 2)
-    k, v = (F.pad(x, (0, 0, 0, queries)).take_along_dim(at, 2) for x in (k_BKSD, v_BKSD))
-    if peak_BKS is not None:
-        lowest = torch.finfo(peak_BKS.dtype).min / 4
-        peak_BKS = F.pad(peak_BKS, (0, queries), value=lowest).take_along_dim(at[..., 0], 2)
-    return q, k, v, documents.take_along_dim(order, 1), order.argsort(dim=1)[:, keys:], peak_BKS
+    k, v = (F.pad(x, (0, 0, 0, queries)).take_along_dim(at, 2) for x in (k_BHSD, v_BHSD))
+    if peak_BHS is not None:
+        lowest = torch.finfo(peak_BHS.dtype).min / 4
+        peak_BHS = F.pad(peak_BHS, (0, queries), value=lowest).take_along_dim(at[..., 0], 2)
+    return q, k, v, documents.take_along_dim(order, 1), order.argsort(dim=1)[:, keys:], peak_BHS

@@ -1,7 +1,7 @@
 """Random features whose products estimate exponentials of scores: Performer and random feature attention.
 
-Directions are drawn by `headway.kernels.random` from (the module's key, the key/value head's global index, how often
-they were drawn anew), so that every rank, and every engine, has those of its heads. What features then define, and how
+Directions are drawn by `headway.kernels.random` from (the module's key, the query head's global index, how often they
+were drawn anew), so that every rank, and every engine, has those of its heads, however key/value heads are repeated. What features then define, and how
 it is summed, is `linear`'s.
 
 Shapes: B batch, H query heads, K key/value heads, Q queries, S keys, M features, D head dimension.
@@ -33,17 +33,17 @@ code clamps too (at about one key's greatest weight), the paper does not say."""
 def directions(
     key: Tensor, heads: int, features: int, dim: int, first_head: int = 0, period: Tensor | int = 0
 ) -> Tensor:
-    """Standard normal directions, fp32 [K, M, D]: a function of the key, head, period, feature and dimension alone.
+    """Standard normal directions, fp32 [H, M, D]: a function of the key, head, period, feature and dimension alone.
 
     Args:
         key: int64, 0-dim; see `headway.kernels.random`.
-        heads, first_head: which key/value heads, of all of them.
+        heads, first_head: which query heads, of all of them.
         period: how often directions were drawn anew, below 2^31.
     """
     head = torch.arange(heads, device=key.device) + first_head
     row = torch.arange(features, device=key.device)
-    rows_KM = (period * 2**32 + head * 2**16)[:, None] + row
-    return random.normal(key, rows_KM.flatten(), 0, dim).unflatten(0, (heads, features))
+    rows_HM = (period * 2**32 + head * 2**16)[:, None] + row
+    return random.normal(key, rows_HM.flatten(), 0, dim).unflatten(0, (heads, features))
 
 
 def orthogonal_directions(
@@ -86,7 +86,8 @@ def favor_reference(
     Returns:
         [B, H, Q, D]; 0 where a query sees nothing. `dropout` and `bias_HQK` must be None.
     """
-    assert dropout is None and bias_HQK is None
+    assert dropout is None
+    assert bias_HQK is None
     queries_BHQM, keys_BKSM = _favor_features(q_BHQD, k_BKSD, scale, draw, features, redraw)
     return quadratic(queries_BHQM, keys_BKSM, v_BKSD, mask)
 
@@ -125,46 +126,47 @@ def favor(
     A key's features are divided by the greatest that its document had up to it (see `featured.average`). No epsilon is
     added to features, as the authors' code does, which would tell documents and layouts apart.
     """
-    assert dropout is None and bias_HQK is None
-    q_BHQD, k_BKSD = _scaled(q_BHQD, k_BKSD, scale)
-    w_KMD = _of_heads(orthogonal_directions, q_BHQD, k_BKSD, draw, features, redraw)
-    return average(FAVOR, q_BHQD, k_BKSD, v_BKSD, mask, w_KMD, _peaks(k_BKSD, w_KMD))
+    assert dropout is None
+    assert bias_HQK is None
+    q_BHQD, k_BHSD = _scaled(q_BHQD, k_BKSD, scale)
+    w_HMD = _of_heads(orthogonal_directions, q_BHQD, draw, features, redraw)
+    return average(FAVOR, q_BHQD, k_BHSD, v_BKSD, mask, w_HMD, _peaks(k_BHSD, w_HMD))
 
 
 def _scaled(q_BHQD: Tensor, k_BKSD: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    """Queries and keys by the root of the scale, in fp32 or wider."""
+    """Queries, and keys [B, H, S, D], by the root of the scale, in fp32 or wider."""
     wide, root = torch.promote_types(q_BHQD.dtype, torch.float32), score_scale(scale, q_BHQD) ** 0.5
-    return q_BHQD.to(wide) * root, k_BKSD.to(wide) * root
+    return q_BHQD.to(wide) * root, per_query_head(k_BKSD.to(wide) * root, q_BHQD)
 
 
-def _key_logs(k_BKSD: Tensor, w_1KMD: Tensor) -> Tensor:
-    """Logarithms of keys' features, [B, K, S, M].
+def _key_logs(k_BHSD: Tensor, w_1HMD: Tensor) -> Tensor:
+    """Logarithms of keys' features, [B, H, S, M].
 
     exp(q . k) is the mean over w of exp(w . q - |q|^2 / 2) exp(w . k - |k|^2 / 2) (lemma 1). A query's |q|^2 is one
     factor of all that it sums: it cancels, and is left out.
     """
-    return k_BKSD @ w_1KMD.mT - k_BKSD.square().sum(-1, keepdim=True) / 2
+    return k_BHSD @ w_1HMD.mT - k_BHSD.square().sum(-1, keepdim=True) / 2
 
 
 def _favor_features(
     q_BHQD: Tensor, k_BKSD: Tensor, scale: float | None, draw: Draw, features: int, redraw: int
 ) -> tuple[Tensor, Tensor]:
     """Positive features of queries and keys, up to a factor that cancels: one of each query, and one of all keys."""
-    q_BHQD, k_BKSD = _scaled(q_BHQD, k_BKSD, scale)
+    q_BHQD, k_BHSD = _scaled(q_BHQD, k_BKSD, scale)
     with exactly(q_BHQD):
-        w_1KMD = _of_heads(orthogonal_directions, q_BHQD, k_BKSD, draw, features, redraw)[None]
-        queries, keys = q_BHQD @ per_query_head(w_1KMD, q_BHQD).mT, _key_logs(k_BKSD, w_1KMD)
+        w_1HMD = _of_heads(orthogonal_directions, q_BHQD, draw, features, redraw)[None]
+        queries, keys = q_BHQD @ w_1HMD.mT, _key_logs(k_BHSD, w_1HMD)
     greatest = keys.detach().amax((-1, -2), keepdim=True)
     return (queries - queries.detach().amax(-1, keepdim=True)).exp(), (keys - greatest).exp()
 
 
 @torch.no_grad()
-def _peaks(k_BKSD: Tensor, w_KMD: Tensor) -> Tensor:
-    """Greatest logarithm of each key's features, [B, K, S]."""
-    with exactly(k_BKSD):
-        width = k_BKSD.shape[0] * w_KMD.shape[0] * w_KMD.shape[1]
-        parts = segments(k_BKSD.shape[2], width, k_BKSD.device)
-        return torch.cat([_key_logs(k_BKSD[:, :, part], w_KMD[None]).amax(-1) for part in parts], -1)
+def _peaks(k_BHSD: Tensor, w_HMD: Tensor) -> Tensor:
+    """Greatest logarithm of each key's features, [B, H, S]."""
+    with exactly(k_BHSD):
+        width = k_BHSD.shape[0] * w_HMD.shape[0] * w_HMD.shape[1]
+        parts = segments(k_BHSD.shape[2], width, k_BHSD.device)
+        return torch.cat([_key_logs(k_BHSD[:, :, part], w_HMD[None]).amax(-1) for part in parts], -1)
 
 
 def _pull_favor(
@@ -183,7 +185,8 @@ def _favor_queries(x: Tensor, w: Tensor | None) -> Tensor:
 
 
 def _favor_keys(x: Tensor, w: Tensor | None, level: Tensor | None) -> Tensor:
-    assert w is not None and level is not None
+    assert w is not None
+    assert level is not None
     # The level is reached, but for rounding, wherever there is a key.
     return _key_logs(x, w).sub_(level).clamp_(max=0).exp_()
 
@@ -191,36 +194,12 @@ def _favor_keys(x: Tensor, w: Tensor | None, level: Tensor | None) -> Tensor:
 FAVOR = Map(_favor_queries, _favor_keys, _pull_favor)
 
 
-def _of_heads(
-    make: Callable[..., Tensor], q_BHQD: Tensor, k_BKSD: Tensor, draw: Draw, features: int, redraw: int
-) -> Tensor:
-    """Directions of the key/value heads that are here, [K, M, D]."""
-    first = draw.first_head * k_BKSD.shape[1] // q_BHQD.shape[1]
+def _of_heads(make: Callable[..., Tensor], q_BHQD: Tensor, draw: Draw, features: int, redraw: int) -> Tensor:
+    """Directions of the query heads that are here, [H, M, D] in fp32 or wider."""
     period = draw.step // redraw if redraw else 0
     with torch.no_grad():
-        w_KMD = make(draw.key, k_BKSD.shape[1], features, q_BHQD.shape[-1], first, period)
-    return w_KMD.to(torch.promote_types(q_BHQD.dtype, torch.float32))
-
-
-def running_max(x_BKS: Tensor, documents: Tensor | None) -> Tensor:
-    """Largest value up to each place, of its document where documents [B, S] are given."""
-    if documents is None:
-        return x_BKS.cummax(-1).values
-    documents, reach = documents[:, None], 1
-    while reach < x_BKS.shape[-1]:  # after each round of twice as many places
-        same = documents[..., reach:] == documents[..., :-reach]
-        more = torch.where(same, x_BKS[..., :-reach], x_BKS[..., reach:])
-        x_BKS = torch.cat([x_BKS[..., :reach], torch.maximum(x_BKS[..., reach:], more)], -1)
-        reach *= 2
-    return x_BKS
-
-
-def document_max(x_BKS: Tensor, documents: Tensor | None) -> Tensor:
-    """Largest value of each place's document."""
-    if documents is None:
-        return x_BKS.amax(-1, keepdim=True)
-    back = running_max(x_BKS.flip(-1), documents.flip(-1)).flip(-1)
-    return torch.maximum(running_max(x_BKS, documents), back)
+        w_HMD = make(draw.key, q_BHQD.shape[1], features, q_BHQD.shape[-1], draw.first_head, period)
+    return w_HMD.to(torch.promote_types(q_BHQD.dtype, torch.float32))
 
 
 def rfa_reference(
@@ -240,14 +219,18 @@ def rfa_reference(
     """The specification of random feature attention (Peng et al. 2021, section 3.1), O(Q S) in memory.
 
     Args:
+        scale: of the products of unit vectors; 1 if None.
         draw, features, redraw: see `favor_reference`.
-        sigma: [K, D], learned deviations of directions in each dimension (section 3.3 calls it reparameterisation).
+        sigma: [H, D], learned deviations of directions in each dimension (section 3.3 calls it reparameterisation).
 
     Returns:
-        [B, H, Q, D]; 0 where a query sees nothing. `scale`, `dropout` and `bias_HQK` must be None.
+        [B, H, Q, D]; 0 where a query sees nothing. `dropout` and `bias_HQK` must be None.
     """
-    assert dropout is None and scale is None and bias_HQK is None
-    return quadratic(*_rfa_features(q_BHQD, k_BKSD, draw, sigma, features, redraw), v_BKSD, mask, FLOOR)
+    assert dropout is None
+    assert bias_HQK is None
+    return quadratic(
+        *_rfa_features(q_BHQD, k_BKSD, scale, draw, sigma, features, redraw), v_BKSD, mask, FLOOR
+    )
 
 
 def rfa_weights(
@@ -263,8 +246,8 @@ def rfa_weights(
     redraw: int = 0,
 ) -> Tensor:
     """What `rfa_reference` averages values by, [B, H, Q, S]; may be negative, and rows may sum to less than 1."""
-    assert scale is None and bias_HQK is None
-    return feature_weights(*_rfa_features(q_BHQD, k_BKSD, draw, sigma, features, redraw), mask, FLOOR)
+    assert bias_HQK is None
+    return feature_weights(*_rfa_features(q_BHQD, k_BKSD, scale, draw, sigma, features, redraw), mask, FLOOR)
 
 
 def rfa(
@@ -282,26 +265,33 @@ def rfa(
     redraw: int = 0,
 ) -> Tensor:
     """As `rfa_reference`, in O((Q + S) M D) time and O((Q + S) D) memory."""
-    assert dropout is None and scale is None and bias_HQK is None
-    q, k, w_KMD = _turned(q_BHQD, k_BKSD, draw, sigma, features, redraw)
-    return average(WAVES, q, k, v_BKSD, mask, w_KMD, floor=FLOOR)
+    assert dropout is None
+    assert bias_HQK is None
+    q, k, w_HMD = _turned(q_BHQD, k_BKSD, scale, draw, sigma, features, redraw)
+    return average(WAVES, q, k, v_BKSD, mask, w_HMD, floor=FLOOR)
 
 
 def _turned(
-    q_BHQD: Tensor, k_BKSD: Tensor, draw: Draw, sigma: Tensor, features: int, redraw: int
+    q_BHQD: Tensor,
+    k_BKSD: Tensor,
+    scale: float | None,
+    draw: Draw,
+    sigma: Tensor,
+    features: int,
+    redraw: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys of unit norm, and directions [K, M, D] of deviations sigma, in fp32 or wider."""
+    """Queries and keys [B, H, S, D] of unit norm, directions [H, M, D] of deviations sigma; in fp32 or wider."""
     wide = torch.promote_types(q_BHQD.dtype, torch.float32)
-    w_KMD = _of_heads(directions, q_BHQD, k_BKSD, draw, features, redraw) * sigma.to(wide)[:, None]
-    return F.normalize(q_BHQD.to(wide), dim=-1), F.normalize(k_BKSD.to(wide), dim=-1), w_KMD
+    unit_q, unit_k = (F.normalize(x.to(wide), dim=-1) for x in (q_BHQD, k_BKSD))
+    deviations_H1D = sigma.to(wide)[:, None] * (1 if scale is None else scale) ** 0.5
+    w_HMD = _of_heads(directions, q_BHQD, draw, features, redraw) * deviations_H1D
+    return unit_q, per_query_head(unit_k, q_BHQD), w_HMD
 
 
-def _rfa_features(
-    q_BHQD: Tensor, k_BKSD: Tensor, draw: Draw, sigma: Tensor, features: int, redraw: int
-) -> tuple[Tensor, Tensor]:
-    q, k, w_KMD = _turned(q_BHQD, k_BKSD, draw, sigma, features, redraw)
+def _rfa_features(q_BHQD: Tensor, k_BKSD: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+    q, k, w_HMD = _turned(q_BHQD, k_BKSD, *given)
     with exactly(q):
-        return _waves(q, per_query_head(w_KMD[None], q)), _waves(k, w_KMD[None])
+        return _waves(q, w_HMD[None]), _waves(k, w_HMD[None])
 
 
 def _waves(x: Tensor, w: Tensor | None) -> Tensor:

@@ -49,7 +49,10 @@ def reference(
 
     `dropout` and `bias_HQK` must be None.
     """
-    assert dropout is None and bias_HQK is None and mask.triangular and mask.window is None
+    assert dropout is None
+    assert bias_HQK is None
+    assert mask.triangular
+    assert mask.scope is None
     wide = torch.promote_types(q_BHSD.dtype, torch.float32)
     q, k, v = (per_query_head(x, q_BHSD).to(wide).unbind(2) for x in (q_BHSD, k_BKSD, v_BKSD))
     kept = log_decay(decay).exp().unbind(2)
@@ -76,7 +79,10 @@ def attention(
     decay: Tensor,
 ) -> Tensor:
     """As `reference`, by chunks: O(S D (D + C)) time, O(S (D + C)) memory."""
-    assert dropout is None and bias_HQK is None and mask.triangular and mask.window is None
+    assert dropout is None
+    assert bias_HQK is None
+    assert mask.triangular
+    assert mask.scope is None
     wide, length = torch.promote_types(q_BHSD.dtype, torch.float32), q_BHSD.shape[2]
     chunk = min(CHUNK, 1 << (length - 1).bit_length())  # halves need a power of two
     k_BHSD, v_BHSD = (per_query_head(x, q_BHSD).to(wide) for x in (k_BKSD, v_BKSD))

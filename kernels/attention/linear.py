@@ -14,12 +14,12 @@ from torch import Tensor
 from headway.kernels.attention.dense import WeightDropout, per_query_head
 from headway.kernels.attention.featured import Map, average, divided
 from headway.kernels.attention.masks import Mask, lower
-from headway.kernels.attention.scan import exactly
+from headway.kernels.attention.scan import exactly, scaled
 
 
-def elu_features(x: Tensor) -> Tensor:
+def elu_features(x: Tensor, scale: float | None = None) -> Tensor:
     """elu(x) + 1 in fp32 or wider: e^x below 0, which keeps digits that elu(x) + 1 rounds away."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = scaled(x.to(torch.promote_types(x.dtype, torch.float32)), scale)
     return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
 
 
@@ -41,11 +41,12 @@ def reference(
 ) -> Tensor:
     """The specification of linear attention with elu(x) + 1, O(Q S) in memory; returns [B, H, Q, D].
 
-    Queries and keys are not scaled: the paper does not, and a factor would not cancel. A query that sees nothing
-    gets 0. `scale`, `dropout` and `bias_HQK` must be None.
+    `scale` is a factor of the queries before their features are taken; 1 if None, as in the paper. A query that sees
+    nothing gets 0. `dropout` and `bias_HQK` must be None.
     """
-    assert dropout is None and scale is None and bias_HQK is None
-    return quadratic(elu_features(q_BHQD), elu_features(k_BKSD), v_BKSD, mask)
+    assert dropout is None
+    assert bias_HQK is None
+    return quadratic(elu_features(q_BHQD, scale), elu_features(k_BKSD), v_BKSD, mask)
 
 
 def attention(
@@ -58,17 +59,18 @@ def attention(
     bias_HQK: Tensor | None = None,
 ) -> Tensor:
     """As `reference`, in O((Q + S) D^2) time and O((Q + S) D) memory."""
-    assert dropout is None and scale is None and bias_HQK is None
+    assert dropout is None
+    assert bias_HQK is None
     wide = torch.promote_types(q_BHQD.dtype, torch.float32)
-    return average(ELU, q_BHQD.to(wide), k_BKSD.to(wide), v_BKSD, mask)
+    return average(ELU, scaled(q_BHQD.to(wide), scale), k_BKSD.to(wide), v_BKSD, mask)
 
 
 def weights(
     q_BHQD: Tensor, k_BKSD: Tensor, mask: Mask, scale: float | None = None, bias_HQK: Tensor | None = None
 ) -> Tensor:
     """What `reference` averages values by, [B, H, Q, S] in fp32 or wider; rows sum to 1, or 0 if nothing is seen."""
-    assert scale is None and bias_HQK is None
-    return feature_weights(elu_features(q_BHQD), elu_features(k_BKSD), mask)
+    assert bias_HQK is None
+    return feature_weights(elu_features(q_BHQD, scale), elu_features(k_BKSD), mask)
 
 
 def feature_weights(q_BHQM: Tensor, k_BKSM: Tensor, mask: Mask, floor: float = 0) -> Tensor:

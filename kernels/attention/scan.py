@@ -55,7 +55,7 @@ class Ties(NamedTuple):
     documents: Tensor | None = None
     level: Tensor | None = None
 
-    def of(self, chunks: slice = slice(None)) -> Joints:  # noqa: B008 - immutable
+    def of(self, chunks: slice = slice(None)) -> Joints:
         """Joints of some of the chunks."""
         within = left = right = through = None
         if self.causal:
@@ -136,7 +136,7 @@ def chunked(x: Tensor, chunk: int, value: float = 0) -> Tensor:
     return x.unflatten(2, (-1, chunk))
 
 
-def scaled(x: Tensor, factor: Tensor | None) -> Tensor:
+def scaled(x: Tensor, factor: Tensor | float | None) -> Tensor:
     return x if factor is None else x * factor
 
 
