@@ -30,8 +30,8 @@ def reference(
     *,
     beta: Tensor,
     decay: Tensor,
-    rate: Tensor,
-    shift: Tensor,
+    decay_rate: Tensor,
+    decay_shift: Tensor,
 ) -> Tensor:
     """The specification of the gated delta rule, token by token; returns [B, H, S, D].
 
@@ -41,8 +41,8 @@ def reference(
         mask: causal; a state begins at 0 with each document.
         scale: factor of the queries; 1 / sqrt(D) if None.
         beta: [B, H, S, 1]; b = sigmoid(beta).
-        decay: [B, H, S, 1]; a = exp(-exp(rate) softplus(decay + shift)), as in Mamba 2 (Dao and Gu 2024).
-        rate, shift: [H], learned.
+        decay: [B, H, S, 1]; a = exp(-exp(decay_rate) softplus(decay + decay_shift)), as in Mamba 2 (Dao and Gu 2024).
+        decay_rate, decay_shift: [H], learned.
 
     `dropout` and `bias_HQK` must be None.
     """
@@ -50,7 +50,7 @@ def reference(
     assert bias_HQK is None
     assert mask.triangular
     assert mask.scope is None
-    q, k, v, b, log = _prepared(q_BHSD, k_BKSD, v_BKSD, scale, beta, decay, rate, shift)
+    q, k, v, b, log = _prepared(q_BHSD, k_BKSD, v_BKSD, scale, beta, decay, decay_rate, decay_shift)
     state, outs = torch.zeros_like(k[:, :, 0, :, None] * v[:, :, 0, None, :]), []
     with exactly(q):
         for t in range(q.shape[2]):
@@ -76,8 +76,8 @@ def attention(
     *,
     beta: Tensor,
     decay: Tensor,
-    rate: Tensor,
-    shift: Tensor,
+    decay_rate: Tensor,
+    decay_shift: Tensor,
 ) -> Tensor:
     """As `reference`, by chunks: O(S D (D + C)) time, O(S (D + C)) memory.
 
@@ -89,7 +89,7 @@ def attention(
     assert bias_HQK is None
     assert mask.triangular
     assert mask.scope is None
-    given = _prepared(q_BHSD, k_BKSD, v_BKSD, scale, beta, decay, rate, shift)
+    given = _prepared(q_BHSD, k_BKSD, v_BKSD, scale, beta, decay, decay_rate, decay_shift)
     length = q_BHSD.shape[2]
     chunk = min(CHUNK, length)
     documents = None if mask.documents is None else chunked(mask.documents[:, None], chunk, -1)
@@ -104,12 +104,13 @@ def attention(
         right = torch.cat([b * v, b * enter * k], -1)
         # The diagonal is not read: it is taken for ones.
         solved = torch.linalg.solve_triangular(earlier, right, upper=False, unitriangular=True)
-        states, written = _carried(*solved.split(v.shape[-1], -1), k * leave, through)
+        values, reads = solved.split(v.shape[-1], -1)
+        states, written = _carried(values, reads, k * leave, through)
         out = (q * enter) @ states + (q @ k.mT * decays) @ written
     return out.flatten(2, 3)[:, :, :length].to(v_BKSD.dtype)
 
 
-def _prepared(q, k, v, scale, beta, decay, rate, shift) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _prepared(q, k, v, scale, beta, decay, rate, shift):
     """Queries, keys and values [B, H, S, D], fractions b and logarithms of a [B, H, S, 1], in fp32 or wider."""
     wide = torch.promote_types(q.dtype, torch.float32)
     unit_q, unit_k = (F.normalize(x.to(wide), dim=-1) for x in (q, k))

@@ -157,7 +157,8 @@ class _Scan(torch.autograd.Function):
     def forward(ctx, maps, q, k, v, w, level, documents, causal):
         run = _Run(maps, q, k, v, w, level, documents, causal)
         with exactly(q):
-            left, lefts, outs = None, [], []
+            lefts: list[Tensor | None] = []
+            left, outs = None, []
             rights = [None] * len(run.parts) if causal else run.states_beyond()
             for part, right in zip(run.parts, rights, strict=True):
                 phi_q, phi_k, values, joints = run.of(part)
@@ -194,15 +195,14 @@ class _Scan(torch.autograd.Function):
                 if not ctx.causal:
                     _add_side(gradients, *given, rights[i], d_right[i], back=True)
                 found.append(run.pulled(part, phi_q, phi_k, *gradients))
-        dq, dk, dv, dw = zip(*reversed(found), strict=True)
-        dw = None if w is None or dw[0] is None else sum(dw)
-        return None, *(torch.cat(x, 2) for x in (dq, dk, dv)), dw, None, None, None
+        *whole, dw = zip(*reversed(found), strict=True)
+        return None, *(torch.cat(x, 2) for x in whole), None if dw[0] is None else sum(dw), None, None, None
 
 
 class _Run:
     """A scan's tensors, and their features segment by segment."""
 
-    def __init__(self, maps, q, k, v, w, level, documents, causal) -> None:
+    def __init__(self, maps, q, k, v, w, level, documents, causal):
         self.maps, self.q, self.k, self.v, self.level = maps, q, k, v, level
         self.w = None if w is None else w[None]
         self.ties = Ties(q.shape[3], q.device, causal, documents, level if causal else None)
@@ -223,7 +223,8 @@ class _Run:
 
     def states_beyond(self) -> list[Tensor | None]:
         """States that reach each segment from the right."""
-        state, states = None, []
+        states: list[Tensor | None] = []
+        state = None
         for part in reversed(self.parts):
             states.append(state)
             _, state = _passed(self.keys(part), self.v[:, :, part], self.ties.of(part), state, back=True)
@@ -231,7 +232,8 @@ class _Run:
 
     def gradients_before(self, d_out: Tensor) -> list[Tensor | None]:
         """Gradients, that reach each segment from the left, of states that go to the left."""
-        state, states = None, []
+        states: list[Tensor | None] = []
+        state = None
         for part in self.parts:
             states.append(state)
             _, state = _passed(self.queries(part), d_out[:, :, part], self.ties.of(part), state)

@@ -1,8 +1,8 @@
-"""Random features whose products estimate exponentials of scores: Performer and random feature attention.
+"""Random features whose products estimate exponentials of scores; Performer's positive ones (FAVOR+).
 
 Directions are drawn by `headway.kernels.random` from (the module's key, the query head's global index, how often they
-were drawn anew), so that every rank, and every engine, has those of its heads, however key/value heads are repeated. What features then define, and how
-it is summed, is `linear`'s.
+were drawn anew), so that every rank, and every engine, has those of its heads, however a layout repeats the heads of
+keys. What features then define, and how it is summed, is `linear`'s and `featured`'s.
 
 Shapes: B batch, H query heads, K key/value heads, Q queries, S keys, M features, D head dimension.
 """
@@ -10,10 +10,8 @@ Shapes: B batch, H query heads, K key/value heads, Q queries, S keys, M features
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from headway.kernels import random
@@ -23,11 +21,6 @@ from headway.kernels.attention.featured import Map, average, segments
 from headway.kernels.attention.linear import feature_weights, quadratic
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.scan import exactly
-
-FLOOR = 0.1
-"""Least sum of weights of random feature attention. Sines and cosines estimate without a sign, and the sum of a few
-keys may come out at 0 or below; a key of unit norm truly weighs at least e^-2 = 0.14 where sigma is 1. The authors'
-code clamps too (at about one key's greatest weight), the paper does not say."""
 
 
 def directions(
@@ -62,7 +55,7 @@ def orthogonal_directions(
     return (unit * rows.norm(dim=-1, keepdim=True)).flatten(1, 2)[:, :features].float()
 
 
-def favor_reference(
+def reference(
     q_BHQD: Tensor,
     k_BKSD: Tensor,
     v_BKSD: Tensor,
@@ -73,7 +66,7 @@ def favor_reference(
     *,
     draw: Draw,
     features: int = 256,
-    redraw: int = 0,
+    redraw: int = 1000,
 ) -> Tensor:
     """The specification of Performer (FAVOR+, Choromanski et al. 2021, section 2), O(Q S) in memory.
 
@@ -92,7 +85,7 @@ def favor_reference(
     return quadratic(queries_BHQM, keys_BKSM, v_BKSD, mask)
 
 
-def favor_weights(
+def weights(
     q_BHQD: Tensor,
     k_BKSD: Tensor,
     mask: Mask,
@@ -101,14 +94,14 @@ def favor_weights(
     *,
     draw: Draw,
     features: int = 256,
-    redraw: int = 0,
+    redraw: int = 1000,
 ) -> Tensor:
-    """What `favor_reference` averages values by, [B, H, Q, S]."""
+    """What `reference` averages values by, [B, H, Q, S]."""
     assert bias_HQK is None
     return feature_weights(*_favor_features(q_BHQD, k_BKSD, scale, draw, features, redraw), mask)
 
 
-def favor(
+def attention(
     q_BHQD: Tensor,
     k_BKSD: Tensor,
     v_BKSD: Tensor,
@@ -119,9 +112,9 @@ def favor(
     *,
     draw: Draw,
     features: int = 256,
-    redraw: int = 0,
+    redraw: int = 1000,
 ) -> Tensor:
-    """As `favor_reference`, in O((Q + S) M D) time and O((Q + S) D) memory.
+    """As `reference`, in O((Q + S) M D) time and O((Q + S) D) memory.
 
     A key's features are divided by the greatest that its document had up to it (see `featured.average`). No epsilon is
     added to features, as the authors' code does, which would tell documents and layouts apart.
@@ -129,7 +122,7 @@ def favor(
     assert dropout is None
     assert bias_HQK is None
     q_BHQD, k_BHSD = _scaled(q_BHQD, k_BKSD, scale)
-    w_HMD = _of_heads(orthogonal_directions, q_BHQD, draw, features, redraw)
+    w_HMD = of_heads(orthogonal_directions, q_BHQD, draw, features, redraw)
     return average(FAVOR, q_BHQD, k_BHSD, v_BKSD, mask, w_HMD, _peaks(k_BHSD, w_HMD))
 
 
@@ -154,7 +147,7 @@ def _favor_features(
     """Positive features of queries and keys, up to a factor that cancels: one of each query, and one of all keys."""
     q_BHQD, k_BHSD = _scaled(q_BHQD, k_BKSD, scale)
     with exactly(q_BHQD):
-        w_1HMD = _of_heads(orthogonal_directions, q_BHQD, draw, features, redraw)[None]
+        w_1HMD = of_heads(orthogonal_directions, q_BHQD, draw, features, redraw)[None]
         queries, keys = q_BHQD @ w_1HMD.mT, _key_logs(k_BHSD, w_1HMD)
     greatest = keys.detach().amax((-1, -2), keepdim=True)
     return (queries - queries.detach().amax(-1, keepdim=True)).exp(), (keys - greatest).exp()
@@ -194,123 +187,9 @@ def _favor_keys(x: Tensor, w: Tensor | None, level: Tensor | None) -> Tensor:
 FAVOR = Map(_favor_queries, _favor_keys, _pull_favor)
 
 
-def _of_heads(make: Callable[..., Tensor], q_BHQD: Tensor, draw: Draw, features: int, redraw: int) -> Tensor:
+def of_heads(make: Callable[..., Tensor], q_BHQD: Tensor, draw: Draw, features: int, redraw: int) -> Tensor:
     """Directions of the query heads that are here, [H, M, D] in fp32 or wider."""
     period = draw.step // redraw if redraw else 0
     with torch.no_grad():
         w_HMD = make(draw.key, q_BHQD.shape[1], features, q_BHQD.shape[-1], draw.first_head, period)
     return w_HMD.to(torch.promote_types(q_BHQD.dtype, torch.float32))
-
-
-def rfa_reference(
-    q_BHQD: Tensor,
-    k_BKSD: Tensor,
-    v_BKSD: Tensor,
-    mask: Mask,
-    dropout: WeightDropout | None = None,
-    scale: float | None = None,
-    bias_HQK: Tensor | None = None,
-    *,
-    draw: Draw,
-    sigma: Tensor,
-    features: int = 64,
-    redraw: int = 0,
-) -> Tensor:
-    """The specification of random feature attention (Peng et al. 2021, section 3.1), O(Q S) in memory.
-
-    Args:
-        scale: of the products of unit vectors; 1 if None.
-        draw, features, redraw: see `favor_reference`.
-        sigma: [H, D], learned deviations of directions in each dimension (section 3.3 calls it reparameterisation).
-
-    Returns:
-        [B, H, Q, D]; 0 where a query sees nothing. `dropout` and `bias_HQK` must be None.
-    """
-    assert dropout is None
-    assert bias_HQK is None
-    return quadratic(
-        *_rfa_features(q_BHQD, k_BKSD, scale, draw, sigma, features, redraw), v_BKSD, mask, FLOOR
-    )
-
-
-def rfa_weights(
-    q_BHQD: Tensor,
-    k_BKSD: Tensor,
-    mask: Mask,
-    scale: float | None = None,
-    bias_HQK: Tensor | None = None,
-    *,
-    draw: Draw,
-    sigma: Tensor,
-    features: int = 64,
-    redraw: int = 0,
-) -> Tensor:
-    """What `rfa_reference` averages values by, [B, H, Q, S]; may be negative, and rows may sum to less than 1."""
-    assert bias_HQK is None
-    return feature_weights(*_rfa_features(q_BHQD, k_BKSD, scale, draw, sigma, features, redraw), mask, FLOOR)
-
-
-def rfa(
-    q_BHQD: Tensor,
-    k_BKSD: Tensor,
-    v_BKSD: Tensor,
-    mask: Mask,
-    dropout: WeightDropout | None = None,
-    scale: float | None = None,
-    bias_HQK: Tensor | None = None,
-    *,
-    draw: Draw,
-    sigma: Tensor,
-    features: int = 64,
-    redraw: int = 0,
-) -> Tensor:
-    """As `rfa_reference`, in O((Q + S) M D) time and O((Q + S) D) memory."""
-    assert dropout is None
-    assert bias_HQK is None
-    q, k, w_HMD = _turned(q_BHQD, k_BKSD, scale, draw, sigma, features, redraw)
-    return average(WAVES, q, k, v_BKSD, mask, w_HMD, floor=FLOOR)
-
-
-def _turned(
-    q_BHQD: Tensor,
-    k_BKSD: Tensor,
-    scale: float | None,
-    draw: Draw,
-    sigma: Tensor,
-    features: int,
-    redraw: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys [B, H, S, D] of unit norm, directions [H, M, D] of deviations sigma; in fp32 or wider."""
-    wide = torch.promote_types(q_BHQD.dtype, torch.float32)
-    unit_q, unit_k = (F.normalize(x.to(wide), dim=-1) for x in (q_BHQD, k_BKSD))
-    deviations_H1D = sigma.to(wide)[:, None] * (1 if scale is None else scale) ** 0.5
-    w_HMD = _of_heads(directions, q_BHQD, draw, features, redraw) * deviations_H1D
-    return unit_q, per_query_head(unit_k, q_BHQD), w_HMD
-
-
-def _rfa_features(q_BHQD: Tensor, k_BKSD: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
-    q, k, w_HMD = _turned(q_BHQD, k_BKSD, *given)
-    with exactly(q):
-        return _waves(q, w_HMD[None]), _waves(k, w_HMD[None])
-
-
-def _waves(x: Tensor, w: Tensor | None) -> Tensor:
-    """[sin(w . x), cos(w . x)] / sqrt(M), [..., 2 M] (equation 4).
-
-    Products of two have the mean exp(-|sigma (x - y)|^2 / 2): of unit vectors, at sigma 1, a multiple of exp(x . y).
-    """
-    assert w is not None
-    angles = x @ w.mT
-    return torch.cat([angles.sin(), angles.cos()], -1) * w.shape[-2] ** -0.5
-
-
-def _pull_waves(
-    x: Tensor, phi: Tensor, d_phi: Tensor, w: Tensor | None, of_keys: bool
-) -> tuple[Tensor, Tensor]:
-    assert w is not None
-    (sin, cos), (d_sin, d_cos) = phi.chunk(2, -1), d_phi.chunk(2, -1)
-    d_angles = d_sin * cos - d_cos * sin
-    return d_angles @ w, (d_angles.mT @ x).sum(0, keepdim=True)
-
-
-WAVES = Map(_waves, lambda x, w, level: _waves(x, w), _pull_waves)

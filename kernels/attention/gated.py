@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headway.kernels.attention.dense import WeightDropout, per_query_head, score_scale
+from headway.kernels.attention.featured import segments
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.scan import Ties, carried, chunked, edges, exactly, scaled
 
@@ -93,38 +94,57 @@ def attention(
 
 
 class _Gated(torch.autograd.Function):
-    """Chunks of queries, keys, values and logarithms of gates. What is formed inside of chunks is formed again."""
+    """Chunks of queries, keys, values and logarithms of gates, segment by segment. What is formed inside of chunks is
+    formed again in the backward; a state is kept for each segment."""
 
     @staticmethod
     def forward(ctx, q, k, v, log, documents):
-        ctx.save_for_backward(q, k, v, log, documents)
+        parts, lefts, outs = _parts(q), [], []
+        state: Tensor | None = None
         with exactly(q):
-            same, *sides = Ties(q.shape[3], q.device, False, documents).of()
-            total = log.cumsum(-2)
-            enter, leave, through = edges(total, *sides)
-            out = scaled(_products(q, k, total), same) @ v
-            out += (q * enter) @ carried((k * leave).mT @ v, through)[0]
-        return out
+            for part in parts:
+                lefts.append(state)
+                q_, k_, v_, total, same, enter, leave, through = _segment(q, k, v, log, documents, part)
+                states, state = carried((k_ * leave).mT @ v_, through, state)
+                outs.append(scaled(_products(q_, k_, total), same) @ v_ + (q_ * enter) @ states)
+        ctx.save_for_backward(q, k, v, log, documents, *lefts)
+        return torch.cat(outs, 2)
 
     @staticmethod
     def backward(ctx, d_out):
-        q, k, v, log, documents = ctx.saved_tensors
+        q, k, v, log, documents, *lefts = ctx.saved_tensors
+        found, d_state = [], None
         with exactly(q):
-            same, *sides = Ties(q.shape[3], q.device, False, documents).of()
-            total = log.cumsum(-2)
-            enter, leave, through = edges(total, *sides)
-            states, _ = carried((k * leave).mT @ v, through)
-            d_states, _ = carried((q * enter).mT @ d_out, through, back=True)  # of what chunks hand on
-            dv = scaled(_products(q, k, total), same).mT @ d_out + (k * leave) @ d_states
-            dq, dk = _product_gradients(scaled(d_out @ v.mT, same), q, k, total)
-            dq += d_out @ states.mT * enter
-            handed = v @ d_states.mT * leave
-            dk += handed
-            # Gates up to t raise what query t reads and lower what key t gives (appendix C); those up to the
-            # chunk's end raise what it hands on.
-            d_total = q * dq - k * dk
-            d_total[..., -1, :] += (k * handed).sum(-2) + (through * states * d_states).sum(-1)
-        return dq, dk, dv, d_total.flip(-2).cumsum(-2).flip(-2), None
+            for part, state in zip(reversed(_parts(q)), reversed(lefts), strict=True):
+                d = d_out[:, :, part]
+                q_, k_, v_, total, same, enter, leave, through = _segment(q, k, v, log, documents, part)
+                states, _ = carried((k_ * leave).mT @ v_, through, state)
+                # Of what chunks hand on:
+                d_states, d_state = carried((q_ * enter).mT @ d, through, d_state, back=True)
+                dv = scaled(_products(q_, k_, total), same).mT @ d + (k_ * leave) @ d_states
+                dq, dk = _product_gradients(scaled(d @ v_.mT, same), q_, k_, total)
+                dq += d @ states.mT * enter
+                handed = v_ @ d_states.mT * leave
+                dk += handed
+                # Gates up to t raise what query t reads and lower what key t gives (appendix C); those up to the
+                # chunk's end raise what it hands on.
+                d_total = q_ * dq - k_ * dk
+                d_total[..., -1, :] += (k_ * handed).sum(-2) + (through * states * d_states).sum(-1)
+                found.append((dq, dk, dv, d_total.flip(-2).cumsum(-2).flip(-2)))
+        return *(torch.cat(x[::-1], 2) for x in zip(*found, strict=True)), None
+
+
+def _parts(q: Tensor) -> list[slice]:
+    return segments(q.shape[2], q[:, :, 0].numel(), q.device)
+
+
+def _segment(q, k, v, log, documents, part):
+    """Queries, keys and values of a segment, logarithms summed from each chunk's start, and what documents and gates
+    let pass."""
+    q, k, v, log = (x[:, :, part] for x in (q, k, v, log))
+    same, *sides = Ties(q.shape[3], q.device, False, documents).of(part)
+    total = log.cumsum(-2)
+    return q, k, v, total, same, *edges(total, *sides)
 
 
 def _halves(q: Tensor, k: Tensor, total: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
