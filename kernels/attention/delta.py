@@ -14,7 +14,7 @@ from torch import Tensor
 
 from headway.kernels.attention.dense import WeightDropout, per_query_head, score_scale
 from headway.kernels.attention.masks import Mask
-from headway.kernels.attention.scan import Ties, chunked, edges, exactly
+from headway.kernels.attention.scan import Ties, chunked, edges, exactly, scaled
 
 CHUNK = 64
 
@@ -96,10 +96,13 @@ def attention(
     q, k, v, b, log = (chunked(x, chunk) for x in given)
     with exactly(q):
         within, *sides = Ties(chunk, q.device, True, documents).of()
-        total = log.cumsum(-2)
-        enter, leave, through = edges(total, *sides)
+        enter, _, through = edges(log.cumsum(-2), *sides)
+        # Between two tokens: summed for each pair, for a difference of sums from the chunk's start would keep few
+        # digits after a token that forgets all.
+        between = log.expand(*log.shape[:-1], chunk).tril(-1).cumsum(-2)
+        leave = scaled(between[..., -1, :, None].exp(), sides[1])
         assert within is not None
-        decays = (total - total.mT).masked_fill(~within, -torch.inf).exp()
+        decays = between.masked_fill(~within, -torch.inf).exp()
         earlier = (b * (k @ k.mT) * decays).tril(-1)
         right = torch.cat([b * v, b * enter * k], -1)
         # The diagonal is not read: it is taken for ones.
