@@ -1,8 +1,12 @@
 """Implementations by others that cannot be installed beside torch: `make` puts them into a folder of their own."""
 
+import importlib.util
 import sys
+import warnings
 from functools import cache
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
@@ -28,14 +32,34 @@ def timm():
     return module
 
 
+@cache
+def file(path: str, absent: tuple[str, ...] = ()) -> ModuleType:
+    """A file of a package as a module of its own, where the package itself asks for more than the file does.
+
+    `absent`: what it imports and does not need here.
+    """
+    _check()
+    name = "oracle_" + path.removesuffix(".py").replace("/", "_")
+    spec = importlib.util.spec_from_file_location(name, FOLDER / path)
+    module = importlib.util.module_from_spec(spec)
+    stubs = {name: mock.MagicMock() for name in absent}
+    with mock.patch.dict(sys.modules, stubs), warnings.catch_warnings(action="ignore"):
+        spec.loader.exec_module(module)
+    return module
+
+
 def package_folder(name: str) -> Path:
     """Folder of a package that ships data or weights."""
     _open()
     return FOLDER / name
 
 
-def _open() -> None:
+def _check() -> None:
     if not FOLDER.is_dir():
         pytest.fail(f"{FOLDER} is missing: `make test` installs what the tests compare with")
+
+
+def _open() -> None:
+    _check()
     if str(FOLDER) not in sys.path:
         sys.path.append(str(FOLDER))

@@ -7,7 +7,16 @@ from functools import reduce
 from typing import Any
 
 from headway.kernels import random
-from headway.kernels.attention import blocks, dense, entropy, scopes, scores, weights
+from headway.kernels.attention import (
+    blocks,
+    dense,
+    entropy,
+    low_rank,
+    rows_linear,
+    scopes,
+    scores,
+    weights,
+)
 from headway.kernels.attention.compose import Form
 from headway.kernels.attention.registry import ALL, SPREAD, Kernel, Kind, Mechanism, Own, Shape
 
@@ -259,5 +268,5 @@ WEIGHTS = (
     ),
 )  # fmt: skip
 
-ROWS: tuple[Mechanism, ...] = (*SCOPES, *SCORES, *WEIGHTS)
+ROWS: tuple[Mechanism, ...] = (*SCOPES, *SCORES, *WEIGHTS, *rows_linear.ROWS, *low_rank.ROWS)
 """All words, in the order of `headway attention ls`."""

@@ -47,15 +47,15 @@ def attention(
     if dropout is not None:
         first, places = dropout.first_head + team.rank * q.shape[1], torch.arange(asking, device=q.device)
         dropout = dropout._replace(positions=places, first_head=first)
-    mine = {name: _mine(x, asking, team) for name, x in own.items()}
+    mine = {name: _mine(x, asking, team, q.shape[1]) for name, x in own.items()}
     return team.columns_for_heads(kernel(q, k, v, mask._replace(split=None), dropout, bias, mine))
 
 
-def _mine(x: Tensor | Draw, total: int, team: Team) -> Tensor | Draw:
+def _mine(x: Tensor | Draw, total: int, team: Team, heads: int) -> Tensor | Draw:
     """A rank's heads of a parameter [H, ...], of a gate [B, H, S, ...] of all columns, or of what is drawn."""
     if isinstance(x, Draw):
         places = None if x.positions is None else torch.arange(total, device=x.positions.device)
-        return x._replace(positions=places, first_head=x.first_head)
+        return x._replace(positions=places, first_head=x.first_head + team.rank * heads)
     if x.dim() == 4 and x.shape[2] != total:
         return team.heads_for_columns(x, total)
     share = x.shape[0] // team.ranks

@@ -79,7 +79,7 @@ def rule(name: str, shape: tuple[int, ...], model: config.Model) -> Fill:
     layer = path[-2] if path[-1] == "weight" and len(path) > 1 else path[-1]
     if len(path) > 1 and path[-2] == "own":
         return Fill(*own_fill(layer))
-    if layer == "bias" or layer.endswith("_bias"):
+    if layer in ("bias", "step") or layer.endswith("_bias"):
         return ZEROS
     if layer == "gain" or layer.endswith("norm"):
         return ONES
