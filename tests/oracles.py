@@ -12,6 +12,7 @@ import pytest
 import torch
 
 FOLDER = Path(sys.prefix) / "oracles"
+_LIBRARIES: list[torch.library.Library] = []
 
 
 @cache
@@ -26,7 +27,7 @@ def timm():
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        timm.library = library  # operators live as long as this does
+        _LIBRARIES.append(library)  # operators live as long as this does
     import timm as module
 
     return module

@@ -1,6 +1,5 @@
 """Scores against others' implementations, with the same weights and inputs, forward and backward, in fp64."""
 
-import importlib.util
 from types import SimpleNamespace
 
 import pytest
@@ -34,21 +33,13 @@ def compute(name, *args, kernel="reference", **extras):
     return mechanism(name).kernels[kernel].compute(*args, **extras)
 
 
-def joeynmt():
-    path = oracles.package_folder("joeynmt") / "attention.py"
-    spec = importlib.util.spec_from_file_location("joeynmt_attention", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_additive_is_joeynmts():
     q, k, v = heads()
     direction = torch.randn(H, D, dtype=torch.float64, requires_grad=True)
     theirs = torch.empty(B, H, S, D, dtype=torch.float64)
-    rows = []
+    rows, joeynmt = [], oracles.file("joeynmt/attention.py")
     for h in range(H):
-        module = joeynmt().BahdanauAttention(D, D, D).double()
+        module = joeynmt.BahdanauAttention(D, D, D).double()
         module.query_layer.weight = module.key_layer.weight = torch.nn.Parameter(torch.eye(D).double())
         del module.energy_layer
         module.energy_layer = lambda x, h=h: x @ direction[h][:, None]
@@ -61,9 +52,9 @@ def test_additive_is_joeynmts():
 def test_general_is_joeynmts():
     q, k, v = heads()
     score = torch.randn(H, D, D, dtype=torch.float64, requires_grad=True)
-    rows = []
+    rows, joeynmt = [], oracles.file("joeynmt/attention.py")
     for h in range(H):
-        module = joeynmt().LuongAttention(D, D).double()
+        module = joeynmt.LuongAttention(D, D).double()
         del module.key_layer.weight
         module.key_layer.weight = score[h]
         module.compute_proj_keys(k[:, h])
