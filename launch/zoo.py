@@ -1,0 +1,148 @@
+"""`headway attention zoo`: small recipes trained with every mechanism that suits them, into one table and one plot.
+
+Runs are as any others, under `runs/zoo`: what is complete is not trained again, what was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from headway.kernels.attention.registry import mechanism, words
+from headway.launch import run
+from headway.launch.console import console
+from headway.pretrain.errors import JobError
+from headway.pretrain.recipe import resolve
+
+COMMON = (
+    "train.steps=200", "schedule.warmup=20", "optimizer.name=adamw", "optimizer.lr=2e-3", "train.compile=false",
+    "precision=fp32", "train.eval_every=0", "checkpoint.every=100", "checkpoint.keep_last=1", "tracking.wandb=off",
+)  # fmt: skip
+"""Few tokens a step, so that all fits into an hour on two cores; AdamW, whose steps cost less than Muon's there."""
+RECIPES = {
+    "gpt/tiny": ("train.global_batch=2", "data.heldout=0.01"),
+    "bert/tiny": ("train.global_batch=4", "data.heldout=0.01"),
+    "vit/tiny": ("train.global_batch=16",),
+}
+"""Recipe -> what is its own. Images are for mechanisms that need a grid of patches."""
+COMPOSED = ("window+sink", "bigbird+entmax15")
+"""Compositions that are trained beside the words."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A recipe with a mechanism. `reason`: why it is not trained, if it is not."""
+
+    recipe: str
+    word: str
+    sets: tuple[str, ...]
+    reason: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe.split('/')[0]}-{self.word}"
+
+
+def members(recipes: Sequence[str], names: Sequence[str]) -> Iterator[Member]:
+    """Every recipe with every mechanism; where positions do not suit, with learned ones."""
+    for recipe in recipes:
+        for word in names:
+            if recipe.startswith("vit") != ("images" in mechanism(word).supports):
+                continue
+            own = (*COMMON, *RECIPES[recipe], f"model.attention.mechanism={word}")
+            yield next(_attempts(recipe, word, own))
+
+
+def _attempts(recipe: str, word: str, own: tuple[str, ...]) -> Iterator[Member]:
+    reason = ""
+    for positions in ((), ("model.positions=learned",)):
+        member = Member(recipe, word, (*own, *positions))
+        try:
+            resolve([recipe], [*member.sets, f"run.name={member.name}"])
+        except JobError as e:
+            reason = str(e)
+        else:
+            yield member
+    yield Member(recipe, word, own, reason)
+
+
+def zoo(recipes: Sequence[str], names: Sequence[str], folder: str) -> None:
+    """Train what is not trained yet; print and write the table and the plot after every run."""
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    results: list[dict[str, Any]] = []
+    for member in members(recipes or list(RECIPES), names or [*words(), *COMPOSED]):
+        if member.reason is None:
+            sets = [*member.sets, f"run.dir={place}", f"run.name={member.name}"]
+            run.train([member.recipe], sets)
+        results.append(result(member, place / member.name))
+        (place / "zoo.json").write_text(json.dumps(results, indent=2))
+    draw(results, place / "zoo.png")
+    console().print(table(results))
+    print(f"\n{place / 'zoo.json'}, {place / 'zoo.png'}")
+
+
+def result(member: Member, folder: Path) -> dict[str, Any]:
+    """What a run reached."""
+    facts: dict[str, Any] = {"recipe": member.recipe, "word": member.word, "reason": member.reason}
+    if member.reason is not None:
+        return facts
+    summary = json.loads((folder / "summary.json").read_text())
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    seconds = [step["step_seconds"] for step in steps if "step_seconds" in step]
+    return facts | {
+        "positions": next(
+            (s.partition("=")[2] for s in member.sets if s.startswith("model.positions")), "recipe's"
+        ),
+        "heldout_loss": summary["heldout_loss"],
+        "step_seconds": statistics.median(seconds),
+        "first_loss": next(step["loss"] for step in steps if "loss" in step),
+    }
+
+
+def table(results: Sequence[dict[str, Any]]) -> Table:
+    """Of each recipe the best first; then what does not suit it, and why."""
+    found = Table(box=None, header_style="bold")
+    for title in ("recipe", "mechanism", "positions", "held-out loss", "ms a step", "times dense"):
+        found.add_column(title, overflow="fold")
+    for recipe in dict.fromkeys(r["recipe"] for r in results):
+        mine = [r for r in results if r["recipe"] == recipe and r["reason"] is None]
+        dense = next((r["step_seconds"] for r in mine if r["word"] == "dense"), None)
+        for r in sorted(mine, key=lambda r: r["heldout_loss"]):
+            ratio = f"{r['step_seconds'] / dense:.2f}" if dense else ""
+            milliseconds = f"{r['step_seconds'] * 1e3:.0f}"
+            found.add_row(recipe, r["word"], r["positions"], f"{r['heldout_loss']:.4f}", milliseconds, ratio)
+        for r in results:
+            if r["recipe"] == recipe and r["reason"] is not None:
+                found.add_row(recipe, r["word"], "", r["reason"], "", "", style="dim")
+    return found
+
+
+def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Held-out loss against the time of a step, a point for every mechanism."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    done = [r for r in results if r["reason"] is None]
+    recipes = list(dict.fromkeys(r["recipe"] for r in done))
+    figure = Figure(figsize=(8 * max(1, len(recipes)), 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, recipe in enumerate(recipes):
+        panel = figure.add_subplot(1, len(recipes), i + 1)
+        mine = [r for r in done if r["recipe"] == recipe]
+        panel.scatter([r["step_seconds"] * 1e3 for r in mine], [r["heldout_loss"] for r in mine], s=14)
+        for r in mine:
+            where = (r["step_seconds"] * 1e3, r["heldout_loss"])
+            panel.annotate(r["word"], where, fontsize=7, xytext=(3, 2), textcoords="offset points")
+        panel.set_xscale("log")
+        panel.set_xlabel("milliseconds a step")
+        panel.set_ylabel("held-out loss")
+        panel.set_title(recipe)
+        panel.grid(visible=True, alpha=0.2)
+    figure.savefig(path, dpi=100)
