@@ -41,6 +41,8 @@ def file(path: str, absent: tuple[str, ...] = ()) -> ModuleType:
     _check()
     name = "oracle_" + path.removesuffix(".py").replace("/", "_")
     spec = importlib.util.spec_from_file_location(name, FOLDER / path)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     stubs = {name: mock.MagicMock() for name in absent}
     with mock.patch.dict(sys.modules, stubs), warnings.catch_warnings(action="ignore"):
