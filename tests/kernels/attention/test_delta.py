@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from headway.kernels.attention import delta
+from headway.kernels.attention import delta, featured
 from headway.kernels.attention.masks import Mask
 from headway.tests import oracles
 from headway.tests.kernels.attention.sequences import (
@@ -18,6 +18,13 @@ from headway.tests.kernels.attention.sequences import (
     kept,
     value_and_gradients,
 )
+
+
+@pytest.fixture(params=[None, 3])
+def segments(request, monkeypatch):
+    """Whole rows in a segment, and segments of a chunk."""
+    if request.param:
+        monkeypatch.setitem(featured.SEGMENT, "cpu", 2**14)
 
 
 def gates(length=KEYS, strength=1.0, dtype=torch.float64):
@@ -74,7 +81,7 @@ def test_reference_is_flas(name):
 
 @pytest.mark.parametrize("strength", [1.0, 100.0])
 @pytest.mark.parametrize("mask", FORWARD)
-def test_chunks_are_the_reference(mask, strength):
+def test_chunks_are_the_reference(mask, strength, segments):
     for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
         ours, theirs = (
             value_and_gradients(
@@ -110,6 +117,7 @@ def test_the_same_key_again_and_again():
 
 def test_gradients_are_those_of_finite_differences(monkeypatch):
     monkeypatch.setattr(delta, "CHUNK", 4)
+    monkeypatch.setitem(featured.SEGMENT, "cpu", 1)
     documents = torch.tensor([[0] * 3 + [1] * 7 + [-1]])
     inputs = [torch.randn(1, 2, 11, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     own = {
@@ -148,7 +156,7 @@ def test_memory_grows_with_the_length():
     with Largest() as largest, kept() as found:
         delta.attention(q, k, v, Mask(), **gates(length, dtype=torch.float32)).sum().backward()
     assert largest.elements <= 2 * 4 * length * delta.CHUNK
-    assert sum(found.values()) <= 2 * 4 * length * (8 * delta.CHUNK + 20 * dim)
+    assert sum(found.values()) <= 2 * 4 * length * (10 * dim + 10)
 
 
 def test_it_compiles(monkeypatch):
