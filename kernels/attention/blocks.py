@@ -43,6 +43,11 @@ def block_rows(length: int) -> int:
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
+def _has_flash(q: Tensor, v: Tensor) -> bool:
+    """Whether PyTorch's flash kernel for CPUs computes these: it has none for values of another width than queries."""
+    return q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
+
+
 class _Blocks(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -76,7 +81,7 @@ def outputs(q, k, v, bias, scale, mask, drop):
     """Output [B, H, Q, D] and log-sum-exp of the scores [B, H, Q], for as many keys' heads as queries'."""
     whole = mask.documents is None and mask.prefix is None and mask.shift is None
     plain = whole and mask.scope is None and bias is None
-    if q.device.type == "cpu" and drop is None and plain:
+    if _has_flash(q, v) and drop is None and plain:
         # PyTorch's own forward is good here, and gives the log-sum-exp; its bf16 backward is what is slow.
         return _flash(q, k, v, 0.0, mask.causal, scale=scale)
     length, total, rows = q.shape[2], k.shape[2], block_rows(q.shape[2])
@@ -94,7 +99,7 @@ def _attend(q, k, v, bias, scale, mask, drop, queries, keys):
     """Output and log-sum-exp of a block of queries."""
     seen = lower(mask, q.shape[2], k.shape[2], q.device, queries, keys)
     q_part, k_part, v_part = q[:, :, queries], k[:, :, keys], v[:, :, keys]
-    if q.device.type == "cpu" and drop is None and bias is not None and not torch.compiler.is_compiling():
+    if _has_flash(q, v) and drop is None and bias is not None and not torch.compiler.is_compiling():
         # A bias costs another pass over the scores, which PyTorch's kernel does not need: a third of the time.
         # Compiled, the pass is fused with the others, and PyTorch's kernel is the slower one.
         added = bias[None, :, queries, keys]
