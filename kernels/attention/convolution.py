@@ -9,6 +9,7 @@ Shapes: B batch, C channels, S sequence, T taps of a short filter.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -73,6 +74,13 @@ def transform_length(length: int) -> int:
     least = max(1, 2 * length - 1)
     candidates = (odd << max(0, (-(-least // odd) - 1).bit_length()) for odd in (1, 3, 5))
     return min(candidates)
+
+
+def flops(channels: int, length: int) -> float:
+    """Forward FLOPs of `long` on one row, without the filter's own transform: two real transforms of N places at
+    2.5 N log2 N (half of a complex one's 5 N log2 N), and a product of N / 2 complex numbers."""
+    places = transform_length(length)
+    return channels * (5 * places * math.log2(places) + 3 * places)
 
 
 def short(u_BSC: Tensor, taps_CT: Tensor) -> Tensor:

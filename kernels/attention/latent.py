@@ -105,11 +105,7 @@ def absorbed(
     return torch.einsum("bhqc,hdc->bhqd", mean_BHQC, v_up_HDC)
 
 
-def flops(
-    heads: int, dim: int, rotary: int, rank: int, queries: int, keys: int, pairs: int
-) -> tuple[int, int]:
-    """Forward FLOPs, of keys' and values' making and of the pairs that are seen: `expanded` and `absorbed`."""
-    made = 4 * heads * dim * rank
-    return made * keys + 2 * heads * pairs * (2 * dim + rotary), made * queries + 2 * heads * pairs * (
-        2 * rank + rotary
-    )
+def pair_flops(heads: int, dim: int, rotary: int, rank: int, pairs: int) -> tuple[int, int]:
+    """Forward FLOPs of so many pairs of a query and a key: `expanded`, whose keys cost 4 H D C each beside, and
+    `absorbed`, whose queries do."""
+    return 2 * heads * pairs * (2 * dim + rotary), 2 * heads * pairs * (2 * rank + rotary)

@@ -171,7 +171,5 @@ def test_memory_of_blocks_grows_with_the_length(what):
 
 
 def test_costs():
-    # By hand for 2 heads x 3, rotary 2, rank 5, 7 queries and keys: 28 pairs that a causal mask allows.
-    expanded, absorbed = latent.flops(2, 3, 2, 5, 7, 7, 28)
-    assert expanded == 7 * 2 * (2 * 2 * 3 * 5) + 28 * 2 * 2 * (3 + 2 + 3)
-    assert absorbed == 7 * 2 * (2 * 2 * 3 * 5) + 28 * 2 * 2 * (5 + 2 + 5)
+    # 28 pairs, 2 heads of 3, rotary 2, rank 5: a product over 3 + 2 (5 + 2) features, and a sum of 3 (5).
+    assert latent.pair_flops(2, 3, 2, 5, 28) == (28 * 2 * 2 * (3 + 2 + 3), 28 * 2 * 2 * (5 + 2 + 5))
