@@ -11,85 +11,70 @@ Shapes: B batch, H heads, Q queries, S keys, D head dimension, R rotary dimensio
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from headway.kernels import random
 from headway.kernels.attention import dense
-from headway.kernels.attention.dense import WeightDropout
+from headway.kernels.attention.dense import WeightDropout, score_scale
 from headway.kernels.attention.masks import Mask, lower
 
-Core = Callable[..., Tensor]
-"""Dense attention: (q, k, v, mask, dropout, scale, bias) -> [B, H, Q, D]; see `dense.reference`."""
+Heads = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values, as dense attention takes them."""
 
 
 def expanded(
     q_BHQD: Tensor,
-    rotary_q_BHQR: Tensor,
+    turned_q_BHQR: Tensor,
     c_BSC: Tensor,
-    rotary_k_BSR: Tensor,
+    turned_k_BSR: Tensor,
     k_up_HDC: Tensor,
     v_up_HDC: Tensor,
-    mask: Mask,
-    dropout: WeightDropout | None = None,
-    scale: float | None = None,
-    bias_HQS: Tensor | None = None,
-    *,
-    core: Core = dense.reference,
-) -> Tensor:
-    """The specification where `core` is the reference; returns [B, H, Q, D].
+) -> Heads:
+    """Keys of every head [B, H, S, D + R], and its values [B, H, S, D].
 
     Args:
-        q_BHQD, rotary_q_BHQR: queries: what meets W^K c, and what meets the rotated key; rotated already.
-        c_BSC, rotary_k_BSR: latents, normalised already, and the key that all heads share, rotated already.
+        q_BHQD, turned_q_BHQR: queries: what meets W^K c, and what meets the shared key; turned already.
+        c_BSC, turned_k_BSR: latents, normalised already, and the key that all heads share, turned already.
         k_up_HDC, v_up_HDC: W^K and W^V of every head.
-        mask, dropout, bias_HQS: as in `dense.reference`.
-        scale: factor of the products; 1 / sqrt(D + R) if None.
-        core: computes dense attention with values of another width than keys.
     """
     k_BHSD, v_BHSD = (torch.einsum("bsc,hdc->bhsd", c_BSC, up) for up in (k_up_HDC, v_up_HDC))
-    return core(
-        torch.cat((q_BHQD, rotary_q_BHQR), -1),
-        with_shared(k_BHSD, rotary_k_BSR),
-        v_BHSD,
-        mask,
-        dropout,
-        scale,
-        bias_HQS,
-    )
+    return torch.cat((q_BHQD, turned_q_BHQR), -1), with_shared(k_BHSD, turned_k_BSR), v_BHSD
 
 
-def with_shared(k_BHSD: Tensor, rotary_k_BSR: Tensor) -> Tensor:
-    """Keys of all heads, [B, H, S, D + R]."""
-    return torch.cat((k_BHSD, rotary_k_BSR[:, None].expand(-1, k_BHSD.shape[1], -1, -1)), -1)
+def with_shared(k_BHSD: Tensor, turned_k_BSR: Tensor) -> Tensor:
+    """Keys of every head, with the one that they share: [B, H, S, D + R]."""
+    return torch.cat((k_BHSD, turned_k_BSR[:, None].expand(-1, k_BHSD.shape[1], -1, -1)), -1)
 
 
 def absorbed(
+    q_BHQD: Tensor, turned_q_BHQR: Tensor, c_BSC: Tensor, turned_k_BSR: Tensor, k_up_HDC: Tensor
+) -> Heads:
+    """Queries [B, H, Q, C + R] that have the scores of `expanded` with latents, which are one head's keys and values.
+
+    W^V is then to be applied to what attention gives. The scores' factor must be given: it is of D + R features.
+    """
+    asked_BHQC = torch.einsum("bhqd,hdc->bhqc", q_BHQD, k_up_HDC)
+    k_B1SK = torch.cat((c_BSC, turned_k_BSR), -1)[:, None]
+    return torch.cat((asked_BHQC, turned_q_BHQR), -1), k_B1SK, c_BSC[:, None]
+
+
+def one_head(
     q_BHQD: Tensor,
-    rotary_q_BHQR: Tensor,
-    c_BSC: Tensor,
-    rotary_k_BSR: Tensor,
-    k_up_HDC: Tensor,
-    v_up_HDC: Tensor,
+    k_B1SD: Tensor,
+    v_B1SD: Tensor,
     mask: Mask,
     dropout: WeightDropout | None = None,
     scale: float | None = None,
     bias_HQS: Tensor | None = None,
 ) -> Tensor:
-    """The same from latents alone (section 2.1.2): what a cache holds is C + R numbers a place, for all heads.
+    """`dense.reference` for one key/value head, whose products are of [H Q, D] with [D, S]: no copy for every head.
 
-    Holds H Q S scores; products are of [H Q, C + R] with [C + R, S], without a copy for every head.
+    Holds H Q S scores: for the few queries of decoding.
     """
-    heads, (queries, dim), keys = q_BHQD.shape[1], q_BHQD.shape[2:], c_BSC.shape[1]
-    scale = 1 / math.sqrt(dim + rotary_q_BHQR.shape[-1]) if scale is None else scale
-    asked_BHQC = torch.einsum("bhqd,hdc->bhqc", q_BHQD, k_up_HDC)
-    scores = (asked_BHQC.flatten(1, 2) @ c_BSC.mT + rotary_q_BHQR.flatten(1, 2) @ rotary_k_BSR.mT).unflatten(
-        1, (heads, -1)
-    )
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
+    heads, queries, keys = q_BHQD.shape[1], q_BHQD.shape[2], k_B1SD.shape[2]
+    scores = (q_BHQD.flatten(1, 2) @ k_B1SD[:, 0].mT).unflatten(1, (heads, queries))
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * score_scale(scale, q_BHQD)
     if bias_HQS is not None:
         scores = scores + bias_HQS
     seen = lower(mask, queries, keys, q_BHQD.device)
@@ -101,11 +86,21 @@ def absorbed(
     if dropout is not None:
         kept = dropout.kept(heads, slice(None), slice(0, keys))
         weights = torch.where(kept, weights * random.kept_scale(dropout.p), 0)
-    mean_BHQC = (weights.to(c_BSC.dtype).flatten(1, 2) @ c_BSC).unflatten(1, (heads, -1))
-    return torch.einsum("bhqc,hdc->bhqd", mean_BHQC, v_up_HDC)
+    return (weights.to(v_B1SD.dtype).flatten(1, 2) @ v_B1SD[:, 0]).unflatten(1, (heads, queries))
 
 
-def pair_flops(heads: int, dim: int, rotary: int, rank: int, pairs: int) -> tuple[int, int]:
-    """Forward FLOPs of so many pairs of a query and a key: `expanded`, whose keys cost 4 H D C each beside, and
-    `absorbed`, whose queries do."""
-    return 2 * heads * pairs * (2 * dim + rotary), 2 * heads * pairs * (2 * rank + rotary)
+def reference(
+    q_BHQD: Tensor,
+    turned_q_BHQR: Tensor,
+    c_BSC: Tensor,
+    turned_k_BSR: Tensor,
+    k_up_HDC: Tensor,
+    v_up_HDC: Tensor,
+    mask: Mask,
+    dropout: WeightDropout | None = None,
+    scale: float | None = None,
+    bias_HQS: Tensor | None = None,
+) -> Tensor:
+    """The specification, [B, H, Q, D]; see `expanded` and `dense.reference`. Scores are scaled by (D + R)^-1/2."""
+    heads = expanded(q_BHQD, turned_q_BHQR, c_BSC, turned_k_BSR, k_up_HDC, v_up_HDC)
+    return dense.reference(*heads, mask, dropout, scale, bias_HQS)

@@ -1,4 +1,4 @@
-"""The Hyena operator of order 2 (Poli et al. 2023, section 3): y = q * (h conv (k * v) + skip (k * v)), for causal models.
+"""The Hyena operator of order 2 (Poli et al. 2023, section 3), for causal models: q * (h conv (k * v) + skip (k * v)).
 
 q, k and v are projections, each through a short causal filter of its own for every channel. The long filter h is not a
 table: a small network with sine activations makes it from the place, and a decaying window, faster for some channels
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from headway.kernels.attention import convolution
 from headway.kernels.attention.choose import choose
 from headway.kernels.attention.masks import Mask
+from headway.kernels.attention.rows_mixers import FILTER_FEATURES
 from headway.kernels.rotary import Rotation
 from headway.pretrain import config
 from headway.pretrain.models.cost import Cost, linear
@@ -30,8 +31,8 @@ from headway.pretrain.models.mixers.base import Mixer
 from headway.pretrain.models.mixers.inner import real, refuse_qk_norm, without_padding
 from headway.pretrain.models.seat import Seat
 
-BANDS = 16
-"""Sines and cosines of a place; with the place itself 33 features."""
+BANDS = FILTER_FEATURES // 2
+"""Sines and cosines of a place, beside the place itself."""
 FASTEST, SLOWEST, LEFT = 0.3, 1.5, 0.01
 """Shares of the row after which LEFT remains of a channel's filter."""
 
@@ -71,7 +72,7 @@ class Hyena(Mixer):
     @staticmethod
     def parts(model: config.Model, seat: Seat, settings: Mapping[str, Any]) -> list[Cost]:
         e, n, width, gains = model.hidden, seat.tokens, settings["width"], int(model.spectral)
-        shapes = ((2 * BANDS + 1, width), (width, width), (width, width))
+        shapes = ((FILTER_FEATURES, width), (width, width), (width, width))
         return [
             *[linear(e, e, model.bias, n, gains)] * 4,
             Cost(3 * e * settings["kernel_size"], 2 * 3 * e * settings["kernel_size"] * n),
@@ -89,7 +90,7 @@ class Filter(nn.Module):
         """`tokens`: places that count as one."""
         super().__init__()
         self.tokens = max(tokens, 2)
-        self.first = Linear(2 * BANDS + 1, width)
+        self.first = Linear(FILTER_FEATURES, width)
         self.second = Linear(width, width)
         self.third = Linear(width, width)
         self.last = Linear(width, hidden, bias=False)

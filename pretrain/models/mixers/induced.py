@@ -1,8 +1,8 @@
-"""Induced set attention (Set Transformer, Lee et al. 2019, equations 9 and 10): m learned points stand between tokens.
+"""Induced set attention (Set Transformer, Lee et al. 2019, equations 9, 10): m learned points stand between tokens.
 
-H = MAB(I, X), and the tokens attend to H: two attentions of n by m, where MAB(I, X) is a block of its own, LayerNorm(Z +
-rFF(Z)) with Z = LayerNorm(I + Attention(I, X, X)) (equations 6 and 7). The second MAB's residual, norm and row-wise layer
-are those of the transformer block that this mixer sits in. Norms are the model's, and are left out where it has none.
+H = MAB(I, X), and the tokens attend to H: two attentions of n by m. MAB(I, X) is a block of its own, LayerNorm(Z +
+rFF(Z)) with Z = LayerNorm(I + Attention(I, X, X)) (equations 6 and 7). The second MAB's residual, norm and row-wise
+layer are those of the transformer block that this mixer sits in. Norms are the model's, and none where it has none.
 
 Points see no order and no documents; padding is hidden from them.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from headway.kernels.attention.masks import Mask
 from headway.pretrain import config
 from headway.pretrain.errors import JobError
-from headway.pretrain.models.cost import Cost, linear, mlp, projections
+from headway.pretrain.models.cost import Cost, projections
 from headway.pretrain.models.layers import Noise
 from headway.pretrain.models.seat import Seat
 
@@ -35,6 +35,7 @@ def refuse_qk_norm(model: config.Model, word: str) -> None:
 
 def real(mask: Mask) -> Tensor | None:
     """Which places are not padding, bool [B, S]; None if all are, or nothing says so."""
+    assert mask.split is None, "this mixer needs all columns of a sequence"
     return None if mask.documents is None else mask.documents >= 0
 
 
@@ -45,11 +46,11 @@ def without_padding(x_BSE: Tensor, real_BS: Tensor | None) -> Tensor:
 
 def read_mask(mask: Mask, latents: int) -> Mask:
     """What latents see of a sequence: all but padding."""
-    if mask.documents is None:
+    real_BS = real(mask)
+    if real_BS is None:
         return Mask(causal=False)
-    one = mask.documents.new_zeros(())
-    keys_BS = torch.where(mask.documents >= 0, one, one - 1)
-    return Mask(False, one.expand(len(keys_BS), latents), keys_BS)
+    keys_BS = real_BS.int() - 1
+    return Mask(False, keys_BS.new_zeros(len(keys_BS), latents), keys_BS)
 
 
 def noise_of_latents(noise: Noise | None, latents: int) -> Noise | None:
@@ -61,6 +62,3 @@ def attention_parts(model: config.Model, queries: int, keys: int) -> list[Cost]:
     """Dense attention of so many queries to so many keys, with its projections."""
     pairs = Cost(flops=4 * model.heads * model.head_width * queries * keys)
     return [*projections(model, queries, keys), pairs]
-
-
-__all__ = ["INNER", "as_dense", "attention_parts", "linear", "mlp"]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from headway.kernels.attention import latent
 from headway.kernels.attention.dense import WeightDropout
 from headway.kernels.attention.masks import Mask
+from headway.kernels.attention.rows_mixers import latent_widths
 from headway.kernels.rotary import Rotation, rotate
 from headway.pretrain import config
 from headway.pretrain.errors import JobError
@@ -30,7 +31,7 @@ from headway.pretrain.models.attention import Core
 from headway.pretrain.models.cost import Cost, linear
 from headway.pretrain.models.layers import Dropout, Noise, RMSNorm, build_linear, matrix, narrowed
 from headway.pretrain.models.mixers.base import Mixer
-from headway.pretrain.models.mixers.inner import as_dense, refuse_qk_norm
+from headway.pretrain.models.mixers.inner import refuse_qk_norm
 from headway.pretrain.models.seat import Seat
 
 
@@ -55,9 +56,10 @@ class MLA(Mixer):
         self.o = build_linear(model, model.heads * dim, model.hidden)
         self.dropout = Dropout(model.attention.dropout)
         self.first_head = 0  # global index of the first head here
-        inner = as_dense(model).attention
-        self.absorbs = inner.kernel == "absorbed"
-        self.core = Core(inner.model_copy(update={"kernel": "auto"}) if self.absorbs else inner, "dense")
+        self.absorbs = model.attention.kernel == "absorbed"
+        self.core = Core(model.attention, "mla", seat.layer)
+        if self.core.scale is None:
+            self.core.scale = (dim + self.rotary_dim) ** -0.5  # of latents too
         self.wants_entropy = model.attention.entropy_penalty != 0
 
     def forward(
@@ -75,19 +77,19 @@ class MLA(Mixer):
         bias_HSM = None if bias_HSM is None else bias_HSM[:, :queries]
         q_BHSD, turned_q_BHSR = self._queries(x_BSE[:, :queries], turn)
         c_BMC, turned_k_BMR = self._latents(x_BSE, turn)
-        given = mask, self._weight_dropout(noise, q_BHSD.shape[2])
         if self.absorbs:
-            ups = (matrix(up).unflatten(0, (-1, self.head_dim)).to(c_BMC.dtype) for up in (self.k, self.v))
-            parts = q_BHSD, turned_q_BHSR, c_BMC, turned_k_BMR, *ups
-            y_BHSD = latent.absorbed(*parts, *given, self.core.scale, bias_HSM)
-            if not self.wants_entropy:
-                return self._out(y_BHSD), None
-        k_BHMD = latent.with_shared(self._heads(self.k(c_BMC)), turned_k_BMR)
-        q_BHSD = torch.cat((q_BHSD, turned_q_BHSR), -1)
-        if not self.absorbs:
-            y_BHSD = self.core(q_BHSD, k_BHMD, self._heads(self.v(c_BMC)), *given, bias_HSM)
+            q_BHSD, k_BHMD, v_BHMD = latent.absorbed(
+                q_BHSD, turned_q_BHSR, c_BMC, turned_k_BMR, self._up(self.k)
+            )
+        else:
+            q_BHSD, v_BHMD = torch.cat((q_BHSD, turned_q_BHSR), -1), self._heads(self.v(c_BMC))
+            k_BHMD = latent.with_shared(self._heads(self.k(c_BMC)), turned_k_BMR)
+        dropout = self._weight_dropout(noise, q_BHSD.shape[2])
+        y_BHSD = self.core(q_BHSD, k_BHMD, v_BHMD, mask, dropout, bias_HSM, None)
+        if self.absorbs:
+            y_BHSD = torch.einsum("bhsc,hdc->bhsd", y_BHSD, self._up(self.v))
         entropy = self.core.entropy(q_BHSD, k_BHMD, mask, bias_HSM) if self.wants_entropy else None
-        return self._out(y_BHSD), entropy
+        return self.o(y_BHSD.transpose(1, 2).flatten(2)), entropy
 
     def _queries(self, x_BSE: Tensor, turn: Rotation | None) -> tuple[Tensor, Tensor]:
         """[B, H, S, D] and, turned, [B, H, S, R]."""
@@ -112,9 +114,9 @@ class MLA(Mixer):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def _out(self, y_BHSD: Tensor) -> Tensor:
-        y_BSE: Tensor = self.o(y_BHSD.transpose(1, 2).flatten(2))
-        return y_BSE
+    def _up(self, layer: nn.Linear) -> Tensor:
+        """A linear layer's matrix for every head, [H, D, C]."""
+        return matrix(layer).unflatten(0, (-1, self.head_dim))
 
     def _weight_dropout(self, noise: Noise | None, length: int) -> WeightDropout | None:
         p = self.dropout.p
@@ -127,29 +129,30 @@ class MLA(Mixer):
         e, wide, n, gains = model.hidden, model.heads * model.head_width, seat.tokens, int(model.spectral)
         rank, query_rank, rotary = widths(model, settings)
         seen = n * (n + 1) // 2 if seat.causal else n * n
-        pairs, _ = latent.pair_flops(model.heads, model.head_width, rotary, rank, seen)
         queries = wide + model.heads * rotary
         down = [(e, query_rank)] if query_rank else []
         return [
             *(linear(i, o, model.bias, n, gains) for i, o in (*down, (e, rank), (wide, e))),
-            *(linear(i, o, False, n, gains) for i, o in ((query_rank or e, queries), (rank, wide), (rank, wide))),
+            *(
+                linear(i, o, False, n, gains)
+                for i, o in ((query_rank or e, queries), (rank, wide), (rank, wide))
+            ),
             linear(e, rotary, model.bias, n, gains) if rotary else Cost(),
             Cost(rank + query_rank),  # norms
-            Cost(flops=pairs),
+            Cost(flops=2 * model.heads * seen * (2 * model.head_width + rotary)),
         ]
 
 
 def widths(model: config.Model, settings: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Rank, rank of queries (0: none) and rotary dimension; the paper's 4 D and D / 2 if not given.
+    """Rank, rank of queries (0: none) and rotary dimension.
 
     Raises:
         JobError: with rotary positions R must be even and divide D, so that its angles are among the model's.
     """
-    dim, rotary = model.head_width, settings["rotary_dim"]
-    if rotary is None:
-        rotary = dim // 2
+    dim = model.head_width
+    rank, query_rank, rotary = latent_widths(dim, settings)
     if model.positions == "rotary" and rotary and (rotary % 2 or dim % rotary):
         legal = [r for r in range(2, dim + 1, 2) if dim % r == 0] or [0]
         rule = f"must be even and divide the head dimension {dim}, whose angles turn its features"
         raise JobError("model.attention.rotary_dim", rotary, rule, min(legal, key=lambda r: abs(r - rotary)))
-    return settings["rank"] or 4 * dim, settings["query_rank"] or 0, rotary
+    return rank, query_rank, rotary

@@ -1,9 +1,9 @@
 """Mixing by Monarch matrices: y = q * M (k * v) along the sequence, for models that look both ways.
 
-Monarch Mixer (Fu et al. 2023, section 3) in the place of attention, with its gates, and with M = P L P R learned directly
-(Dao et al. 2022), one for every head, where Monarch Mixer's own models take Fourier's matrices and learn a filter between
-them. Blocks of width b hold rows of up to b^2 tokens; shorter ones are padded with zeros. A causal M would have to be a
-product of polynomials (section 3.2), which learned blocks are not.
+Monarch Mixer (Fu et al. 2023, section 3) in the place of attention, with its gates, and with M = P L P R learned
+directly (Dao et al. 2022), one for every head, where Monarch Mixer's own models take Fourier's matrices and learn a
+filter between them. Blocks of width b hold rows of up to b^2 tokens; shorter ones are padded with zeros. A causal M
+would have to be a product of polynomials (section 3.2), which learned blocks are not.
 
 Places are told apart, so documents of one row are not; padding is set to zero.
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from headway.kernels.attention import monarch
 from headway.kernels.attention.choose import choose
 from headway.kernels.attention.masks import Mask
+from headway.kernels.attention.rows_mixers import monarch_block
 from headway.kernels.rotary import Rotation
 from headway.pretrain import config
 from headway.pretrain.errors import JobError
@@ -78,7 +79,7 @@ class Monarch(Mixer):
 
 def width(seat: Seat, settings: Mapping[str, Any]) -> int:
     """Width of blocks: as given, or as the rows need it."""
-    block = settings["block"] or math.isqrt(max(seat.tokens, 1) - 1) + 1
+    block = monarch_block(seat.tokens, settings)
     fits(seat.tokens, block)
     return block
 

@@ -1,9 +1,9 @@
 """Perceiver IO as a mixer (Jaegle et al. 2021, section 3.1; 2022, section 3): latents read, think, and are read.
 
-m latents attend to the tokens, pass `depth` layers of attention to each other, and the tokens, as output queries, attend
-to what they have become: O(n m + m^2). The residual and the feed-forward layer of the last attention are those of the
-transformer block that this mixer sits in; the layers of the latents are pre-norm blocks with the model's heads, feed-
-forward width and activation.
+m latents attend to the tokens, pass `depth` layers of attention to each other, and the tokens, as output queries,
+attend to what they have become: O(n m + m^2). The residual and the feed-forward layer of the last attention are those
+of the transformer block that this mixer sits in. The layers of the latents are pre-norm blocks with the model's heads,
+whose feed-forward layers are GELU and WIDENING times as wide as the latents.
 
 Latents see no order beyond what the tokens carry, and no documents; padding is hidden from them.
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from headway.kernels.attention.masks import Mask
+from headway.kernels.attention.rows_mixers import WIDENING
 from headway.kernels.rotary import Rotation
 from headway.pretrain import config
 from headway.pretrain.models.attention import Attention
@@ -27,6 +28,11 @@ from headway.pretrain.models.layers import MLP, Noise, build_norm
 from headway.pretrain.models.mixers.base import Mixer
 from headway.pretrain.models.mixers.inner import INNER, as_dense, attention_parts, noise_of_latents, read_mask
 from headway.pretrain.models.seat import Seat
+
+
+def plain(model: config.Model) -> config.Model:
+    """The model with feed-forward layers of two matrices."""
+    return model.model_copy(update={"activation": "gelu"})
 
 
 class Perceiver(Mixer):
@@ -59,16 +65,16 @@ class Perceiver(Mixer):
         count = len(self.latents)
         z_BME = self.latents.expand(len(x_BSE), -1, -1)
         noise = noise_of_latents(noise, count)
-        seen, source = read_mask(mask, count), x_BSE
-        for layer in self.layers:
-            z_BME = layer(z_BME, seen, noise, source)
-            seen, source = Mask(causal=False), None
+        first, *others = self.layers
+        z_BME = first(z_BME, read_mask(mask, count), noise, x_BSE)
+        for layer in others:
+            z_BME = layer(z_BME, Mask(causal=False), noise)
         return z_BME
 
     @staticmethod
     def parts(model: config.Model, seat: Seat, settings: Mapping[str, Any]) -> list[Cost]:
         e, n, m, depth = model.hidden, seat.tokens, settings["latents"], settings["depth"]
-        layer = [*[norm(model, e)] * 2, *mlp(model, m)]
+        layer = [*[norm(model, e)] * 2, *mlp(plain(model), m, WIDENING * e)]
         return [
             Cost(m * e),
             *attention_parts(model, m, n),
@@ -87,10 +93,10 @@ class LatentLayer(nn.Module):
         self.attention_norm = build_norm(model)
         self.attention = Attention(as_dense(model), INNER)
         self.mlp_norm = build_norm(model)
-        self.mlp = MLP(model)
+        self.mlp = MLP(plain(model), WIDENING * model.hidden)
 
     def forward(
-        self, z_BME: Tensor, mask: Mask, noise: Noise | None, source_BSE: Tensor | None
+        self, z_BME: Tensor, mask: Mask, noise: Noise | None, source_BSE: Tensor | None = None
     ) -> Tensor:
         """Returns [B, M, E]; reads `source_BSE`, or itself if None."""
         added, _ = self.attention(self.attention_norm(z_BME), mask, None, noise, memory_BME=source_BSE)

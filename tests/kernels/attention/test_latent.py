@@ -27,10 +27,20 @@ MASKS = {
 }
 QUERIES = {"cross": 35, "cross padded": 35}
 KEYS = 153
-FORMS = {
-    "absorbed": latent.absorbed,
-    "blocks": lambda *given: latent.expanded(*given, core=blocks.attention),
-}
+
+
+def absorbed(q, turned_q, c, turned_k, k_up, v_up, mask, dropout=None, scale=None, bias=None):
+    heads = latent.absorbed(q, turned_q, c, turned_k, k_up)
+    scale = 1 / math.sqrt(q.shape[-1] + turned_q.shape[-1]) if scale is None else scale
+    mean = latent.one_head(*heads, mask, dropout, scale, bias)
+    return torch.einsum("bhqc,hdc->bhqd", mean, v_up)
+
+
+def in_blocks(*given):
+    return blocks.attention(*latent.expanded(*given[:6]), *given[6:])
+
+
+FORMS = {"absorbed": absorbed, "blocks": in_blocks}
 
 
 def inputs(mask, dtype=torch.float64, bias=False, heads=3, dim=8, rotary=4, rank=6):
@@ -55,11 +65,11 @@ def value_and_gradients(compute, given, mask, dropout=None, scale=None):
 
 
 def test_reference_is_the_equation():
-    q, rotary_q, c, rotary_k, k_up, v_up = given = inputs("causal")
-    out = latent.expanded(*given, Mask())
+    q, turned_q, c, turned_k, k_up, v_up = given = inputs("causal")
+    out = latent.reference(*given, Mask())
     for b, h, i in [(0, 0, 0), (1, 2, 60), (0, 1, 152)]:
         products = torch.stack(
-            [q[b, h, i] @ (k_up[h] @ c[b, j]) + rotary_q[b, h, i] @ rotary_k[b, j] for j in range(i + 1)]
+            [q[b, h, i] @ (k_up[h] @ c[b, j]) + turned_q[b, h, i] @ turned_k[b, j] for j in range(i + 1)]
         )
         weights = torch.softmax(products / math.sqrt(8 + 4), 0)
         torch.testing.assert_close(out[b, h, i], sum(w * (v_up[h] @ c[b, j]) for j, w in enumerate(weights)))
@@ -76,11 +86,11 @@ def test_forms_match_the_reference(form, mask, bias):
             drop = WeightDropout(0.25, torch.tensor(random.key(0, "x")), torch.tensor([7, 3]), places, 4)
         given = inputs(mask, bias=bias)
         ours, theirs = (
-            value_and_gradients(f, given, MASKS[mask], drop, scale) for f in (FORMS[form], latent.expanded)
+            value_and_gradients(f, given, MASKS[mask], drop, scale) for f in (FORMS[form], latent.reference)
         )
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)  # fp64, sums of 153 x 8 terms
     given = inputs(mask, torch.float32, bias)
-    ours, theirs = (value_and_gradients(f, given, MASKS[mask]) for f in (FORMS[form], latent.expanded))
+    ours, theirs = (value_and_gradients(f, given, MASKS[mask]) for f in (FORMS[form], latent.reference))
     # 2^-24 in sums of up to 153 x 8 terms of order 10 (scores are of that order too), in another order.
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
@@ -89,7 +99,7 @@ def test_forms_match_the_reference(form, mask, bias):
 def test_bf16_is_as_good_as_bf16_can_be(form):
     given = [(t * 0.5).detach().requires_grad_() for t in inputs("causal", torch.bfloat16)]
     exact = value_and_gradients(
-        latent.expanded, [t.detach().double().requires_grad_() for t in given], Mask()
+        latent.reference, [t.detach().double().requires_grad_() for t in given], Mask()
     )
     for got, want in zip(value_and_gradients(FORMS[form], given, Mask()), exact, strict=True):
         # A chain of five roundings (up-projection or absorbed query, scores, weights, mean, output), each of 2^-9.
@@ -168,8 +178,3 @@ def test_memory_of_blocks_grows_with_the_length(what):
     assert (
         largest.elements <= 8 * 2 * 128 * length
     )  # one block of 128 rows; a bias [2, S, S] is no larger here
-
-
-def test_costs():
-    # 28 pairs, 2 heads of 3, rotary 2, rank 5: a product over 3 + 2 (5 + 2) features, and a sum of 3 (5).
-    assert latent.pair_flops(2, 3, 2, 5, 28) == (28 * 2 * 2 * (3 + 2 + 3), 28 * 2 * 2 * (5 + 2 + 5))
