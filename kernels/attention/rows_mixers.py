@@ -53,8 +53,8 @@ def _pairs(shape: Shape) -> int:
 
 
 def latent_widths(dim: int, settings: Any) -> tuple[int, int, int]:
-    """Rank, rank of queries (0: none) and rotary dimension; the paper's 4 D and D / 2 if not given."""
-    rotary = dim // 2 if settings["rotary_dim"] is None else settings["rotary_dim"]
+    """Rank, rank of queries (0: none) and rotary dimension; the paper's 4 D and (even) D / 2 if not given."""
+    rotary = dim // 4 * 2 if settings["rotary_dim"] is None else settings["rotary_dim"]
     return settings["rank"] or 4 * dim, settings["query_rank"], rotary
 
 
@@ -90,18 +90,18 @@ def _hyena_flops(s: Shape) -> float:
 # Monarch
 
 
-def monarch_block(tokens: int, settings: Any) -> int:
-    """Width of blocks: as given, or the least whose square reaches so many tokens."""
-    return settings["block"] or math.isqrt(max(tokens, 1) - 1) + 1
+def monarch_block(tokens: int) -> int:
+    """Width of blocks: the least whose square reaches so many tokens."""
+    return math.isqrt(max(tokens, 1) - 1) + 1
 
 
 def _monarch_flops(s: Shape) -> float:
-    block = monarch_block(s.queries, s.settings)
+    block = monarch_block(s.queries)
     return 8 * s.queries * s.hidden * s.heads * s.dim + monarch.flops(s.heads, s.dim, s.queries, block)
 
 
 def _monarch_bytes(s: Shape, itemsize: int) -> float:
-    block = monarch_block(s.queries, s.settings)
+    block = monarch_block(s.queries)
     return itemsize * s.heads * (4 * s.dim * s.queries + 2 * block**3)
 
 
@@ -178,10 +178,10 @@ ROWS: tuple[Mechanism, ...] = (
         "monarch", "mixer", "q * P L P R (k * v)", "Dao et al. 2022, definition 3.1; Fu et al. 2023, section 3",
         kernels={
             "reference": Kernel("reference", monarch.reference, dropout=False, bias=False, memory="S^2"),
-            "blocks": Kernel("blocks", monarch.blocks, dropout=False, bias=False, memory="S"),
+            "blocks": Kernel("blocks", monarch.blocks, dropout=False, bias=False, memory="S; S^1.5 the matrices"),
         },
         flops=_monarch_flops, bytes=_monarch_bytes, state=lambda s: s.heads * s.dim * s.keys,
-        order="n sqrt(n)", supports=_BOTH_WAYS, settings={"block": None},
+        order="n sqrt(n)", supports=_BOTH_WAYS,
     ),
     Mechanism(
         "induced", "mixer", "attention(X, H), H = MAB(I, X)", "Lee et al. 2019, equations 6, 7, 9 and 10",

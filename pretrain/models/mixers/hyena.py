@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headway.kernels.attention import convolution
@@ -83,6 +84,13 @@ class Hyena(Mixer):
         ]
 
 
+class WideLinear(Linear):
+    """A linear layer in the dtype of its input: sines of large angles want more digits than weights may have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
 class Filter(nn.Module):
     """h of a place: a network of sines (section 3.3) times an exponential window."""
 
@@ -90,10 +98,10 @@ class Filter(nn.Module):
         """`tokens`: places that count as one."""
         super().__init__()
         self.tokens = max(tokens, 2)
-        self.first = Linear(FILTER_FEATURES, width)
-        self.second = Linear(width, width)
-        self.third = Linear(width, width)
-        self.last = Linear(width, hidden, bias=False)
+        self.first = WideLinear(FILTER_FEATURES, width)
+        self.second = WideLinear(width, width)
+        self.third = WideLinear(width, width)
+        self.last = WideLinear(width, hidden, bias=False)
         self.frequency = nn.Parameter(torch.empty(width))
 
     def forward(self, length: int) -> Tensor:
@@ -104,7 +112,7 @@ class Filter(nn.Module):
             share_S = torch.arange(length, device=weight.device, dtype=torch.float64) / (self.tokens - 1)
             x = self._features(share_S).to(wide)
             for layer in (self.first, self.second, self.third):
-                x = torch.sin(self.frequency * layer(x))
+                x = torch.sin(self.frequency.to(wide) * layer(x))
             h_SE = self.last(x)
             return (h_SE * self._window(share_S, h_SE.shape[1]).to(wide)).mT
 

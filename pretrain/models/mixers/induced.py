@@ -58,7 +58,7 @@ class Induced(Mixer):
     def points(self, x_BSE: Tensor, mask: Mask, noise: Noise | None = None) -> Tensor:
         """What the points have read, [B, M, E]."""
         count = len(self.induced)
-        points_BME = self.induced.expand(len(x_BSE), -1, -1)
+        points_BME = self.induced.repeat(len(x_BSE), 1, 1)
         given = read_mask(mask, count), None, noise_of_latents(noise, count)
         points_BME = self.read_norm(points_BME + self.read(points_BME, *given, memory_BME=x_BSE)[0])
         return self.rff_norm(points_BME + torch.relu(self.rff(narrowed(points_BME))))

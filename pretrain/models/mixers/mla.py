@@ -105,11 +105,11 @@ class MLA(Mixer):
         return self.kv_norm(self.kv_down(x_BME)), self._turned(shared_BMR[:, None], turn)[:, 0]
 
     def _turned(self, x_BHSR: Tensor, turn: Rotation | None) -> Tensor:
-        """Features turned by every (D / R)-th of the angles of D features: those are the angles of R features."""
+        """Features turned by R / 2 of the D / 2 angles of a head, evenly spread: where R divides D, by base^(-2i/R)."""
         if turn is None or self.rotary_dim == 0:
             return x_BHSR
-        step = self.head_dim // self.rotary_dim
-        return rotate(x_BHSR, Rotation(*(t[..., : x_BHSR.shape[2], ::step] for t in turn)))
+        angles = [i * self.head_dim // self.rotary_dim for i in range(self.rotary_dim // 2)]
+        return rotate(x_BHSR, Rotation(*(t[..., : x_BHSR.shape[2], angles] for t in turn)))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -147,12 +147,11 @@ def widths(model: config.Model, settings: Mapping[str, Any]) -> tuple[int, int, 
     """Rank, rank of queries (0: none) and rotary dimension.
 
     Raises:
-        JobError: with rotary positions R must be even and divide D, so that its angles are among the model's.
+        JobError: R is odd, or greater than D, whose angles it is turned by.
     """
     dim = model.head_width
     rank, query_rank, rotary = latent_widths(dim, settings)
-    if model.positions == "rotary" and rotary and (rotary % 2 or dim % rotary):
-        legal = [r for r in range(2, dim + 1, 2) if dim % r == 0] or [0]
-        rule = f"must be even and divide the head dimension {dim}, whose angles turn its features"
-        raise JobError("model.attention.rotary_dim", rotary, rule, min(legal, key=lambda r: abs(r - rotary)))
+    if rotary % 2 or rotary > dim:
+        rule = f"must be even, and at most the head dimension {dim}, whose angles turn its features"
+        raise JobError("model.attention.rotary_dim", rotary, rule, min(rotary, dim) // 2 * 2)
     return rank, query_rank, rotary

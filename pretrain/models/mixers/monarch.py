@@ -2,8 +2,8 @@
 
 Monarch Mixer (Fu et al. 2023, section 3) in the place of attention, with its gates, and with M = P L P R learned
 directly (Dao et al. 2022), one for every head, where Monarch Mixer's own models take Fourier's matrices and learn a
-filter between them. Blocks of width b hold rows of up to b^2 tokens; shorter ones are padded with zeros. A causal M
-would have to be a product of polynomials (section 3.2), which learned blocks are not.
+filter between them. Blocks of width b hold rows of up to b^2 tokens, the longest that the model is built for; others
+are padded with zeros. A causal M would have to be a product of polynomials (section 3.2), which learned blocks are not.
 
 Places are told apart, so documents of one row are not; padding is set to zero.
 
@@ -12,7 +12,6 @@ Shapes: B batch, S sequence, E hidden size, H heads, D head dimension, b block.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,10 +36,9 @@ class Monarch(Mixer):
     """Gates and a structured matrix over the places of a row."""
 
     def __init__(self, model: config.Model, seat: Seat, settings: Mapping[str, Any]) -> None:
-        """Raises JobError where blocks are too small for the rows."""
         super().__init__(model, seat, settings)
         refuse_qk_norm(model, "monarch")
-        self.block, self.head_dim = width(seat, settings), model.head_width
+        self.block, self.head_dim = monarch_block(seat.tokens), model.head_width
         e, wide = model.hidden, model.heads * self.head_dim
         self.q, self.k, self.v = (build_linear(model, e, wide) for _ in range(3))
         self.o = build_linear(model, wide, e)
@@ -58,9 +56,14 @@ class Monarch(Mixer):
         memory_BME: Tensor | None = None,
         queries: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns [B, S, E], of the first `queries` places if given, and None."""
+        """Returns [B, S, E], of the first `queries` places if given, and None.
+
+        Raises JobError for rows that are longer than the model was built for.
+        """
         x_BSE = narrowed(x_BSE)
-        fits(x_BSE.shape[1], self.block)
+        if x_BSE.shape[1] > self.block**2:
+            rule = f"must not exceed the {self.block**2} places that the blocks of monarch hold"
+            raise JobError("data.seq_len", x_BSE.shape[1], rule, self.block**2)
         gated = without_padding(self.k(x_BSE) * self.v(x_BSE), real(mask))
         x_BSHD = gated.unflatten(-1, (-1, self.head_dim))
         mixed = self.mix(x_BSHD, self.left.to(gated.dtype), self.right.to(gated.dtype)).flatten(2)
@@ -69,23 +72,9 @@ class Monarch(Mixer):
     @staticmethod
     def parts(model: config.Model, seat: Seat, settings: Mapping[str, Any]) -> list[Cost]:
         e, wide, n, gains = model.hidden, model.heads * model.head_width, seat.tokens, int(model.spectral)
-        block = width(seat, settings)
+        block = monarch_block(seat.tokens)
         return [
             *[linear(e, wide, model.bias, n, gains)] * 3,
             linear(wide, e, model.bias, n, gains),
             Cost(2 * model.heads * block**3, monarch.flops(model.heads, model.head_width, n, block)),
         ]
-
-
-def width(seat: Seat, settings: Mapping[str, Any]) -> int:
-    """Width of blocks: as given, or as the rows need it."""
-    block = monarch_block(seat.tokens, settings)
-    fits(seat.tokens, block)
-    return block
-
-
-def fits(tokens: int, block: int) -> None:
-    """Raises JobError for rows that are longer than blocks of this width hold."""
-    if tokens > block**2:
-        rule = f"squared must reach the {tokens} tokens of a row"
-        raise JobError("model.attention.block", block, rule, math.isqrt(tokens - 1) + 1)

@@ -63,7 +63,7 @@ class Perceiver(Mixer):
     def encoded(self, x_BSE: Tensor, mask: Mask, noise: Noise | None = None) -> Tensor:
         """The latents after all their layers, [B, M, E]; the first layer reads the tokens."""
         count = len(self.latents)
-        z_BME = self.latents.expand(len(x_BSE), -1, -1)
+        z_BME = self.latents.repeat(len(x_BSE), 1, 1)
         noise = noise_of_latents(noise, count)
         first, *others = self.layers
         z_BME = first(z_BME, read_mask(mask, count), noise, x_BSE)
