@@ -55,11 +55,12 @@ def vortex_convolution():
     quiet = ModuleType("vortex.logging")
     quiet.activations_logger = None
     sys.modules.setdefault("vortex.logging", quiet)
+    paths = list(sys.path)
     _open()
     try:
         from vortex.model.engine import fftconv_func
     finally:
-        sys.path.remove(str(FOLDER))  # transformers would take the folder's torchvision for one that works
+        sys.path[:] = paths  # transformers would take the folder's torchvision for one that works
     return fftconv_func
 
 

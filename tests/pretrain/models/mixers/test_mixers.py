@@ -1,0 +1,100 @@
+"""What all mixers share: costs that two places state, models of every family that they suit, refusals."""
+
+import pytest
+import torch
+
+from headway.kernels.attention.masks import Mask
+from headway.kernels.attention.registry import mechanism
+from headway.pretrain import config
+from headway.pretrain.errors import JobError
+from headway.pretrain.models.attention import attention_shape
+from headway.pretrain.models.cost import total
+from headway.pretrain.models.inputs import Inputs
+from headway.pretrain.models.mixers import MIXERS, build_mixer
+from headway.pretrain.models.seat import Seat
+from headway.pretrain.objectives import build_objective
+
+WORDS = ("mla", "hyena", "monarch", "induced", "perceiver")
+
+
+def model_of(word, **model):
+    return config.Model(
+        hidden=24, heads=4, layers=2, positions="none", attention=config.Attention(mechanism=word)
+    ).model_copy(update=model)
+
+
+@pytest.mark.parametrize("tokens", [16, 37])
+@pytest.mark.parametrize("word", WORDS)
+def test_rows_and_modules_say_the_same_flops(word, tokens):
+    for changed in ({}, {"kv_heads": 2}, {"bias": False, "head_dim": 10, "ffn": 50}):
+        model, row = model_of(word, **changed), mechanism(word)
+        seat = Seat(0, "causal" in row.supports, tokens=tokens)
+        shape = attention_shape(model, word, seat)
+        parts = total(MIXERS[word].parts(model, seat, shape.settings))
+        assert parts.flops == pytest.approx(row.flops(shape), rel=1e-12)
+        built = build_mixer(model, seat)
+        assert parts.parameters == sum(p.numel() for p in built.parameters())
+        assert row.bytes(shape, 4) == 2 * row.bytes(shape, 2) > 0
+        assert row.state(shape) > 0
+
+
+def test_costs_by_hand():
+    shapes = {word: attention_shape(model_of(word), word, Seat(tokens=16)) for word in WORDS}
+    e, n, m = 24, 16, 32
+    # q of 4 x (6 + 2), latent 24, shared key 2, k and v, o; products of 8 and sums of 6 features for 256 pairs.
+    latent = n * (e * 32 + e * 24 + e * 2 + 2 * 24 * 24 + 24 * e) + 4 * 256 * (8 + 6)
+    assert mechanism("mla").flops(shapes["mla"]) == 2 * latent
+    assert mechanism("mla").state(shapes["mla"]) == n * (24 + 2)
+    assert mechanism("monarch").flops(shapes["monarch"]) == 2 * (4 * n * e * e + 2 * 4**3 * e)
+    read, write = 2 * m * e * e + 2 * n * e * e, 2 * n * e * e + 2 * m * e * e
+    assert mechanism("induced").flops(shapes["induced"]) == 2 * (read + write + 4 * e * n * m + m * e * e)
+
+
+FAMILIES = {
+    "mla": ("gpt", "bert", "vit", "t5"),
+    "hyena": ("gpt",),
+    "monarch": ("bert", "vit"),
+    "induced": ("bert", "vit"),
+    "perceiver": ("bert", "vit"),
+}
+
+
+@pytest.mark.parametrize(("word", "family"), [(w, f) for w, all_of in FAMILIES.items() for f in all_of])
+def test_models_of_every_family_that_it_suits_learn(word, family):
+    objective = {"gpt": "causal", "bert": "masked", "t5": "spans", "vit": "classify"}[family]
+    isolate = {"documents": "isolate" if word == "mla" else "attend"} if family in ("gpt", "bert") else {}
+    job = config.Job(
+        model=model_of(word, family=family),
+        objective=config.Objective(name=objective),
+        data=config.Data(seq_len=32, **isolate),
+    )
+    built = build_objective(job, Inputs(61, 17 if family == "vit" else 32, 9, 32, 3, 5))
+    tower = built.model.encoder if family == "t5" else built.model
+    assert type(tower.blocks[0].attention) is MIXERS[word]
+    assert sum(isinstance(m, MIXERS[word]) for m in built.modules()) == (4 if family == "t5" else 2)
+
+
+@pytest.mark.parametrize(
+    ("word", "family", "rule"),
+    [
+        ("hyena", "bert", "encoder needs attention to both sides"),
+        ("monarch", "gpt", "causal"),
+        ("induced", "gpt", "causal"),
+        ("perceiver", "t5", "causal"),
+        ("hyena", "gpt", "documents"),
+    ],
+)
+def test_what_cannot_be_is_refused(word, family, rule):
+    with pytest.raises(JobError, match=rule):
+        config.Job(
+            model=model_of(word, family=family),
+            objective=config.Objective(name={"gpt": "causal", "bert": "masked", "t5": "spans"}[family]),
+            data=config.Data(seq_len=32, documents="isolate" if rule == "documents" else "attend"),
+        )
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_columns_of_a_sequence_are_not_enough(word):
+    layer = build_mixer(model_of(word), Seat(tokens=16))
+    with pytest.raises(AssertionError, match="all columns"):
+        layer(torch.randn(1, 8, 24), Mask(False, split=(16, 16)))
