@@ -7,11 +7,14 @@ from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.registry import mechanism
 from headway.pretrain import config
 from headway.pretrain.errors import JobError
-from headway.pretrain.models.attention import attention_shape
+from headway.pretrain.models.attention import attention_maps, attention_shape
 from headway.pretrain.models.cost import total
+from headway.pretrain.models.gpt import GPT
+from headway.pretrain.models.init import initialise
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.mixers import MIXERS, build_mixer
 from headway.pretrain.models.seat import Seat
+from headway.pretrain.models.transformer import Context
 from headway.pretrain.objectives import build_objective
 
 WORDS = ("mla", "hyena", "monarch", "induced", "perceiver")
@@ -60,18 +63,27 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize(("word", "family"), [(w, f) for w, all_of in FAMILIES.items() for f in all_of])
-def test_models_of_every_family_that_it_suits_learn(word, family):
+def test_blocks_of_every_family_that_it_suits_learn(word, family):
     objective = {"gpt": "causal", "bert": "masked", "t5": "spans", "vit": "classify"}[family]
-    isolate = {"documents": "isolate" if word == "mla" else "attend"} if family in ("gpt", "bert") else {}
+    documents = "isolate" if word == "mla" and family in ("gpt", "bert") else "attend"
     job = config.Job(
         model=model_of(word, family=family),
         objective=config.Objective(name=objective),
-        data=config.Data(seq_len=32, **isolate),
+        data=config.Data(seq_len=32, documents=documents),
     )
     built = build_objective(job, Inputs(61, 17 if family == "vit" else 32, 9, 32, 3, 5))
-    tower = built.model.encoder if family == "t5" else built.model
-    assert type(tower.blocks[0].attention) is MIXERS[word]
-    assert sum(isinstance(m, MIXERS[word]) for m in built.modules()) == (4 if family == "t5" else 2)
+    initialise(built, job.model, seed=0)
+    towers = [built.model.encoder, built.model.decoder] if family == "t5" else [built.model]
+    for tower in towers:
+        block, length = tower.blocks[1], 9 if tower.causal and family == "t5" else 17
+        assert type(block.attention) is MIXERS[word]
+        x = torch.randn(2, length, 24)
+        memory = torch.randn(2, 32, 24) if family == "t5" and tower.causal else None
+        y, _ = block(x, Context(Mask(tower.causal), memory_BME=memory))
+        assert y.shape == x.shape
+        y.square().sum().backward()
+        still = [n for n, p in block.named_parameters() if p.grad is None or not p.grad.any()]
+        assert all(n.endswith("k.bias") for n in still)  # a bias of all keys shifts a row's scores alike
 
 
 @pytest.mark.parametrize(
@@ -98,3 +110,14 @@ def test_columns_of_a_sequence_are_not_enough(word):
     layer = build_mixer(model_of(word), Seat(tokens=16))
     with pytest.raises(AssertionError, match="all columns"):
         layer(torch.randn(1, 8, 24), Mask(False, split=(16, 16)))
+
+
+@pytest.mark.parametrize(("pattern", "layers"), [(("hyena", "mla"), 2), (("hyena",), 0)])
+def test_maps_are_of_the_layers_that_have_weights(pattern, layers):
+    attention = config.Attention(pattern=pattern)
+    model = model_of("dense", layers=4, attention=attention)
+    gpt = GPT(model, Inputs(31, 12))
+    initialise(gpt, model, seed=0)
+    maps = attention_maps(gpt, torch.arange(24).view(2, -1))
+    assert len(maps) == layers
+    assert layers == 0 or maps.shape == (2, 2, 4, 12, 12)
