@@ -269,5 +269,12 @@ WEIGHTS = (
     ),
 )  # fmt: skip
 
-ROWS: tuple[Mechanism, ...] = (*SCOPES, *SCORES, *WEIGHTS, *rows_linear.ROWS, *low_rank.ROWS, *rows_mixers.ROWS)
+ROWS: tuple[Mechanism, ...] = (
+    *SCOPES,
+    *SCORES,
+    *WEIGHTS,
+    *rows_linear.ROWS,
+    *low_rank.ROWS,
+    *rows_mixers.ROWS,
+)
 """All words, in the order of `headway attention ls`."""
