@@ -174,13 +174,15 @@ def example(parts: Parts, count: int) -> Batch:
     return {name: tensor.to(parts.world.device) for name, tensor in batch.items()}
 
 
-def draw_maps(parts: Parts, objective: Objective) -> AttentionMaps:
-    """Attention of every head on the beginning of a text, or on an image; collective."""
+def draw_maps(parts: Parts, objective: Objective) -> AttentionMaps | None:
+    """Attention of every head on the beginning of a text, or on an image, if there is any; collective."""
     tokenizer, batch = parts.dataset.tokenizer, example(parts, 1)
     for name in ("tokens", "targets", "documents", "segments"):
         if name in batch:
             batch[name] = batch[name][:, :MAP_TOKENS]
     maps = objective.attention_maps(batch)[:, 0].float().cpu().numpy().astype(np.float32)
+    if len(maps) == 0:
+        return None
     if tokenizer is None:
         first = int(parts.job.model.vision.class_token)
         names = ["<class>"] * first + [f"patch {i} " for i in range(maps.shape[-1] - first)]

@@ -51,6 +51,21 @@ def file(path: str, absent: tuple[str, ...] = ()) -> ModuleType:
     return module
 
 
+@cache
+def vortex_convolution():
+    """`fftconv_func` of vtx (Poli and others' Vortex). Its logging takes over the root logger and writes a file."""
+    quiet = ModuleType("vortex.logging")
+    quiet.activations_logger = None
+    sys.modules.setdefault("vortex.logging", quiet)
+    paths = list(sys.path)
+    _open()
+    try:
+        from vortex.model.engine import fftconv_func
+    finally:
+        sys.path[:] = paths  # transformers would take the folder's torchvision for one that works
+    return fftconv_func
+
+
 def package_folder(name: str) -> Path:
     """Folder of a package that ships data or weights."""
     _open()

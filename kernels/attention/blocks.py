@@ -35,12 +35,25 @@ def attention(
     return _Blocks.apply(q_BHQD, k_BHSD, v_BHSD, bias_HQK, score_scale(scale, q_BHQD), *mask, *drop)
 
 
+ROWS = 128
+
+
 def block_rows(length: int) -> int:
-    """Rows of a block: 128 suits the caches of CPUs; a long sequence gets 16 blocks, so that it compiles quickly."""
-    return max(128, -(-length // (16 * 64)) * 64)
+    """Rows of a block at most: 128 suits the caches of CPUs; compiled, a long sequence gets 16 blocks, so that it
+    compiles quickly."""
+    return max(ROWS, -(-length // (16 * 64)) * 64)
+
+
+def _rows(length: int) -> int:
+    return block_rows(length) if torch.compiler.is_compiling() else ROWS
 
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def _has_flash(q: Tensor, v: Tensor) -> bool:
+    """Whether PyTorch's flash kernel for CPUs computes these: it has none for values of another width than queries."""
+    return q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
 
 
 class _Blocks(torch.autograd.Function):
@@ -76,10 +89,10 @@ def outputs(q, k, v, bias, scale, mask, drop):
     """Output [B, H, Q, D] and log-sum-exp of the scores [B, H, Q], for as many keys' heads as queries'."""
     whole = mask.documents is None and mask.prefix is None and mask.shift is None
     plain = whole and mask.scope is None and bias is None
-    if q.device.type == "cpu" and drop is None and plain:
+    if _has_flash(q, v) and drop is None and plain:
         # PyTorch's own forward is good here, and gives the log-sum-exp; its bf16 backward is what is slow.
         return _flash(q, k, v, 0.0, mask.causal, scale=scale)
-    length, total, rows = q.shape[2], k.shape[2], block_rows(q.shape[2])
+    length, total, rows = q.shape[2], k.shape[2], _rows(q.shape[2])
     outs, sums = [], []
     for start in range(0, length, rows):
         queries = slice(start, min(length, start + rows))
@@ -94,7 +107,7 @@ def _attend(q, k, v, bias, scale, mask, drop, queries, keys):
     """Output and log-sum-exp of a block of queries."""
     seen = lower(mask, q.shape[2], k.shape[2], q.device, queries, keys)
     q_part, k_part, v_part = q[:, :, queries], k[:, :, keys], v[:, :, keys]
-    if q.device.type == "cpu" and drop is None and bias is not None and not torch.compiler.is_compiling():
+    if _has_flash(q, v) and drop is None and bias is not None and not torch.compiler.is_compiling():
         # A bias costs another pass over the scores, which PyTorch's kernel does not need: a third of the time.
         # Compiled, the pass is fused with the others, and PyTorch's kernel is the slower one.
         added = bias[None, :, queries, keys]
@@ -125,7 +138,7 @@ def gradients(d_out, q, k, v, bias, out, lse, scale, mask, drop, wants_bias):
 
     Where these keys are a part of those that a query sees, `out` and `lse` are those of all of them.
     """
-    length, total, rows, wide = q.shape[2], k.shape[2], block_rows(k.shape[2]), lse.dtype
+    length, total, rows, wide = q.shape[2], k.shape[2], _rows(k.shape[2]), lse.dtype
     lse, delta = lse.unsqueeze(2), (d_out.to(wide) * out.to(wide)).sum(-1).unsqueeze(2)
     if drop is not None:  # what is kept is scaled here, and not in every weight
         d_out = d_out * random.kept_scale(drop.p)

@@ -54,7 +54,7 @@ def choose(
     kernels = row.kernels
     if request == "auto":
         if _dense(row):
-            return kernels[_fastest(dropout, bias, device, dtype, compiled, keys)]
+            return kernels[_fastest(dropout, bias or row.narrow, device, dtype, compiled, keys)]
         return list(kernels.values())[-1]
     if request not in kernels:
         raise KernelUnavailable(
@@ -73,15 +73,18 @@ def choose(
 def _dense(row: Mechanism) -> bool:
     """Whether every pair is seen, so that PyTorch's kernels waste nothing."""
     form = row.part
-    return form is not None and form.fused and form.score.even and form.scope is None
+    if form is None:
+        return "sdpa" in row.kernels
+    return form.fused and form.score.even and form.scope is None
 
 
 def _fastest(
-    dropout: bool, bias: bool, device: str, dtype: torch.dtype, compiled: bool, keys: int | None
+    dropout: bool, odd: bool, device: str, dtype: torch.dtype, compiled: bool, keys: int | None
 ) -> str:
-    # PyTorch's path for a bias that learns is not fused on CPU and holds S^2; row blocks take 0.5 to 1.1 of its time
-    # there (32 heads x 512 x 64, causal or not, documents or not) and hold S.
-    if dropout or (bias and device == "cpu"):
+    # PyTorch's path for a bias that learns, or for values of another width than keys (both are `odd`), is not fused on
+    # CPU and holds S^2; row blocks take 0.5 to 1.1 of its time there with a bias (32 heads x 512 x 64, causal or not,
+    # documents or not) and hold S.
+    if dropout or (odd and device == "cpu"):
         return "blocks"
     # The flash kernel's bf16 backward on CPU is slow. Row blocks take 0.25 to 0.5 of its time for a block of keys
     # (192 heads x 65 x 64, 128 heads x 128 x 64), as much for two; once fused by the compiler 0.75 of it for longer

@@ -106,6 +106,7 @@ class Mechanism:
         part: what the word adds to a composition.
         draws: whether its kernels take `draw`, what random numbers are a function of (`draw.Draw`).
         estimated: whether its gradients are estimates of what finite differences would give.
+        narrow: whether values are narrower than keys.
     """
 
     name: str
@@ -126,6 +127,7 @@ class Mechanism:
     part: Any = None
     draws: bool = False
     estimated: bool = False
+    narrow: bool = False
 
 
 @cache

@@ -13,6 +13,7 @@ from headway.kernels.attention import (
     entropy,
     low_rank,
     rows_linear,
+    rows_mixers,
     scopes,
     scores,
     weights,
@@ -268,5 +269,12 @@ WEIGHTS = (
     ),
 )  # fmt: skip
 
-ROWS: tuple[Mechanism, ...] = (*SCOPES, *SCORES, *WEIGHTS, *rows_linear.ROWS, *low_rank.ROWS)
+ROWS: tuple[Mechanism, ...] = (
+    *SCOPES,
+    *SCORES,
+    *WEIGHTS,
+    *rows_linear.ROWS,
+    *low_rank.ROWS,
+    *rows_mixers.ROWS,
+)
 """All words, in the order of `headway attention ls`."""

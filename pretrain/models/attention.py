@@ -60,6 +60,10 @@ class Core(nn.Module):
         extras = {**self.settings, **(own or {})}
         return kernel.compute(q_BHSD, k_BKMD, v_BKMD, mask, dropout, self.scale, bias_HSM, **extras)
 
+    @property
+    def has_weights(self) -> bool:
+        return mechanism(self.mechanism).weights is not None
+
     def entropy(
         self,
         q_BHSD: Tensor,
@@ -218,13 +222,13 @@ def attention_shape(model: config.Model, word: str, seat: Seat) -> Shape:
 
 @torch.no_grad()
 def attention_maps(model: nn.Module, *inputs: Any, **named: Any) -> Tensor:
-    """Weights of every self-attention layer and head of the model's first tower, by the mechanism's reference.
+    """Weights of self-attention's layers and heads of the model's first tower, by the mechanism's reference.
 
     Args:
         model: called with the other arguments.
 
     Returns:
-        [layers, B, H, S, S] in order of computation.
+        [layers, B, H, S, S] in order of computation, of the layers that have weights; of no layers [0, ...].
     """
     maps: list[Tensor] = []
 
@@ -233,7 +237,11 @@ def attention_maps(model: nn.Module, *inputs: Any, **named: Any) -> Tensor:
         maps.append(core.weights(q_BHSD, k_BKMD, mask, bias, own))
 
     towers = [m for name, m in model.named_modules() if name.rpartition(".")[2] == "blocks"]
-    cores = [block.attention.core for block in towers[0]]
+    cores = [
+        core for block in towers[0] if (core := getattr(block.attention, "core", None)) and core.has_weights
+    ]
+    if not cores:
+        return torch.empty(0, 1, 0, 0, 0)
     hooks = [core.register_forward_pre_hook(record) for core in cores]
     try:
         with torch.compiler.set_stance("force_eager"):

@@ -35,3 +35,18 @@ def linear(inputs: int, outputs: int, bias: bool, tokens: float, gains: int = 0)
 def norm(model: Model, width: int) -> Cost:
     vectors = {"layernorm": 1 + model.bias, "rmsnorm": 1, "none": 0}[model.norm]
     return Cost(vectors * width)
+
+
+def projections(model: Model, queries: int, keys: int) -> list[Cost]:
+    """q, k, v and o, with QK-norm's gains."""
+    e, wide, narrow = model.hidden, model.heads * model.head_width, model.kv * model.head_width
+    shapes = [(e, wide, queries), (e, narrow, keys), (e, narrow, keys), (wide, e, queries)]
+    gains = Cost(2 * model.head_width if model.attention.qk_norm else 0)
+    return [*(linear(i, o, model.bias, n, int(model.spectral)) for i, o, n in shapes), gains]
+
+
+def mlp(model: Model, tokens: float, width: int | None = None) -> list[Cost]:
+    """A feed-forward layer, of the model's width if not given."""
+    e, f = model.hidden, width or model.ffn_width
+    shapes = [*[(e, f)] * (1 + model.gated), (f, e)]
+    return [linear(i, o, model.bias, tokens, int(model.spectral)) for i, o in shapes]

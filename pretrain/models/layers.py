@@ -63,6 +63,11 @@ def build_linear(model: config.Model, inputs: int, outputs: int) -> nn.Linear:
     return (SpectralLinear if model.spectral else Linear)(inputs, outputs, model.bias)
 
 
+def matrix(layer: nn.Linear) -> Tensor:
+    """What a linear layer multiplies by, [outputs, inputs]."""
+    return layer.matrix() if isinstance(layer, SpectralLinear) else layer.weight
+
+
 class Embedding(nn.Embedding):
     """Rows of a table. Not initialised here, as Linear."""
 

@@ -31,8 +31,19 @@ class Fill(NamedTuple):
 
 ZEROS, ONES = Fill("constant", 0.0), Fill("constant", 1.0)
 
+MIXERS: dict[str, Callable[[int], Fill]] = {
+    "left": lambda width: Fill("normal", width**-0.5),  # Monarch's blocks keep the variance
+    "right": lambda width: Fill("normal", width**-0.5),
+    "taps": lambda width: Fill("uniform", width**-0.5),  # as torch's convolutions
+    "frequency": lambda width: Fill("constant", 14.0),  # of Hyena's sines, as its language models have it
+    "skip": lambda width: Fill("normal"),
+    "induced": lambda width: Fill("normal"),  # as wide as the normed tokens that they read
+}
+"""Parameters of mixers that begin alike under every scheme, by name, from the size of the last dim. So do matrices of
+the network that makes Hyena's filter: as torch's linear layers."""
+
 TABLES = ("tokens", "positions", "segments")
-TOKENS = ("class_token", "mask_token")
+TOKENS = ("class_token", "mask_token", "latents")
 INTO_STREAM = ("o", "down")
 
 
@@ -81,6 +92,10 @@ def rule(name: str, shape: tuple[int, ...], model: config.Model) -> Fill:
         return Fill(*own_fill(layer))
     if layer in ("bias", "step") or layer.endswith("_bias"):
         return ZEROS
+    if layer in MIXERS:
+        return MIXERS[layer](shape[-1])
+    if "filter" in path:
+        return Fill("uniform", shape[-1] ** -0.5)
     if layer == "gain" or layer.endswith("norm"):
         return ONES
     if layer == "direction":

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from headway.kernels.attention.registry import mechanism
 from headway.pretrain.config import Job, Model
 from headway.pretrain.models.attention import attention_shape, word_of
-from headway.pretrain.models.cost import Cost, linear, norm, total
+from headway.pretrain.models.cost import Cost, linear, mlp, norm, projections, total
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.mae import decoder_shape
 from headway.pretrain.models.mixers import MIXERS
@@ -48,8 +48,8 @@ def parameters(job: Job, inputs: Inputs) -> Parameters:
         inputs: sizes that the data gives: vocabulary, lengths, image, classes.
     """
     embedding, blocks, heads = (total(costs) for costs in _table(job, inputs))
-    total = embedding.parameters + blocks.parameters + heads.parameters
-    return Parameters(embedding.parameters, blocks.parameters, heads.parameters, total - blocks.idle)
+    active = embedding.parameters + blocks.parameters + heads.parameters - blocks.idle
+    return Parameters(embedding.parameters, blocks.parameters, heads.parameters, active)
 
 
 def forward_flops(job: Job, inputs: Inputs) -> float:
@@ -233,7 +233,7 @@ def _stack(model: Model, layers: int, tokens: int, causal: bool = False, memory:
 def _block(model: Model, layer: int, tokens: int, causal: bool, memory: int) -> list[Cost]:
     seat = Seat(layer, causal, tokens=tokens)
     cross = _heads(model, seat._replace(cross=True, causal=False), tokens, memory) if memory else []
-    feed_forward = _experts if model.has_experts(layer) else _mlp
+    feed_forward = _experts if model.has_experts(layer) else mlp
     return [
         *_mixer(model, seat),
         *cross,
@@ -259,33 +259,19 @@ def _heads(model: Model, seat: Seat, queries: int, keys: int) -> list[Cost]:
     own = sum(math.prod(own.shape(shape)) for own in row.own.values())
     gates = [model.heads * width(shape) for width in row.gates.values()]
     return [
-        *_projections(model, queries, keys),
+        *projections(model, queries, keys),
         *(linear(model.hidden, width, model.bias, queries, int(model.spectral)) for width in gates),
         Cost(own, row.flops(shape)),
     ]
-
-
-def _projections(model: Model, queries: int, keys: int) -> list[Cost]:
-    """q, k, v and o, with QK-norm's gains."""
-    e, wide, narrow = model.hidden, model.heads * model.head_width, model.kv * model.head_width
-    shapes = [(e, wide, queries), (e, narrow, keys), (e, narrow, keys), (wide, e, queries)]
-    gains = Cost(2 * model.head_width if model.attention.qk_norm else 0)
-    return [*(linear(i, o, model.bias, n, int(model.spectral)) for i, o, n in shapes), gains]
-
-
-def _mlp(model: Model, tokens: float, width: int | None = None) -> list[Cost]:
-    e, f = model.hidden, width or model.ffn_width
-    shapes = [*[(e, f)] * (1 + model.gated), (f, e)]
-    return [linear(i, o, model.bias, tokens, int(model.spectral)) for i, o in shapes]
 
 
 def _experts(model: Model, tokens: int) -> list[Cost]:
     """Router, routed experts (a token meets `top_k` of them), shared experts (it meets all)."""
     x = model.experts
     width = x.ffn or model.ffn_width
-    one = total(_mlp(model.model_copy(update={"spectral": False}), tokens, width))
+    one = total(mlp(model.model_copy(update={"spectral": False}), tokens, width))
     return [
         linear(model.hidden, x.count, False, tokens),
         Cost(x.count * one.parameters, x.top_k * one.flops, (x.count - x.top_k) * one.parameters),
-        *(_mlp(model, tokens, x.shared * width) if x.shared else []),
+        *(mlp(model, tokens, x.shared * width) if x.shared else []),
     ]

@@ -33,8 +33,12 @@ class SpectralLinear(nn.Linear):
             v_I = normalize(u_O @ weight_OI.detach(), dim=0)
             return torch.dot(u_O, weight_OI @ v_I)
 
+    def matrix(self) -> Tensor:
+        """gain W / sigma(W), [O, I]."""
+        return self.weight * (self.gain / self.sigma())
+
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight * (self.gain / self.sigma()), self.bias)
+        return linear(x, self.matrix(), self.bias)
 
     @torch.no_grad()
     def iterate(self, weight_OI: Tensor | None = None, times: int = 1) -> None:

@@ -8,9 +8,20 @@ from headway.kernels.attention.registry import mechanism
 from headway.pretrain import config
 from headway.pretrain.models.attention import Attention, attention_shape, word_of
 from headway.pretrain.models.mixers.base import Mixer
+from headway.pretrain.models.mixers.hyena import Hyena
+from headway.pretrain.models.mixers.induced import Induced
+from headway.pretrain.models.mixers.mla import MLA
+from headway.pretrain.models.mixers.monarch import Monarch
+from headway.pretrain.models.mixers.perceiver import Perceiver
 from headway.pretrain.models.seat import Seat
 
-MIXERS: dict[str, type[Mixer]] = {}
+MIXERS: dict[str, type[Mixer]] = {
+    "mla": MLA,
+    "hyena": Hyena,
+    "monarch": Monarch,
+    "induced": Induced,
+    "perceiver": Perceiver,
+}
 """Mechanisms of the kind `mixer`."""
 
 
