@@ -1,4 +1,4 @@
-"""Graph attention over an edge list, O(edges) (Velickovic et al. 2018, equations 1 to 4; Brody et al. 2022, equation 7).
+"""Graph attention over edge lists, O(edges) (Velickovic et al. 2018, equations 1 to 4; Brody et al. 2022, equation 7).
 
 An edge j -> i lets i read j. A node that no edge reaches gets 0.
 Shapes: B batch, N nodes, A edges, H heads, D head dimension.
@@ -167,7 +167,7 @@ class _Sums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weights: Tensor, h: Tensor, edges: Tensor) -> Tensor:
         ctx.save_for_backward(weights, h, edges)
-        return _scattered(weights, h, *edges, _parts(edges, h))
+        return _scattered(weights, h, edges[0], edges[1], _parts(edges, h))
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> Any:
