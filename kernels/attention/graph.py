@@ -125,6 +125,12 @@ def near_in_row(length: int, distance: int, causal: bool, device: torch.device) 
     return torch.cat(parts, 1)
 
 
+def pairs(length: int, distance: int) -> int:
+    """Edges that `near_in_row` gives where it is not causal."""
+    far = min(distance, length - 1)
+    return length + far * (2 * length - far - 1)
+
+
 def near_in_grid(side: int, distance: int, first: int, device: torch.device) -> Tensor:
     """Edges [2, A] between places of a square grid whose rows and columns are at most so far apart, and of each with
     itself; each of the `first` nodes, which have no place on it, is linked with all, both ways."""

@@ -125,6 +125,11 @@ def test_neighbours_in_a_row(distance):
         edges = graph.near_in_row(9, distance, causal, device)
         expected = naive(9, lambda i, j: abs(i - j) <= distance and (j <= i or not causal))  # noqa: B023
         assert sorted(map(tuple, edges.T.tolist())) == sorted(expected)
+    assert graph.pairs(9, distance) == edges_of(9, distance)
+
+
+def edges_of(length, distance):
+    return graph.near_in_row(length, distance, False, torch.device("cpu")).shape[1]
 
 
 @pytest.mark.parametrize("first", [0, 1])
