@@ -71,7 +71,9 @@ def choose(
 
 
 def _dense(row: Mechanism) -> bool:
-    """Whether every pair is seen, so that PyTorch's kernels waste nothing."""
+    """Whether every pair is seen, so that PyTorch's kernels waste nothing; mixers may end in dense attention."""
+    if row.kind == "mixer":
+        return "sdpa" in row.kernels
     form = row.part
     return form is not None and form.fused and form.score.even and form.scope is None
 

@@ -12,6 +12,7 @@ from headway.kernels.attention import (
     dense,
     entropy,
     low_rank,
+    rows_grid,
     rows_linear,
     scopes,
     scores,
@@ -268,5 +269,5 @@ WEIGHTS = (
     ),
 )  # fmt: skip
 
-ROWS: tuple[Mechanism, ...] = (*SCOPES, *SCORES, *WEIGHTS, *rows_linear.ROWS, *low_rank.ROWS)
+ROWS: tuple[Mechanism, ...] = (*SCOPES, *SCORES, *WEIGHTS, *rows_linear.ROWS, *low_rank.ROWS, *rows_grid.ROWS)
 """All words, in the order of `headway attention ls`."""

@@ -34,6 +34,8 @@ ZEROS, ONES = Fill("constant", 0.0), Fill("constant", 1.0)
 TABLES = ("tokens", "positions", "segments")
 TOKENS = ("class_token", "mask_token")
 INTO_STREAM = ("o", "down")
+LOOKS = ("offsets", "amounts")
+"""Where deformable attention looks, and how much it takes: as its authors, alike for all queries at first."""
 
 
 class Weight(NamedTuple):
@@ -85,6 +87,10 @@ def rule(name: str, shape: tuple[int, ...], model: config.Model) -> Fill:
         return ONES
     if layer == "direction":
         return Fill("unit")
+    if layer.endswith("_conv"):  # as torch's convolutions
+        return Fill("uniform", shape[-1] ** -0.5)
+    if layer in LOOKS:
+        return ZEROS
     if layer.endswith("_scale"):
         assert model.layer_scale is not None, name
         return Fill("constant", model.layer_scale)

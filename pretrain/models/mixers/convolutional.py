@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from headway.kernels.attention import grid
-from headway.kernels.attention.dense import WeightDropout
 from headway.kernels.attention.masks import Mask
 from headway.kernels.rotary import Rotation
 from headway.pretrain import config
@@ -25,7 +24,7 @@ from headway.pretrain.models.attention import Core
 from headway.pretrain.models.cost import Cost, linear
 from headway.pretrain.models.layers import Dropout, Noise, build_linear, narrowed
 from headway.pretrain.models.mixers.base import Mixer
-from headway.pretrain.models.mixers.places import first_places, odd
+from headway.pretrain.models.mixers.places import first_places, odd, weight_dropout
 from headway.pretrain.models.seat import Seat
 
 
@@ -57,24 +56,15 @@ class CvT(Mixer):
         queries: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         x_BSE = narrowed(x_BSE)
-        if queries == self.first:  # the class token alone: no patch asks
-            asking = x_BSE[:, :queries]
-        else:
-            asking = grid.convolved(x_BSE, self.first, self.q_conv)[:, :queries]
-        q_BHSD = self._heads(self.q(asking))
+        q_BHSD = self._heads(self.q(grid.convolved(x_BSE, self.first, self.q_conv)[:, :queries]))
         k_BKTD = self._heads(self.k(grid.convolved(x_BSE, self.first, self.k_conv, self.stride)))
         v_BKTD = self._heads(self.v(grid.convolved(x_BSE, self.first, self.v_conv, self.stride)))
-        y_BHSD = self.core(q_BHSD, k_BKTD, v_BKTD, mask, self._weight_dropout(noise, q_BHSD.shape[2]))
+        dropout = weight_dropout(self.dropout, noise, q_BHSD.shape[2])
+        y_BHSD = self.core(q_BHSD, k_BKTD, v_BKTD, mask, dropout)
         return self.o(y_BHSD.transpose(1, 2).flatten(2)), None
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-    def _weight_dropout(self, noise: Noise | None, length: int) -> WeightDropout | None:
-        p = self.dropout.p
-        if noise is None or p == 0:
-            return None
-        return WeightDropout(p, self.dropout.key(noise), noise.slots_B, noise.places(length))
 
     @staticmethod
     def parts(model: config.Model, seat: Seat, settings: Mapping[str, Any]) -> list[Cost]:

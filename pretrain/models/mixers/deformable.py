@@ -42,7 +42,7 @@ class Deformable(Mixer):
         self.depth, self.points = settings["depth"], settings["points"]
         wide, places = model.heads * self.head_dim, model.heads * self.depth * self.points
         self.offsets = Linear(model.hidden, 2 * places)
-        self.scores = Linear(model.hidden, places)
+        self.amounts = Linear(model.hidden, places)
         self.v = build_linear(model, model.hidden, wide)
         self.o = build_linear(model, wide, model.hidden)
 
@@ -81,7 +81,7 @@ class Deformable(Mixer):
         stand_S2 = deformable.centres(sides[0], self.first, device, wide)[: x_BSE.shape[1]]
         steps_L11 = 1 / torch.tensor(sides, device=device, dtype=wide)[:, None, None]
         places = stand_S2[:, None, None, None] + offsets * steps_L11
-        scores = self.scores(x_BSE).to(wide).unflatten(-1, shape)
+        scores = self.amounts(x_BSE).to(wide).unflatten(-1, shape)
         return places, scores.flatten(-2).softmax(-1).unflatten(-1, shape[1:])
 
     @staticmethod

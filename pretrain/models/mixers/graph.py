@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from headway.kernels.attention import graph
 from headway.kernels.attention.choose import choose
 from headway.kernels.attention.masks import Mask
+from headway.kernels.attention.rows_grid import edges_of_grid, edges_of_row
 from headway.kernels.rotary import Rotation
 from headway.pretrain import config
 from headway.pretrain.models.cost import Cost, linear
@@ -79,25 +80,14 @@ class GAT(Mixer):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
 
-    @classmethod
-    def score_parts(cls, model: config.Model, tokens: int, edges: int) -> list[Cost]:
-        """Costs of the scores."""
-        wide = model.heads * model.head_width
-        return [Cost(2 * wide, 4 * wide * tokens)]
-
-    @classmethod
-    def parts(cls, model: config.Model, seat: Seat, settings: Mapping[str, Any]) -> list[Cost]:
+    @staticmethod
+    def parts(model: config.Model, seat: Seat, settings: Mapping[str, Any]) -> list[Cost]:
         n, wide, gains = seat.tokens, model.heads * model.head_width, int(model.spectral)
-        near, first = settings["neighbours"], first_places(model) if model.family == "vit" else 0
-        side = math.isqrt(n - first)
-        edges = graph.pairs(side, near) ** 2 + 2 * first * n - first**2
-        if model.family != "vit":
-            edges = (graph.pairs(n, near) + n) // 2 if seat.causal else graph.pairs(n, near)
+        edges = edges_of(model, seat, settings)
         return [
             linear(model.hidden, wide, model.bias, n, gains),
             linear(wide, model.hidden, model.bias, n, gains),
-            Cost(0, 2 * wide * edges),
-            *cls.score_parts(model, n, edges),
+            Cost(2 * wide, 4 * wide * n + 2 * wide * edges),
         ]
 
 
@@ -113,8 +103,21 @@ class GATv2(GAT):
     def scored_by(self, x_BSE: Tensor) -> tuple[Tensor, Tensor]:
         return self._heads(self.q(x_BSE)), self.score.to(x_BSE.dtype)
 
-    @classmethod
-    def score_parts(cls, model: config.Model, tokens: int, edges: int) -> list[Cost]:
-        wide = model.heads * model.head_width
-        asking = linear(model.hidden, wide, model.bias, tokens, int(model.spectral))
-        return [asking, Cost(wide, 2 * wide * edges)]
+    @staticmethod
+    def parts(model: config.Model, seat: Seat, settings: Mapping[str, Any]) -> list[Cost]:
+        n, wide, gains = seat.tokens, model.heads * model.head_width, int(model.spectral)
+        edges = edges_of(model, seat, settings)
+        return [
+            linear(model.hidden, wide, model.bias, n, gains),
+            linear(model.hidden, wide, model.bias, n, gains),
+            linear(wide, model.hidden, model.bias, n, gains),
+            Cost(wide, 4 * wide * edges),
+        ]
+
+
+def edges_of(model: config.Model, seat: Seat, settings: Mapping[str, Any]) -> int:
+    """Edges of a row."""
+    near = settings["neighbours"]
+    if model.family == "vit":
+        return edges_of_grid(seat.tokens, near)
+    return edges_of_row(seat.tokens, near, seat.causal)

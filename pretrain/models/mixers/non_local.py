@@ -19,8 +19,9 @@ from headway.kernels.rotary import Rotation
 from headway.pretrain import config
 from headway.pretrain.models.attention import Core
 from headway.pretrain.models.cost import Cost, linear
-from headway.pretrain.models.layers import Noise, build_linear, narrowed
+from headway.pretrain.models.layers import Dropout, Noise, build_linear, narrowed
 from headway.pretrain.models.mixers.base import Mixer
+from headway.pretrain.models.mixers.places import weight_dropout
 from headway.pretrain.models.seat import Seat
 
 
@@ -34,6 +35,7 @@ class NonLocal(Mixer):
         self.phi = build_linear(model, model.hidden, half)
         self.g = build_linear(model, model.hidden, half)
         self.o = build_linear(model, half, model.hidden)
+        self.dropout = Dropout(model.attention.dropout)
         self.core = Core(model.attention, "dense", seat.layer)
 
     def forward(
@@ -49,7 +51,8 @@ class NonLocal(Mixer):
         x_BSE = narrowed(x_BSE)
         asking, asked = x_BSE[:, :queries], x_BSE
         heads = [f(x).unsqueeze(1) for f, x in ((self.theta, asking), (self.phi, asked), (self.g, asked))]
-        y_B1SD = self.core(heads[0], heads[1], heads[2], mask, None)
+        dropout = weight_dropout(self.dropout, noise, asking.shape[1])
+        y_B1SD = self.core(heads[0], heads[1], heads[2], mask, dropout)
         return self.o(y_B1SD.squeeze(1)), None
 
     @staticmethod
