@@ -52,12 +52,17 @@ def attention(levels: Sequence[Tensor], places_BQHLP2: Tensor, weights_BQHLP: Te
 
 
 def ring(heads: int, points: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Offsets before anything is learned, in places, [H, P, 2]: head h looks in direction 2 pi h / H, its point p
-    goes p + 1 places on the larger axis (the authors' initial bias of the offsets)."""
-    angle_H = torch.arange(heads, device=device, dtype=torch.float64) * (2 * math.pi / heads)
+    """Offsets before anything is learned, in places, [H, P, 2]: head h looks in its own direction, and its point p
+    goes p + 1 steps.
+
+    The authors' begin at direction 0 with steps of a place on the larger axis. Their points stand exactly on places,
+    where the slope of what is interpolated jumps, so that a rounding decides on the first gradients. So directions are
+    turned by a third of what is between two of them, and a step is 1 / sqrt(2): no coordinate is ever rational.
+    """
+    angle_H = (torch.arange(heads, device=device, dtype=torch.float64) + 1 / 3) * (2 * math.pi / heads)
     way_H2 = torch.stack((angle_H.cos(), angle_H.sin()), -1)
     way_H2 = way_H2 / way_H2.abs().amax(-1, keepdim=True)
-    steps_P = torch.arange(1, points + 1, device=device)
+    steps_P = torch.arange(1, points + 1, device=device) / math.sqrt(2)
     return (way_H2[:, None] * steps_P[:, None]).to(dtype)
 
 

@@ -74,10 +74,23 @@ def test_queries_begin_where_they_stand():
 
 
 def test_heads_look_round_about():
-    """The authors' initial bias (Deformable-DETR, `MSDeformAttn._reset_parameters`), as transformers has it."""
-    expected = torch.tensor([[1, 0], [1, 1], [0, 1], [-1, 1], [-1, 0], [-1, -1], [0, -1], [1, -1]])
+    """The authors' initial bias (Deformable-DETR, `MSDeformAttn._reset_parameters`), turned by 15 degrees, nearer."""
     ring = deformable.ring(8, 3, torch.device("cpu"))
-    torch.testing.assert_close(ring, expected[:, None] * torch.arange(1.0, 4)[:, None], atol=1e-6, rtol=0)
+    angles = torch.atan2(ring[..., 1], ring[..., 0]).rad2deg() % 360
+    torch.testing.assert_close(angles, torch.arange(8.0)[:, None].expand(8, 3) * 45 + 15, rtol=0, atol=1e-3)
+    far = ring.abs().amax(-1)
+    torch.testing.assert_close(far, torch.arange(1.0, 4).expand(8, 3) / 2**0.5)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 4, 6, 8, 12])
+@pytest.mark.parametrize("side", [1, 2, 3, 4, 7, 8])
+def test_no_query_begins_where_the_slope_jumps(side, heads):
+    ring = deformable.ring(heads, 4, torch.device("cpu"), torch.float64)
+    stand = deformable.centres(side, 1, torch.device("cpu"), torch.float64)
+    for level in range(3):
+        small = max(1, side >> level)
+        places = stand[:, None, None] * small - 0.5 + ring
+        assert (places - places.round()).abs().min() > 1e-4  # fp32 rounds by 1e-6
 
 
 def test_levels_are_means():
