@@ -18,7 +18,7 @@ from torch import Tensor
 from headway.kernels import random
 from headway.kernels.attention.dense import WeightDropout, per_query_head, score_scale
 from headway.kernels.attention.masks import Mask, lower
-from headway.kernels.attention.slopes import Bias, Slopes, block_of, learned
+from headway.kernels.attention.slopes import Bias, block_of, flat, learned, restored
 
 
 def attention(
@@ -33,9 +33,8 @@ def attention(
     """softmax(scale Q K^T + bias) V with `mask` and `dropout`; see `dense.reference`, its specification."""
     k_BHSD, v_BHSD = (per_query_head(x, q_BHQD) for x in (k_BKSD, v_BKSD))
     drop = tuple(dropout) if dropout is not None else (0.0, None, None, None, 0, 0)
-    described = tuple(bias_HQK) if isinstance(bias_HQK, Slopes) else (None, None, None)
     operands = q_BHQD, k_BHSD, v_BHSD, learned(bias_HQK), score_scale(scale, q_BHQD)
-    return _Blocks.apply(*operands, *mask, *drop, *described)
+    return _Blocks.apply(*operands, *mask, *drop, *flat(bias_HQK))
 
 
 def block_rows(length: int) -> int:
@@ -53,13 +52,13 @@ class _Blocks(torch.autograd.Function):
         q, k, v, bias, scale,
         causal, documents, key_documents, prefix, shift, split, scope,
         p, key, slots, positions, first_head, first_key,
-        slopes, places, key_places,
+        slopes, places,
     ):  # fmt: skip
         mask = Mask(causal, documents, key_documents, prefix, shift, split, scope)
         drop = None if key is None else WeightDropout(p, key, slots, positions, first_head, first_key)
-        given = bias if slopes is None else Slopes(slopes, places, key_places)
+        given = bias if slopes is None else restored(slopes, places, q.shape[2])
         out, lse = outputs(q, k, v, given, scale, mask, drop)
-        described = documents, key_documents, prefix, key, slots, positions, slopes, places, key_places
+        described = documents, key_documents, prefix, key, slots, positions, slopes, places
         ctx.save_for_backward(q, k, v, bias, out, lse, *described)
         ctx.scale, ctx.causal, ctx.shift, ctx.scope, ctx.p = scale, causal, shift, scope, p
         ctx.first_head, ctx.first_key = first_head, first_key
@@ -68,13 +67,13 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out):
         q, k, v, bias, out, lse, *described = ctx.saved_tensors
-        documents, key_documents, prefix, key, slots, positions, *slopes = described
+        documents, key_documents, prefix, key, slots, positions, slopes, places = described
         mask = Mask(ctx.causal, documents, key_documents, prefix, ctx.shift, scope=ctx.scope)
         where = slots, positions, ctx.first_head, ctx.first_key
         drop = None if key is None else WeightDropout(ctx.p, key, *where)
         wants_bias = ctx.needs_input_grad[3]
-        given = bias if slopes[0] is None else Slopes(*slopes)
-        return *gradients(d_out, q, k, v, given, out, lse, ctx.scale, mask, drop, wants_bias), *[None] * 17
+        given = bias if slopes is None else restored(slopes, places, q.shape[2])
+        return *gradients(d_out, q, k, v, given, out, lse, ctx.scale, mask, drop, wants_bias), *[None] * 16
 
 
 def outputs(q, k, v, bias, scale, mask, drop):

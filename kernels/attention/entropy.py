@@ -13,7 +13,7 @@ from torch import Tensor
 from headway.kernels.attention.blocks import block_rows
 from headway.kernels.attention.dense import per_query_head, score_scale
 from headway.kernels.attention.masks import Mask, lower
-from headway.kernels.attention.slopes import Bias, Slopes, block_of, learned
+from headway.kernels.attention.slopes import Bias, block_of, flat, learned, restored
 
 
 def row_entropy(
@@ -39,9 +39,8 @@ def every_row(
 ) -> Tensor:
     """Entropy of every row, [B, H, Q]; 0 where nothing is seen. See `row_entropy`."""
     keys_BHSD = per_query_head(k_BKSD, q_BHQD)
-    described = tuple(bias_HQK) if isinstance(bias_HQK, Slopes) else (None, None, None)
     scale = score_scale(scale, q_BHQD)
-    return _RowEntropy.apply(q_BHQD, keys_BHSD, learned(bias_HQK), scale, *mask, *described)
+    return _RowEntropy.apply(q_BHQD, keys_BHSD, learned(bias_HQK), scale, *mask, *flat(bias_HQK))
 
 
 class _RowEntropy(torch.autograd.Function):
@@ -51,15 +50,15 @@ class _RowEntropy(torch.autograd.Function):
     def forward(
         ctx, q, k, bias, scale,
         causal, documents, key_documents, prefix, shift, split, scope,
-        slopes, places, key_places,
+        slopes, places,
     ):  # fmt: skip
         mask, rows = Mask(causal, documents, key_documents, prefix, shift, split, scope), []
-        given = bias if slopes is None else Slopes(slopes, places, key_places)
+        given = bias if slopes is None else restored(slopes, places, q.shape[2])
         for part in _parts(q, k, mask):
             p, log_p = _row_weights(q, k, given, scale, mask, *part)
             rows.append(-(p * log_p).sum(-1))
         entropy = torch.cat(rows, 2)
-        described = documents, key_documents, prefix, slopes, places, key_places
+        described = documents, key_documents, prefix, slopes, places
         ctx.save_for_backward(q, k, bias, entropy, *described)
         ctx.scale, ctx.causal, ctx.shift, ctx.scope = scale, causal, shift, scope
         return entropy
@@ -67,8 +66,8 @@ class _RowEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_entropy):
         q, k, bias, entropy, *described = ctx.saved_tensors
-        documents, key_documents, prefix, *slopes = described
-        given = bias if slopes[0] is None else Slopes(*slopes)
+        documents, key_documents, prefix, slopes, places = described
+        given = bias if slopes is None else restored(slopes, places, q.shape[2])
         mask = Mask(ctx.causal, documents, key_documents, prefix, ctx.shift, scope=ctx.scope)
         wants_bias = ctx.needs_input_grad[2]
         dqs, d_biases, dk = [], [], torch.zeros_like(k, dtype=entropy.dtype)
@@ -83,7 +82,7 @@ class _RowEntropy(torch.autograd.Function):
             dqs.append(d_scores @ k[:, :, keys])
             dk = dk + F.pad(d_scores.mT @ q[:, :, queries], (0, 0, before, after))
         d_bias = torch.cat(d_biases, 1).to(bias.dtype) if wants_bias else None
-        return torch.cat(dqs, 2), dk.to(k.dtype), d_bias, *[None] * 11
+        return torch.cat(dqs, 2), dk.to(k.dtype), d_bias, *[None] * 10
 
 
 def _parts(q, k, mask):

@@ -43,6 +43,24 @@ class Slopes(NamedTuple):
 Bias = Tensor | Slopes
 """[H, Q, K], or what describes it."""
 
+Flat = tuple[Tensor | None, Tensor | None]
+"""Slopes and all places, as a function of autograd takes them: the compiler wants no tensor in two of its inputs, and
+places of queries may be those of keys."""
+
+
+def flat(bias: Bias | None) -> Flat:
+    """What describes a bias, if anything does."""
+    if not isinstance(bias, Slopes):
+        return None, None
+    return bias.slopes, torch.cat((bias.queries, bias.keys))
+
+
+def restored(slopes: Tensor | None, places: Tensor | None, queries: int) -> Slopes | None:
+    """What was made flat; `queries`: how many there are."""
+    if slopes is None or places is None:
+        return None
+    return Slopes(slopes, places[:queries], places[queries:])
+
 
 def geometric(heads: int) -> list[float]:
     """The slopes of the paper's code: 2^(-8 i / n) for i = 1 ... n; where n is no power of two, those of the power

@@ -76,7 +76,7 @@ class Task:
     mask: Mask
     dropout: WeightDropout | None
     scale: float
-    slopes: Slopes | None
+    slopes: Slopes | None = None
 
     def lengths(self) -> tuple[int, int]:
         assert self.mask.split is not None
