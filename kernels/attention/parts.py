@@ -62,7 +62,7 @@ class Part:
             there += x.narrow(dim, start, there.shape[dim])
             start += there.shape[dim]
 
-    def bias(self, bias: Bias, heads: slice = slice(None)) -> Tensor:  # noqa: B008 - immutable
+    def bias(self, bias: Bias, heads: slice = slice(None)) -> Tensor:
         """This block of a bias [H, Q, K] or of what describes one, of some heads."""
         if isinstance(bias, Slopes):
             return Slopes(bias.slopes[heads], bias.queries[self.queries], self.take(bias.keys, 0)).block()

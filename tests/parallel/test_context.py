@@ -138,7 +138,9 @@ def attended(rank, world, method, cases, heads=4, kv_heads=2):
 
 
 CASES_OF_CORES = [(name, bias, p) for name in MASKS for bias in (False, True) for p in (0.0, 0.25)]
-CASES_OF_CORES += [(name, "slopes", 0.25) for name in ("causal", "pairs", "padded prefix", "window both ways")]
+CASES_OF_CORES += [
+    (name, "slopes", 0.25) for name in ("causal", "pairs", "padded prefix", "window both ways")
+]
 
 
 @pytest.mark.parametrize(("method", "ranks", "kv_heads"), [
