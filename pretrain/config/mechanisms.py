@@ -70,7 +70,7 @@ def _needs(job: Job) -> list[str]:
         "prefix": job.objective.name == "prefix" and m.family == "gpt",
         "dropout": m.attention.dropout > 0,
         "grouped": m.kv < m.heads,
-        "bias": m.positions in ("relative", "alibi"),
+        "bias": m.biased,
         "rotary": m.positions == "rotary",
         "entropy": m.attention.entropy_penalty != 0,
         "scattered": job.objective.name == "mae",

@@ -156,6 +156,11 @@ class Model(Section):
         return self.activation.startswith(("swiglu", "geglu"))
 
     @property
+    def biased(self) -> bool:
+        """Whether positions add a bias to attention scores."""
+        return self.positions in ("relative", "alibi")
+
+    @property
     def head_width(self) -> int:
         return self.head_dim or self.hidden // self.heads
 

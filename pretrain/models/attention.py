@@ -58,8 +58,6 @@ class Core(nn.Module):
             compiled=torch.compiler.is_compiling(),
             keys=k_BKMD.shape[2],
         )
-        if isinstance(bias_HSM, Slopes) and mechanism(self.mechanism).part is None:
-            bias_HSM = bias_HSM.block()  # what is not composed takes a bias as it is
         extras = {**self.settings, **(own or {})}
         return kernel.compute(q_BHSD, k_BKMD, v_BKMD, mask, dropout, self.scale, bias_HSM, **extras)
 
@@ -133,7 +131,7 @@ class Attention(nn.Module):
                 for name, width in self.widths.items()
             }
         )
-        self.draws = row.draws
+        self.draws, self.composed = row.draws, row.part is not None
         if row.draws:
             self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.core = Core(model.attention, word, seat.layer)
@@ -166,6 +164,7 @@ class Attention(nn.Module):
         )
         if isinstance(bias_HSM, Slopes):
             bias_HSM = bias_HSM.of_heads(self.first_head, q_BHSD.shape[1])
+            bias_HSM = bias_HSM if self.composed else bias_HSM.block()  # others take a bias written out
         if self.q_norm is not None and self.k_norm is not None:
             q_BHSD, k_BKMD = self.q_norm(q_BHSD), self.k_norm(k_BKMD)
         if turn is not None:
