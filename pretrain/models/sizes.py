@@ -48,8 +48,8 @@ def parameters(job: Job, inputs: Inputs) -> Parameters:
         inputs: sizes that the data gives: vocabulary, lengths, image, classes.
     """
     embedding, blocks, heads = (total(costs) for costs in _table(job, inputs))
-    total = embedding.parameters + blocks.parameters + heads.parameters
-    return Parameters(embedding.parameters, blocks.parameters, heads.parameters, total - blocks.idle)
+    active = embedding.parameters + blocks.parameters + heads.parameters - blocks.idle
+    return Parameters(embedding.parameters, blocks.parameters, heads.parameters, active)
 
 
 def forward_flops(job: Job, inputs: Inputs) -> float:
