@@ -148,7 +148,8 @@ LINEAR, YARN = f"{SCALING}.kind=linear", [f"{SCALING}.kind=yarn", f"{SCALING}.or
     (f"{SCALING}.original_length=64", [ROTARY, LINEAR], [ROTARY, *YARN]),
     (f"{SCALING}.fast=16", [ROTARY, LINEAR], [ROTARY, *YARN]),
     (f"{SCALING}.attention_factor=1.1", [ROTARY, LINEAR], [ROTARY, *YARN]),
-    ("model.attention.qk_norm=true", ["model.attention.mechanism=gat"], ["model.attention.mechanism=dense"]),
+    ("model.attention.qk_norm=true", ["model.attention.mechanism=gat", "model.positions=learned"],
+     ["model.attention.mechanism=dense"]),
 ])  # fmt: skip
 def test_settings_of_other_positions_and_mechanisms_have_no_effect(setting, idle, needed):
     field = setting.partition("=")[0]
