@@ -74,6 +74,23 @@ RULES: list[Rule] = [
     ("train.ramp.increment", lambda j: j.train.ramp.start is not None, "train.ramp.start is not given"),
     ("train.ramp.samples", lambda j: j.train.ramp.start is not None, "train.ramp.start is not given"),
     ("model.rotary_base", lambda j: j.model.positions == "rotary", "model.positions is not rotary"),
+    *(
+        (f"model.rotary_scaling.{name}", lambda j, kinds=kinds: j.model.rotary_scaling.kind in kinds, why)
+        for name, kinds, why in (
+            ("factor", ("linear", "ntk", "yarn", "llama3"), "model.rotary_scaling.kind is none"),
+            ("original_length", ("yarn", "llama3"), "this way of stretching does not depend on it"),
+            ("slow", ("yarn", "llama3"), "this way of stretching does not depend on it"),
+            ("fast", ("yarn", "llama3"), "this way of stretching does not depend on it"),
+            ("whole", ("yarn",), "model.rotary_scaling.kind is not yarn"),
+            ("attention_factor", ("yarn",), "model.rotary_scaling.kind is not yarn"),
+        )
+    ),
+    ("model.rotary_scaling.", lambda j: j.model.positions == "rotary", "model.positions is not rotary"),
+    (
+        "model.attention.qk_norm",
+        lambda j: j.model.family == "t5" or not _mixers_alone(j),
+        "no layer of the model has heads of queries and keys that it could normalise",
+    ),
     ("model.max_positions", lambda j: j.model.positions == "learned", "only learned positions have a table"),
     ("data.tokenizer.vocab", lambda j: _trained(j), "the vocabulary is that of the given tokenizer"),
     ("data.tokenizer.train_bytes", lambda j: _trained(j), "no tokenizer is trained"),
@@ -132,6 +149,11 @@ RULES += [
         "model.attention.pattern names the layers' mechanisms",
     )
 ]
+
+
+def _mixers_alone(job: Job) -> bool:
+    """Whether every layer is a module of its own."""
+    return all(mechanism(word).kind == "mixer" for word in job.model.attention.mechanisms)
 
 
 def _spread(job: Job) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from headway.kernels import random
 from headway.kernels.attention.dense import WeightDropout, per_query_head, score_scale
 from headway.kernels.attention.masks import Mask, lower
+from headway.kernels.attention.slopes import Bias, block_of, flat, learned, restored
 
 
 def attention(
@@ -27,12 +28,13 @@ def attention(
     mask: Mask,
     dropout: WeightDropout | None = None,
     scale: float | None = None,
-    bias_HQK: Tensor | None = None,
+    bias_HQK: Bias | None = None,
 ) -> Tensor:
     """softmax(scale Q K^T + bias) V with `mask` and `dropout`; see `dense.reference`, its specification."""
     k_BHSD, v_BHSD = (per_query_head(x, q_BHQD) for x in (k_BKSD, v_BKSD))
     drop = tuple(dropout) if dropout is not None else (0.0, None, None, None, 0, 0)
-    return _Blocks.apply(q_BHQD, k_BHSD, v_BHSD, bias_HQK, score_scale(scale, q_BHQD), *mask, *drop)
+    operands = q_BHQD, k_BHSD, v_BHSD, learned(bias_HQK), score_scale(scale, q_BHQD)
+    return _Blocks.apply(*operands, *mask, *drop, *flat(bias_HQK))
 
 
 ROWS = 128
@@ -63,13 +65,14 @@ class _Blocks(torch.autograd.Function):
         q, k, v, bias, scale,
         causal, documents, key_documents, prefix, shift, split, scope,
         p, key, slots, positions, first_head, first_key,
+        slopes, places,
     ):  # fmt: skip
         mask = Mask(causal, documents, key_documents, prefix, shift, split, scope)
         drop = None if key is None else WeightDropout(p, key, slots, positions, first_head, first_key)
-        out, lse = outputs(q, k, v, bias, scale, mask, drop)
-        ctx.save_for_backward(
-            q, k, v, bias, out, lse, documents, key_documents, prefix, key, slots, positions
-        )
+        given = bias if slopes is None else restored(slopes, places, q.shape[2])
+        out, lse = outputs(q, k, v, given, scale, mask, drop)
+        described = documents, key_documents, prefix, key, slots, positions, slopes, places
+        ctx.save_for_backward(q, k, v, bias, out, lse, *described)
         ctx.scale, ctx.causal, ctx.shift, ctx.scope, ctx.p = scale, causal, shift, scope, p
         ctx.first_head, ctx.first_key = first_head, first_key
         return out
@@ -77,12 +80,13 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out):
         q, k, v, bias, out, lse, *described = ctx.saved_tensors
-        documents, key_documents, prefix, key, slots, positions = described
+        documents, key_documents, prefix, key, slots, positions, slopes, places = described
         mask = Mask(ctx.causal, documents, key_documents, prefix, ctx.shift, scope=ctx.scope)
         where = slots, positions, ctx.first_head, ctx.first_key
         drop = None if key is None else WeightDropout(ctx.p, key, *where)
         wants_bias = ctx.needs_input_grad[3]
-        return *gradients(d_out, q, k, v, bias, out, lse, ctx.scale, mask, drop, wants_bias), *[None] * 14
+        given = bias if slopes is None else restored(slopes, places, q.shape[2])
+        return *gradients(d_out, q, k, v, given, out, lse, ctx.scale, mask, drop, wants_bias), *[None] * 16
 
 
 def outputs(q, k, v, bias, scale, mask, drop):
@@ -110,7 +114,7 @@ def _attend(q, k, v, bias, scale, mask, drop, queries, keys):
     if _has_flash(q, v) and drop is None and bias is not None and not torch.compiler.is_compiling():
         # A bias costs another pass over the scores, which PyTorch's kernel does not need: a third of the time.
         # Compiled, the pass is fused with the others, and PyTorch's kernel is the slower one.
-        added = bias[None, :, queries, keys]
+        added = block_of(bias, queries, keys)[None]
         added = added if seen is None else torch.where(seen, added, -math.inf)
         wide = torch.promote_types(q.dtype, torch.float32)
         out, lse = _flash(q_part, k_part, v_part, 0.0, False, attn_mask=added.to(wide), scale=scale)
@@ -121,7 +125,7 @@ def _attend(q, k, v, bias, scale, mask, drop, queries, keys):
         return out, lse
     scores = _scores(q_part, k_part.mT, scale)
     if bias is not None:
-        scores += bias[:, queries, keys]
+        scores += block_of(bias, queries, keys)
     if seen is not None:
         scores = torch.where(seen, scores, torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, -1)
@@ -149,7 +153,7 @@ def gradients(d_out, q, k, v, bias, out, lse, scale, mask, drop, wants_bias):
         queries = mask.queries_of(keys, length, rows)
         scores_T = _scores(k[:, :, keys], q_T[..., queries], scale)
         if bias is not None:
-            scores_T += bias[:, queries, keys].mT
+            scores_T += block_of(bias, queries, keys).mT
         weights_T = scores_T.sub_(lse[..., queries]).exp_()
         seen = lower(mask, length, total, q.device, queries, keys)
         if seen is not None:

@@ -42,7 +42,7 @@ def choose(
         mechanism: a registered word, or several joined by "+".
         request: a kernel's name, which is never replaced, or `auto`.
         dropout: whether attention weights are dropped.
-        bias: whether a bias that learns is added to the scores.
+        bias: whether a bias is added to the scores.
         device, dtype: where the queries live and what they are.
         compiled: whether torch.compile traces this call.
         keys: that a query may see at most; many, if not given.
@@ -71,7 +71,9 @@ def choose(
 
 
 def _dense(row: Mechanism) -> bool:
-    """Whether every pair is seen, so that PyTorch's kernels waste nothing."""
+    """Whether every pair is seen, so that PyTorch's kernels waste nothing; mixers may end in dense attention."""
+    if row.kind == "mixer":
+        return "sdpa" in row.kernels
     form = row.part
     if form is None:
         return "sdpa" in row.kernels

@@ -19,6 +19,7 @@ from headway.kernels.attention.dense import WeightDropout, per_query_head
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.parts import Part, parts
 from headway.kernels.attention.scores import Extras
+from headway.kernels.attention.slopes import Bias, Slopes, learned
 
 if TYPE_CHECKING:
     from headway.kernels.attention.compose import Form
@@ -28,7 +29,8 @@ ELEMENTS = 1 << 22
 
 
 class Task(NamedTuple):
-    """What an attention is about, beside its operands. `x`: settings and own tensors; `names`: of the latter."""
+    """What an attention is about, beside its operands. `x`: settings and own tensors; `names`: of the latter; `slopes`:
+    a bias that is described."""
 
     form: Form
     mask: Mask
@@ -36,6 +38,7 @@ class Task(NamedTuple):
     scale: float
     x: Extras
     names: tuple[str, ...]
+    slopes: Slopes | None
 
 
 @torch.compiler.disable
@@ -47,13 +50,14 @@ def attention(
     mask: Mask,
     dropout: WeightDropout | None,
     scale: float,
-    bias_HQK: Tensor | None,
+    bias_HQK: Bias | None,
     x: Extras,
 ) -> Tensor:
     """Attention of prepared operands, [B, H, Q, D]; see `Form.reference`."""
     names = tuple(name for name, value in x.items() if isinstance(value, Tensor))
-    task = Task(form, mask, dropout, scale, x, names)
-    out: Tensor = _Chunks.apply(task, q_BHQD, k_BKSD, v_BKSD, bias_HQK, *(x[name] for name in names))
+    slopes = bias_HQK if isinstance(bias_HQK, Slopes) else None
+    task = Task(form, mask, dropout, scale, x, names, slopes)
+    out: Tensor = _Chunks.apply(task, q_BHQD, k_BKSD, v_BKSD, learned(bias_HQK), *(x[name] for name in names))
     return out
 
 
@@ -97,7 +101,7 @@ def _parts(task: Task, q: Tensor, k: Tensor) -> Iterator[Part]:
 
 
 def _operands(part: Part, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Any:
-    some = None if bias is None else part.take(bias[:, part.queries], 2)
+    some = None if bias is None else part.bias(bias)
     return q[:, :, part.queries], part.take(k, 2), part.take(v, 2), some
 
 
@@ -108,6 +112,8 @@ def _attend(task: Task, part: Part, operands: Any, own: Any) -> Tensor:
     (q, k, v, bias), form = operands, task.form
     x = {**task.x, **dict(zip(task.names, own, strict=True))}
     scores = form.score.compute(q, k, task.scale, x)
+    if task.slopes is not None:
+        bias = part.bias(task.slopes)
     if bias is not None:
         scores = scores + bias
     seen = part.seen(q.device, slice(None))

@@ -17,6 +17,7 @@ from headway.kernels.attention.dense import WeightDropout, per_query_head, score
 from headway.kernels.attention.masks import Mask, lower
 from headway.kernels.attention.scopes import Scope
 from headway.kernels.attention.scores import DOT_PRODUCT, Extras, Score
+from headway.kernels.attention.slopes import Bias, block_of
 from headway.kernels.attention.weights import SOFTMAX, Weighting
 
 
@@ -46,7 +47,7 @@ class Form(NamedTuple):
         mask: Mask,
         dropout: WeightDropout | None = None,
         scale: float | None = None,
-        bias_HQK: Tensor | None = None,
+        bias_HQK: Bias | None = None,
         **x: Any,
     ) -> Tensor:
         """The specification, O(Q S) in memory; returns [B, H, Q, D]. Arguments: see `dense.reference`; `x`: settings
@@ -60,12 +61,12 @@ class Form(NamedTuple):
         return self.score.finish(weights.to(values.dtype) @ per_query_head(values, weights), x)
 
     def weigh(
-        self, q: Tensor, k: Tensor, mask: Mask, scale: float, bias_HQK: Tensor | None, x: Extras
+        self, q: Tensor, k: Tensor, mask: Mask, scale: float, bias_HQK: Bias | None, x: Extras
     ) -> Tensor:
         """Weights of prepared operands [B, H, Q, S], in fp32 or wider, before dropout."""
         scores = self.score.compute(q, k, scale, x)
         if bias_HQK is not None:
-            scores = scores + bias_HQK
+            scores = scores + block_of(bias_HQK)
         if self.weighting.draws:
             every = slice(0, q.shape[0]), slice(0, q.shape[1]), slice(0, q.shape[2])
             noise = x["draw"].gumbel(*every, torch.arange(k.shape[2], device=k.device))
@@ -80,7 +81,7 @@ class Form(NamedTuple):
         k_BKSD: Tensor,
         mask: Mask,
         scale: float | None = None,
-        bias_HQK: Tensor | None = None,
+        bias_HQK: Bias | None = None,
         **x: Any,
     ) -> Tensor:
         """Attention weights [B, H, Q, S] for maps; of differential attention, of both maps."""
@@ -104,7 +105,7 @@ class Form(NamedTuple):
         mask: Mask,
         dropout: WeightDropout | None = None,
         scale: float | None = None,
-        bias: Tensor | None = None,
+        bias: Bias | None = None,
         **x: Any,
     ) -> Tensor:
         """Row blocks: memory grows with the length."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from headway.kernels import random
 from headway.kernels.attention.masks import Mask, lower
+from headway.kernels.attention.slopes import Bias, block_of
 
 
 class WeightDropout(NamedTuple):
@@ -56,7 +57,7 @@ def reference(
     mask: Mask,
     dropout: WeightDropout | None = None,
     scale: float | None = None,
-    bias_HQK: Tensor | None = None,
+    bias_HQK: Bias | None = None,
 ) -> Tensor:
     """The specification of dense attention, O(Q S) in memory; returns [B, H, Q, D].
 
@@ -65,7 +66,7 @@ def reference(
         mask: what is seen; a query that sees nothing gets 0.
         dropout: of the weights, after the softmax.
         scale: factor of the products; 1 / sqrt(D) if None.
-        bias_HQK: added to the scaled products; gets a gradient.
+        bias_HQK: added to the scaled products; gets a gradient, if it is a tensor.
     """
     weights_BHQS = attention_weights(q_BHQD, k_BKSD, mask, scale, bias_HQK)
     if dropout is not None:
@@ -75,7 +76,7 @@ def reference(
 
 
 def attention_weights(
-    q_BHQD: Tensor, k_BKSD: Tensor, mask: Mask, scale: float | None = None, bias_HQK: Tensor | None = None
+    q_BHQD: Tensor, k_BKSD: Tensor, mask: Mask, scale: float | None = None, bias_HQK: Bias | None = None
 ) -> Tensor:
     """softmax(scale Q K^T + bias) where the mask allows, [B, H, Q, S] in fp32 (fp64 for fp64).
 
@@ -84,7 +85,7 @@ def attention_weights(
     scores = q_BHQD @ per_query_head(k_BKSD, q_BHQD).mT
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * score_scale(scale, q_BHQD)
     if bias_HQK is not None:
-        scores = scores + bias_HQK
+        scores = scores + block_of(bias_HQK)
     seen = lower(mask, q_BHQD.shape[2], k_BKSD.shape[2], q_BHQD.device)
     if seen is None:
         return torch.softmax(scores, -1)
@@ -100,11 +101,12 @@ def sdpa(
     mask: Mask,
     dropout: WeightDropout | None = None,
     scale: float | None = None,
-    bias_HQK: Tensor | None = None,
+    bias_HQK: Bias | None = None,
 ) -> Tensor:
     """PyTorch's fused kernels; `dropout` must be None, because theirs depends on layout and device.
 
-    With a bias that needs a gradient, PyTorch's path on CPU is not fused and holds O(Q S).
+    A bias, and a mask, is written out: O(Q S) for every head. With a bias that needs a gradient, PyTorch's path on CPU
+    is not fused either.
     """
     assert dropout is None
     whole = mask.documents is None and mask.prefix is None and mask.scope is None and bias_HQK is None
@@ -118,7 +120,7 @@ def sdpa(
         q_BHQD,
         k_BKSD,
         v_BKSD,
-        attn_mask=seen if bias_HQK is None else _masked_bias(bias_HQK.to(q_BHQD.dtype), seen),
+        attn_mask=seen if bias_HQK is None else _masked_bias(block_of(bias_HQK).to(q_BHQD.dtype), seen),
         is_causal=mask.causal and whole,
         scale=scale,
         enable_gqa=q_BHQD.shape[1] != k_BKSD.shape[1],

@@ -13,10 +13,11 @@ from torch import Tensor
 from headway.kernels.attention.blocks import block_rows
 from headway.kernels.attention.dense import per_query_head, score_scale
 from headway.kernels.attention.masks import Mask, lower
+from headway.kernels.attention.slopes import Bias, block_of, flat, learned, restored
 
 
 def row_entropy(
-    q_BHQD: Tensor, k_BKSD: Tensor, mask: Mask, scale: float | None = None, bias_HQK: Tensor | None = None
+    q_BHQD: Tensor, k_BKSD: Tensor, mask: Mask, scale: float | None = None, bias_HQK: Bias | None = None
 ) -> Tensor:
     """Mean entropy of a sample's rows of dense attention, in nats: [B] in fp32 (fp64 for fp64), differentiable.
 
@@ -34,36 +35,44 @@ def row_entropy(
 
 
 def every_row(
-    q_BHQD: Tensor, k_BKSD: Tensor, mask: Mask, scale: float | None = None, bias_HQK: Tensor | None = None
+    q_BHQD: Tensor, k_BKSD: Tensor, mask: Mask, scale: float | None = None, bias_HQK: Bias | None = None
 ) -> Tensor:
     """Entropy of every row, [B, H, Q]; 0 where nothing is seen. See `row_entropy`."""
     keys_BHSD = per_query_head(k_BKSD, q_BHQD)
-    return _RowEntropy.apply(q_BHQD, keys_BHSD, bias_HQK, score_scale(scale, q_BHQD), *mask)
+    scale = score_scale(scale, q_BHQD)
+    return _RowEntropy.apply(q_BHQD, keys_BHSD, learned(bias_HQK), scale, *mask, *flat(bias_HQK))
 
 
 class _RowEntropy(torch.autograd.Function):
     """Entropy of every row, [B, H, Q]; 0 where nothing is seen."""
 
     @staticmethod
-    def forward(ctx, q, k, bias, scale, causal, documents, key_documents, prefix, shift, split, scope):
+    def forward(
+        ctx, q, k, bias, scale,
+        causal, documents, key_documents, prefix, shift, split, scope,
+        slopes, places,
+    ):  # fmt: skip
         mask, rows = Mask(causal, documents, key_documents, prefix, shift, split, scope), []
+        given = bias if slopes is None else restored(slopes, places, q.shape[2])
         for part in _parts(q, k, mask):
-            p, log_p = _row_weights(q, k, bias, scale, mask, *part)
+            p, log_p = _row_weights(q, k, given, scale, mask, *part)
             rows.append(-(p * log_p).sum(-1))
         entropy = torch.cat(rows, 2)
-        ctx.save_for_backward(q, k, bias, entropy, documents, key_documents, prefix)
+        described = documents, key_documents, prefix, slopes, places
+        ctx.save_for_backward(q, k, bias, entropy, *described)
         ctx.scale, ctx.causal, ctx.shift, ctx.scope = scale, causal, shift, scope
         return entropy
 
     @staticmethod
     def backward(ctx, d_entropy):
         q, k, bias, entropy, *described = ctx.saved_tensors
-        documents, key_documents, prefix = described
+        documents, key_documents, prefix, slopes, places = described
+        given = bias if slopes is None else restored(slopes, places, q.shape[2])
         mask = Mask(ctx.causal, documents, key_documents, prefix, ctx.shift, scope=ctx.scope)
         wants_bias = ctx.needs_input_grad[2]
         dqs, d_biases, dk = [], [], torch.zeros_like(k, dtype=entropy.dtype)
         for queries, keys in _parts(q, k, mask):
-            p, log_p = _row_weights(q, k, bias, ctx.scale, mask, queries, keys)
+            p, log_p = _row_weights(q, k, given, ctx.scale, mask, queries, keys)
             upstream, value = (x[:, :, queries, None] for x in (d_entropy, entropy))
             d_scores = -upstream * p * (log_p + value)
             before, after = keys.start, k.shape[2] - keys.stop
@@ -73,7 +82,7 @@ class _RowEntropy(torch.autograd.Function):
             dqs.append(d_scores @ k[:, :, keys])
             dk = dk + F.pad(d_scores.mT @ q[:, :, queries], (0, 0, before, after))
         d_bias = torch.cat(d_biases, 1).to(bias.dtype) if wants_bias else None
-        return torch.cat(dqs, 2), dk.to(k.dtype), d_bias, *[None] * 8
+        return torch.cat(dqs, 2), dk.to(k.dtype), d_bias, *[None] * 10
 
 
 def _parts(q, k, mask):
@@ -89,7 +98,7 @@ def _row_weights(q, k, bias, scale, mask, queries, keys):
     scores = q[:, :, queries] @ k[:, :, keys].mT
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
     if bias is not None:
-        scores = scores + bias[:, queries, keys]
+        scores = scores + block_of(bias, queries, keys)
     seen = lower(mask, q.shape[2], k.shape[2], q.device, queries, keys)
     if seen is None:
         log_p = torch.log_softmax(scores, -1)

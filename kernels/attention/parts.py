@@ -15,6 +15,7 @@ from torch import Tensor
 from headway.kernels.attention.dense import WeightDropout
 from headway.kernels.attention.masks import Mask, lower
 from headway.kernels.attention.scopes import joined
+from headway.kernels.attention.slopes import Bias, Slopes
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,12 @@ class Part:
             there = _narrow(total, dim, run)
             there += x.narrow(dim, start, there.shape[dim])
             start += there.shape[dim]
+
+    def bias(self, bias: Bias, heads: slice = slice(None)) -> Tensor:
+        """This block of a bias [H, Q, K] or of what describes one, of some heads."""
+        if isinstance(bias, Slopes):
+            return Slopes(bias.slopes[heads], bias.queries[self.queries], self.take(bias.keys, 0)).block()
+        return self.take(bias[heads, self.queries], 2)
 
     def seen(self, device: torch.device, rows: slice) -> Tensor | None:
         """The mask of this block, for some rows of the batch; see `lower`."""

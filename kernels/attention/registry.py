@@ -20,9 +20,21 @@ Compute = Callable[..., Tensor]
 Kind = Literal["score", "weights", "scope", "heads", "mixer"]
 
 ALL = frozenset(
-    {"causal", "bidirectional", "cross", "documents", "padding", "prefix", "dropout", "grouped", "bias"}
+    {
+        "causal",
+        "bidirectional",
+        "cross",
+        "documents",
+        "padding",
+        "prefix",
+        "dropout",
+        "grouped",
+        "bias",
+        "scattered",
+    }
 )
-"""What dense attention takes on one device; `rotary`, `tensor`, `context_ring` and `context_ulysses` are beside."""
+"""What dense attention takes on one device (`scattered`: some places of a row without the others); `rotary`, `tensor`,
+`context_ring` and `context_ulysses` are beside."""
 SPREAD = frozenset({"rotary", "tensor", "context_ulysses"})
 
 

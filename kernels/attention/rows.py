@@ -20,6 +20,7 @@ from headway.kernels.attention.dense import WeightDropout, per_query_head
 from headway.kernels.attention.draw import Draw
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.parts import Part, parts
+from headway.kernels.attention.slopes import Bias, Slopes, learned
 from headway.kernels.attention.weights import Weighting
 
 ELEMENTS = 1 << 20
@@ -28,7 +29,7 @@ ELEMENTS = 1 << 20
 
 class Task(NamedTuple):
     """What an attention is about, beside its operands. `cap` bounds the scores, if it is not None; `temperature` and
-    `draw` are for weightings that draw."""
+    `draw` are for weightings that draw; `slopes`: a bias that is described."""
 
     weighting: Weighting
     mask: Mask
@@ -37,6 +38,7 @@ class Task(NamedTuple):
     cap: float | None = None
     temperature: float = 1.0
     draw: Draw | None = None
+    slopes: Slopes | None = None
 
 
 class Operands(NamedTuple):
@@ -55,11 +57,13 @@ class Operands(NamedTuple):
 
 @torch.compiler.disable
 def attention(
-    task: Task, q_BHQD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, bias_HQK: Tensor | None, own_H: Tensor | None
+    task: Task, q_BHQD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, bias_HQK: Bias | None, own_H: Tensor | None
 ) -> Tensor:
     """[B, H, Q, D] of v's width; see `compose.Form.reference`."""
     k_BHSD, v_BHSD = (per_query_head(x, q_BHQD) for x in (k_BKSD, v_BKSD))
-    out: Tensor = _Rows.apply(task, q_BHQD, k_BHSD, v_BHSD, bias_HQK, own_H)
+    if isinstance(bias_HQK, Slopes):
+        task = task._replace(slopes=bias_HQK)
+    out: Tensor = _Rows.apply(task, q_BHQD, k_BHSD, v_BHSD, learned(bias_HQK), own_H)
     return out
 
 
@@ -93,9 +97,9 @@ class Piece(NamedTuple):
         """What belongs to its keys of [B, H, S, ...]."""
         return self.part.take(x[self.rows, self.heads], 2)
 
-    def pairs(self, bias: Tensor) -> Tensor:
+    def pairs(self, bias: Bias) -> Tensor:
         """What belongs to its pairs of [H, Q, S]."""
-        return self.part.take(bias[self.heads, self.part.queries], 2)
+        return self.part.bias(bias, self.heads)
 
 
 def _pieces(task: Task, x: Operands) -> Iterator[Piece]:
@@ -167,8 +171,9 @@ def _scores(task: Task, x: Operands, piece: Piece) -> tuple[Tensor, Tensor | Non
     if task.cap is not None:
         bent = scores.div_(task.cap).tanh_()
         scores = bent * task.cap
-    if x.bias is not None:
-        scores.add_(piece.pairs(x.bias))
+    bias = x.bias if task.slopes is None else task.slopes
+    if bias is not None:
+        scores.add_(piece.pairs(bias))
     if task.draw is not None:
         where = piece.rows, piece.heads, piece.part.queries
         noise = task.draw.gumbel(*where, piece.part.numbers.to(scores.device))

@@ -12,6 +12,7 @@ from headway.kernels.attention import (
     dense,
     entropy,
     low_rank,
+    rows_grid,
     rows_linear,
     rows_mixers,
     scopes,
@@ -276,5 +277,6 @@ ROWS: tuple[Mechanism, ...] = (
     *rows_linear.ROWS,
     *low_rank.ROWS,
     *rows_mixers.ROWS,
+    *rows_grid.ROWS,
 )
 """All words, in the order of `headway attention ls`."""

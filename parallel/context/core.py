@@ -13,6 +13,7 @@ from headway.kernels.attention.entropy import every_row
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.registry import mechanism
 from headway.kernels.attention.scores import Extras
+from headway.kernels.attention.slopes import Bias, part_of
 from headway.parallel.context import ring, ulysses
 from headway.parallel.context.exchange import Team
 from headway.parallel.context.layout import cuts
@@ -35,7 +36,7 @@ class ContextCore(Core):
         v_BKMD: Tensor,
         mask: Mask,
         dropout: WeightDropout | None,
-        bias_HSM: Tensor | None = None,
+        bias_HSM: Bias | None = None,
         own: Extras | None = None,
     ) -> Tensor:
         """Returns [B, H, S, D]; the bias is of the queries here and of all keys."""
@@ -50,7 +51,7 @@ class ContextCore(Core):
         v: Tensor,
         mask: Mask,
         dropout: WeightDropout | None,
-        bias: Tensor | None,
+        bias: Bias | None,
         own: Extras | None,
     ) -> Tensor:
         if self.method == "ring":
@@ -67,7 +68,7 @@ class ContextCore(Core):
         q_BHSD: Tensor,
         k_BKMD: Tensor,
         mask: Mask,
-        bias_HSM: Tensor | None = None,
+        bias_HSM: Bias | None = None,
         own: Extras | None = None,
     ) -> Tensor:
         """Mean entropy of a sample's rows of weights in nats, [B], of all columns, equal on all ranks."""
@@ -81,7 +82,7 @@ class ContextCore(Core):
         sums = q_BHSD.new_zeros(len(q_BHSD), dtype=torch.promote_types(q_BHSD.dtype, torch.float32))
         for run, cut in zip(here, cuts(here), strict=True):
             seen = ring.narrowed(mask, run, range(total))
-            bias = None if bias_HSM is None else bias_HSM[:, cut]
+            bias = None if bias_HSM is None else part_of(bias_HSM, cut)
             rows_BHQ = every_row(q_BHSD[:, :, cut], k_BKTD, seen, self.scale, bias)
             if mask.documents is not None:
                 rows_BHQ = torch.where(seen.documents[:, None] >= 0, rows_BHQ, 0)  # type: ignore[index]

@@ -21,6 +21,7 @@ from torch import Tensor
 from headway.kernels.attention import blocks
 from headway.kernels.attention.dense import WeightDropout, per_query_head, score_scale
 from headway.kernels.attention.masks import Mask
+from headway.kernels.attention.slopes import Bias, Slopes, learned, part_of
 from headway.parallel.context.exchange import Team
 from headway.parallel.context.layout import cuts
 
@@ -32,7 +33,7 @@ def attention(
     mask: Mask,
     dropout: WeightDropout | None,
     scale: float | None,
-    bias_HST: Tensor | None,
+    bias_HST: Bias | None,
     team: Team,
 ) -> Tensor:
     """Attention of this rank's queries to all ranks' keys, [B, H, S, D].
@@ -42,8 +43,9 @@ def attention(
         dropout: `positions` are the places of the queries here.
         bias_HST: of the queries here and all keys, in order.
     """
-    task = Task(team, mask, dropout, score_scale(scale, q_BHSD))
-    out: Tensor = _Ring.apply(q_BHSD, k_BKMD, v_BKMD, bias_HST, task)
+    slopes = bias_HST if isinstance(bias_HST, Slopes) else None
+    task = Task(team, mask, dropout, score_scale(scale, q_BHSD), slopes)
+    out: Tensor = _Ring.apply(q_BHSD, k_BKMD, v_BKMD, learned(bias_HST), task)
     return out
 
 
@@ -74,6 +76,7 @@ class Task:
     mask: Mask
     dropout: WeightDropout | None
     scale: float
+    slopes: Slopes | None = None
 
     def lengths(self) -> tuple[int, int]:
         assert self.mask.split is not None
@@ -168,7 +171,7 @@ class _Ring(torch.autograd.Function):
         for source, kv in _travel(torch.stack((k, v)), task):
             for part in task.parts(source):
                 here = part.queries
-                operands: Any = _operands(part, q, kv, bias)
+                operands: Any = _operands(part, q, kv, bias if task.slopes is None else task.slopes)
                 some, more = blocks.outputs(*(*operands, task.scale, part.mask, part.dropout))
                 more = torch.nan_to_num(more, nan=least, neginf=least)  # of queries that see nothing here
                 both = torch.logaddexp(lse[:, :, here], more)
@@ -191,7 +194,7 @@ class _Ring(torch.autograd.Function):
             d_kv = torch.zeros(kv.shape, dtype=lse.dtype, device=kv.device)
             for part in task.parts(source):
                 here, there = part.queries, part.keys
-                operands = _operands(part, q, kv, bias)
+                operands = _operands(part, q, kv, bias if task.slopes is None else task.slopes)
                 mine: Any = (x[:, :, here] for x in (out, lse))
                 d_q, d_k, d_v, d_b = blocks.gradients(
                     d_out[:, :, here],
@@ -235,11 +238,11 @@ class _Homeward:
         return self.buffer
 
 
-def _operands(part: Part, q: Tensor, kv: Tensor, bias: Tensor | None) -> Any:
+def _operands(part: Part, q: Tensor, kv: Tensor, bias: Bias | None) -> Any:
     """q, k, v and bias of a part, as many heads of each."""
     q_part = q[:, :, part.queries]
     k_part, v_part = (per_query_head(x[:, :, part.keys], q_part) for x in kv)
-    return q_part, k_part, v_part, None if bias is None else bias[:, part.queries, part.places]
+    return q_part, k_part, v_part, None if bias is None else part_of(bias, part.queries, part.places)
 
 
 def _per_key_head(gradient_BHMD: Tensor, heads: int) -> Tensor:

@@ -16,9 +16,10 @@ from headway.kernels.attention.dense import WeightDropout
 from headway.kernels.attention.draw import Draw
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.scores import Extras
+from headway.kernels.attention.slopes import Bias, Slopes
 from headway.parallel.context.exchange import Team
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Mask, WeightDropout | None, Tensor | None, Extras], Tensor]
+Kernel = Callable[[Tensor, Tensor, Tensor, Mask, WeightDropout | None, Bias | None, Extras], Tensor]
 
 
 def attention(
@@ -27,7 +28,7 @@ def attention(
     v_BKMD: Tensor,
     mask: Mask,
     dropout: WeightDropout | None,
-    bias_HST: Tensor | None,
+    bias_HST: Bias | None,
     own: Extras,
     team: Team,
     kernel: Kernel,
@@ -43,12 +44,19 @@ def attention(
     k_BKMD, v_BKMD = (repeated(x, team.ranks) for x in (k_BKMD, v_BKMD))
     q = team.heads_for_columns(q_BHSD, asking)
     k, v = (team.heads_for_columns(x, asked) for x in (k_BKMD, v_BKMD))
-    bias = None if bias_HST is None else team.heads_for_columns(bias_HST.unsqueeze(0), asking).squeeze(0)
+    bias = _bias(bias_HST, asking, q.shape[1], team)
     if dropout is not None:
         first, places = dropout.first_head + team.rank * q.shape[1], torch.arange(asking, device=q.device)
         dropout = dropout._replace(positions=places, first_head=first)
     mine = {name: _mine(x, asking, team, q.shape[1]) for name, x in own.items()}
     return team.columns_for_heads(kernel(q, k, v, mask._replace(split=None), dropout, bias, mine))
+
+
+def _bias(bias_HST: Bias | None, total: int, heads: int, team: Team) -> Bias | None:
+    """Of all queries and a rank's heads."""
+    if isinstance(bias_HST, Slopes):  # of a sequence to itself: the keys are all of it
+        return bias_HST._replace(queries=bias_HST.keys).of_heads(team.rank * heads, heads)
+    return None if bias_HST is None else team.heads_for_columns(bias_HST.unsqueeze(0), total).squeeze(0)
 
 
 def _mine(x: Tensor | Draw, total: int, team: Team, heads: int) -> Tensor | Draw:

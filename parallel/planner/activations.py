@@ -194,6 +194,9 @@ def _attention(p: Place, keys: int, seen: int, *, cross: bool) -> list[Term]:
         terms.append(by_heads)
     if p.kernel == "blocks" and group > 1:
         terms.append(Term("keys and values, repeated", 2 * n * keys * (queries - thin), "attention"))
+    elif p.kernel == "sdpa" and m.positions == "alibi":
+        rows = p.rows if p.separated else 1
+        terms.append(Term("bias, written out", n * rows * m.heads * (t // p.rows) * seen, "attention"))
     elif p.kernel == "sdpa" and (p.separated or cross):
         terms.append(Term("mask", n * t * seen, "attention"))
     return terms
@@ -201,12 +204,12 @@ def _attention(p: Place, keys: int, seen: int, *, cross: bool) -> list[Term]:
 
 def _plain(p: Place) -> bool:
     """Whether the kernel `blocks` takes PyTorch's forward for all queries at once."""
-    return not (p.model.attention.dropout or p.separated or p.model.positions == "relative")
+    return not (p.model.attention.dropout or p.separated or p.model.biased)
 
 
 def _by_blocks(p: Place) -> bool:
     """Whether the kernel `blocks` takes products of its own, and not PyTorch's forward, a block at a time."""
-    return bool(p.model.attention.dropout) or (p.separated and p.model.positions != "relative")
+    return bool(p.model.attention.dropout) or (p.separated and not p.model.biased)
 
 
 def _quadratic(p: Place, keys: int, seen: int, group: int) -> list[Term]:

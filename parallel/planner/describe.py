@@ -33,7 +33,7 @@ def describe(
         attention.of_layer(0),
         attention.kernel,
         dropout=attention.dropout > 0,
-        bias=job.model.positions == "relative",
+        bias=job.model.biased,
         device=device,
         dtype=PRECISIONS[precision],
         compiled=compiled,

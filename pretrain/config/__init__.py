@@ -11,7 +11,7 @@ from typing import Any, Literal
 from headway.pretrain.config import rules
 from headway.pretrain.config.base import Section
 from headway.pretrain.config.data import Data, Images, Source, Tokenizer
-from headway.pretrain.config.model import Attention, Experts, Init, Model, Vision
+from headway.pretrain.config.model import Attention, Experts, Init, Model, RotaryScaling, Vision
 from headway.pretrain.config.objective import (
     Augment,
     Denoiser,
@@ -42,6 +42,7 @@ __all__ = [
     "Parallel",
     "Ramp",
     "Reconstruct",
+    "RotaryScaling",
     "Run",
     "Schedule",
     "Section",

@@ -20,6 +20,7 @@ WHY = {
     "bias": "model.positions adds a bias to scores",
     "rotary": "model.positions turns queries and keys",
     "entropy": "model.attention.entropy_penalty needs the entropy of weights",
+    "scattered": "the encoder of a masked autoencoder reads some of the patches, which fill no grid",
     "images": "only the family vit has a grid of patches",
 }
 """What a model may ask of a mechanism, and why it does."""
@@ -69,8 +70,9 @@ def _needs(job: Job) -> list[str]:
         "prefix": job.objective.name == "prefix" and m.family == "gpt",
         "dropout": m.attention.dropout > 0,
         "grouped": m.kv < m.heads,
-        "bias": m.positions == "relative",
+        "bias": m.biased,
         "rotary": m.positions == "rotary",
         "entropy": m.attention.entropy_penalty != 0,
+        "scattered": job.objective.name == "mae",
     }
     return [name for name, wanted in asked.items() if wanted]

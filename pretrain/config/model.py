@@ -54,6 +54,26 @@ class Vision(Section):
     """A learned token stands before the patches."""
 
 
+class RotaryScaling(Section):
+    """Rotary angles made smaller, so that rows may be longer than those that a model was trained on."""
+
+    kind: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
+    """`linear`: all (Chen et al. 2023). `ntk`: by a larger base (bloc97 2023). `yarn`: slow ones, by features, and
+    scores grow (Peng et al. 2024). `llama3`: slow ones, by turns (Llama 3.1)."""
+    factor: AboveZero = 1.0
+    """How many times longer rows become."""
+    original_length: Positive | None = None
+    """Tokens of a row that the model was trained on before (yarn, llama3)."""
+    slow: AboveZero | None = None
+    """Features that turn fewer times over the original length are stretched in full: 1 if not given."""
+    fast: AboveZero | None = None
+    """Features that turn more often are not stretched: 32 (yarn) or 4 (llama3) if not given."""
+    whole: bool = True
+    """YaRN's ramp begins and ends at whole features, as in its authors' code."""
+    attention_factor: AboveZero | None = None
+    """Factor of cosines and sines under yarn; 0.1 ln(factor) + 1 if not given."""
+
+
 class Init(Section):
     """Initial weights: functions of (seed, canonical name, global coordinates)."""
 
@@ -101,12 +121,13 @@ class Model(Section):
     """Rows of the segment table, added to the embeddings (BERT: 2)."""
     pooler: bool = False
     """A tanh layer over the first position (BERT), for objectives that classify rows."""
-    positions: Literal["learned", "sinusoidal", "rotary", "relative", "none"] = "learned"
+    positions: Literal["learned", "sinusoidal", "rotary", "relative", "alibi", "none"] = "learned"
     """`sinusoidal` is Vaswani et al. 2017, of images in two dimensions (MoCo v3, MAE); `relative` is T5's
-    bucketed bias."""
+    bucketed bias; `alibi` a bias that falls with the distance (Press et al. 2022)."""
     max_positions: Positive | None = None
     """Rows of the learned position table; the length of a row of the data if not given."""
     rotary_base: AboveZero = 10000.0
+    rotary_scaling: RotaryScaling = RotaryScaling()
     relative_buckets: Positive = 32
     relative_distance: Positive = 128
     """Distance beyond which all keys share a bucket."""
@@ -133,6 +154,11 @@ class Model(Section):
     @property
     def gated(self) -> bool:
         return self.activation.startswith(("swiglu", "geglu"))
+
+    @property
+    def biased(self) -> bool:
+        """Whether positions add a bias to attention scores."""
+        return self.positions in ("relative", "alibi")
 
     @property
     def head_width(self) -> int:

@@ -23,8 +23,8 @@ FAMILIES_OF = {
 """Which families an objective trains."""
 
 POSITIONS_OF = {
-    "gpt": ("learned", "sinusoidal", "rotary", "none"),
-    "bert": ("learned", "sinusoidal", "rotary", "none"),
+    "gpt": ("learned", "sinusoidal", "rotary", "alibi", "none"),
+    "bert": ("learned", "sinusoidal", "rotary", "alibi", "none"),
     "t5": ("relative", "learned", "sinusoidal", "rotary", "none"),
     "vit": ("learned", "sinusoidal", "none"),
 }
@@ -94,6 +94,28 @@ def check_positions(job: Job) -> None:
             f"must not exceed model.max_positions = {m.max_positions}, the rows of the learned position table"
         )
         raise JobError("data.seq_len", rows, rule, m.max_positions)
+
+
+def check_rotary_scaling(job: Job) -> None:
+    """What a way of stretching needs is given, and makes sense."""
+    scaling, m = job.model.rotary_scaling, job.model
+    if scaling.kind == "none" or m.positions != "rotary":
+        return
+    name = "model.rotary_scaling"
+    if scaling.factor < 1:
+        raise JobError(f"{name}.factor", scaling.factor, "rows become longer: must be at least 1", 1.0)
+    if scaling.kind == "ntk" and m.head_width < 4:
+        rule = "ntk keeps the fastest pair of features and slows the others: needs two pairs"
+        raise JobError("model.head_dim", m.head_width, rule, 4)
+    if scaling.kind not in ("yarn", "llama3"):
+        return
+    if scaling.original_length is None:
+        rule = f"{scaling.kind} must know the length of the rows that the model was trained on"
+        nearest = max(1, int(job.data.seq_len / scaling.factor))
+        raise JobError(f"{name}.original_length", None, rule, nearest)
+    slow, fast = scaling.slow or 1.0, scaling.fast or (4.0 if scaling.kind == "llama3" else 32.0)
+    if fast <= slow:
+        raise JobError(f"{name}.fast", fast, f"must exceed {name}.slow = {slow}", 4 * slow)
 
 
 def check_experts(job: Job) -> None:
@@ -173,6 +195,7 @@ RULES = (
     check_family,
     check_heads,
     check_positions,
+    check_rotary_scaling,
     check_attention,
     check_experts,
     check_masking,

@@ -12,6 +12,7 @@ from headway.pretrain.config import Job
 from headway.pretrain.errors import JobError
 from headway.pretrain.hf.family import Family, Settings, demand, is_tied
 from headway.pretrain.hf.links import STACKED, Link, layers, link
+from headway.pretrain.hf.rope import read_rope, write_rope
 from headway.pretrain.models.inputs import Inputs
 
 LONGEST = 4096
@@ -33,10 +34,6 @@ EXPERTS = {"mlp.gate": "w1", "mlp.down": "w2", "mlp.up": "w3"}
 
 def read(hf: dict, names: frozenset[str]) -> Settings:
     """Settings beyond the tables."""
-    rope = hf.get("rope_parameters") or {**(hf.get("rope_scaling") or {}), "rope_theta": hf.get("rope_theta")}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise JobError("config.json: rope_parameters", rope, "Headway has plain rotary positions", "default")
     window = hf.get("sliding_window") if hf["model_type"] != "mixtral" else None
     if window and hf.get("use_sliding_window", True):
         rule = "Headway reads one window for all layers, of Mixtral"
@@ -52,20 +49,18 @@ def read(hf: dict, names: frozenset[str]) -> Settings:
         "model.kv_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"],
         "model.head_dim": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
         "model.bias": bool(hf.get("attention_bias", False)),
-        "model.rotary_base": float(rope.get("rope_theta") or hf.get("default_theta", 10000.0)),
         "model.tied": is_tied(hf, names, "lm_head.weight"),
+        **read_rope(hf),
     }
 
 
 def write(job: Job, inputs: Inputs) -> dict:
     """Keys beyond the tables."""
-    rope = {"rope_type": "default", "rope_theta": job.model.rotary_base}
     return {
         "architectures": ["LlamaForCausalLM"],
         "vocab_size": inputs.vocab,
         "max_position_embeddings": job.data.seq_len,
-        "rope_parameters": rope,  # transformers 5
-        "rope_theta": job.model.rotary_base,  # transformers 4
+        **write_rope(job),
         "hidden_act": "silu",
         "attention_bias": job.model.bias,
         "mlp_bias": job.model.bias,

@@ -16,6 +16,7 @@ from headway.kernels.attention.draw import Draw
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.registry import Mechanism, Shape, mechanism
 from headway.kernels.attention.scores import Extras
+from headway.kernels.attention.slopes import Bias, Slopes, part_of
 from headway.kernels.rotary import Rotation, rotate
 from headway.pretrain import config
 from headway.pretrain.errors import JobError
@@ -42,7 +43,7 @@ class Core(nn.Module):
         v_BKMD: Tensor,
         mask: Mask,
         dropout: WeightDropout | None,
-        bias_HSM: Tensor | None = None,
+        bias_HSM: Bias | None = None,
         own: Extras | None = None,
     ) -> Tensor:
         """Returns [B, H, S, D]; `own` are the mechanism's parameters and gates, by name."""
@@ -69,7 +70,7 @@ class Core(nn.Module):
         q_BHSD: Tensor,
         k_BKMD: Tensor,
         mask: Mask,
-        bias_HSM: Tensor | None = None,
+        bias_HSM: Bias | None = None,
         own: Extras | None = None,
     ) -> Tensor:
         """Mean entropy of a sample's rows of weights in nats, [B]."""
@@ -82,7 +83,7 @@ class Core(nn.Module):
         q_BHSD: Tensor,
         k_BKMD: Tensor,
         mask: Mask,
-        bias_HSM: Tensor | None = None,
+        bias_HSM: Bias | None = None,
         own: Extras | None = None,
     ) -> Tensor:
         """Attention weights by the mechanism's reference, [B, H, S, M]."""
@@ -134,7 +135,7 @@ class Attention(nn.Module):
                 for name, width in self.widths.items()
             }
         )
-        self.draws = row.draws
+        self.draws, self.composed = row.draws, row.part is not None
         if row.draws:
             self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.core = Core(model.attention, word, seat.layer)
@@ -146,7 +147,7 @@ class Attention(nn.Module):
         mask: Mask,
         turn: Rotation | None = None,
         noise: Noise | None = None,
-        bias_HSM: Tensor | None = None,
+        bias_HSM: Bias | None = None,
         memory_BME: Tensor | None = None,
         queries: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -159,12 +160,15 @@ class Attention(nn.Module):
         source = x_BSE if memory_BME is None else narrowed(memory_BME)
         if queries is not None:
             x_BSE = x_BSE[:, :queries]
-            bias_HSM = None if bias_HSM is None else bias_HSM[:, :queries]
+            bias_HSM = None if bias_HSM is None else part_of(bias_HSM, slice(0, queries))
         q_BHSD, k_BKMD, v_BKMD = (
             self._heads(self.q(x_BSE)),
             self._heads(self.k(source)),
             self._heads(self.v(source)),
         )
+        if isinstance(bias_HSM, Slopes):
+            bias_HSM = bias_HSM.of_heads(self.first_head, q_BHSD.shape[1])
+            bias_HSM = bias_HSM if self.composed else bias_HSM.block()  # others take a bias written out
         if self.q_norm is not None and self.k_norm is not None:
             q_BHSD, k_BKMD = self.q_norm(q_BHSD), self.k_norm(k_BKMD)
         if turn is not None:

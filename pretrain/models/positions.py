@@ -10,7 +10,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from headway.kernels.rotary import Rotation, rotation
+from headway.kernels.attention.slopes import Slopes, geometric
+from headway.kernels.rotary import Rotation, Stretch, rotation
+from headway.pretrain import config
 from headway.pretrain.errors import JobError
 from headway.pretrain.models.layers import Embedding
 
@@ -67,15 +69,38 @@ class SinusoidalGrid:
         return nn.functional.pad(torch.cat(parts, -1), (0, 0, int(class_token), 0)).to(dtype)
 
 
+def stretch_of(scaling: config.RotaryScaling) -> Stretch | None:
+    """How the config wants rotary angles to be stretched."""
+    if scaling.kind == "none":
+        return None
+    fast = scaling.fast or (4.0 if scaling.kind == "llama3" else 32.0)
+    sizes = scaling.factor, scaling.original_length or 0, scaling.slow or 1.0, fast
+    return Stretch(scaling.kind, *sizes, scaling.whole, scaling.attention_factor)
+
+
 class RotaryPositions:
     """Angles of rotary positions; no parameters, no buffers, so nothing to initialise or to shard."""
 
-    def __init__(self, head_dim: int, base: float) -> None:
-        self.head_dim, self.base = head_dim, base
+    def __init__(self, head_dim: int, base: float, stretch: Stretch | None = None) -> None:
+        self.head_dim, self.base, self.stretch = head_dim, base, stretch
 
     def __call__(self, positions_S: Tensor, dtype: torch.dtype) -> Rotation:
         """Rotations in fp32, or fp64 for an fp64 model."""
-        return rotation(positions_S, self.head_dim, self.base, torch.promote_types(dtype, torch.float32))
+        wide = torch.promote_types(dtype, torch.float32)
+        return rotation(positions_S, self.head_dim, self.base, wide, self.stretch)
+
+
+class LinearBias:
+    """ALiBi: scores fall with the distance, by a slope of each head (Press et al. 2022, section 3); to both sides alike
+    in encoders, which the paper leaves open. No parameters."""
+
+    def __init__(self, heads: int) -> None:
+        self.slopes = geometric(heads)
+
+    def __call__(self, queries_Q: Tensor, keys_K: Tensor, dtype: torch.dtype) -> Slopes:
+        """What describes the bias of all heads; its slopes are fp32, or fp64 for an fp64 model."""
+        wide = torch.promote_types(dtype, torch.float32)
+        return Slopes(torch.tensor(self.slopes, dtype=wide, device=queries_Q.device), queries_Q, keys_K)
 
 
 class RelativeBias(nn.Module):

@@ -45,6 +45,8 @@ the network that makes Hyena's filter: as torch's linear layers."""
 TABLES = ("tokens", "positions", "segments")
 TOKENS = ("class_token", "mask_token", "latents")
 INTO_STREAM = ("o", "down")
+LOOKS = ("offsets", "amounts")
+"""Where deformable attention looks, and how much it takes: as its authors, alike for all queries at first."""
 
 
 class Weight(NamedTuple):
@@ -100,6 +102,10 @@ def rule(name: str, shape: tuple[int, ...], model: config.Model) -> Fill:
         return ONES
     if layer == "direction":
         return Fill("unit")
+    if layer.endswith("_conv"):  # as torch's convolutions
+        return Fill("uniform", shape[-1] ** -0.5)
+    if layer in LOOKS:
+        return ZEROS
     if layer.endswith("_scale"):
         assert model.layer_scale is not None, name
         return Fill("constant", model.layer_scale)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from headway.kernels.attention.masks import Mask
+from headway.kernels.attention.slopes import Bias
 from headway.kernels.rotary import Rotation
 from headway.pretrain import config
 from headway.pretrain.models.attention import Attention
@@ -19,7 +20,7 @@ from headway.pretrain.models.columns import Columns
 from headway.pretrain.models.layers import MLP, Dropout, Noise, StochasticDepth, build_norm
 from headway.pretrain.models.mixers import build_mixer
 from headway.pretrain.models.moe import MoE
-from headway.pretrain.models.positions import RelativeBias, RotaryPositions
+from headway.pretrain.models.positions import LinearBias, RelativeBias, RotaryPositions, stretch_of
 from headway.pretrain.models.routing import Side
 from headway.pretrain.models.seat import Seat
 
@@ -40,7 +41,7 @@ class Context(NamedTuple):
     mask: Mask = Mask()
     turn: Rotation | None = None
     noise: Noise | None = None
-    bias_HSS: Tensor | None = None
+    bias_HSS: Bias | None = None
     memory_BME: Tensor | None = None
     memory_mask: Mask = Mask(causal=False)
     outputs: int | None = None
@@ -200,9 +201,10 @@ class Tower(nn.Module):
         self.causal = causal
         layers = layers or model.layers
         unique = min(layers, model.unique_layers or layers)
-        self.rotary = (
-            RotaryPositions(model.head_width, model.rotary_base) if model.positions == "rotary" else None
-        )
+        stretch = stretch_of(model.rotary_scaling)
+        turns = model.positions == "rotary"
+        self.rotary = RotaryPositions(model.head_width, model.rotary_base, stretch) if turns else None
+        self.slopes = LinearBias(model.heads) if model.positions == "alibi" else None
         buckets, distance = model.relative_buckets, model.relative_distance
         self.relative = (
             RelativeBias(model.heads, buckets, distance) if model.positions == "relative" else None
@@ -232,7 +234,11 @@ class Tower(nn.Module):
         places_S, mask = columns.places_S, mask._replace(split=columns.split)
         noise = noise and noise.over(places_S)
         turn = None if self.rotary is None else self.rotary(places_S, x_BSE.dtype)
-        bias = None if self.relative is None else self.relative(places_S, columns.all_S, not self.causal)
+        bias: Bias | None = None
+        if self.relative is not None:
+            bias = self.relative(places_S, columns.all_S, not self.causal)
+        elif self.slopes is not None:
+            bias = self.slopes(places_S, columns.all_S, x_BSE.dtype)
         context = Context(mask, turn, noise, bias, memory_BME, memory_mask or Mask(causal=False), outputs)
         x_BSE, sides = self.blocks(x_BSE, context)
         return self.norm(x_BSE), sides

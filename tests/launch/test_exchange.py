@@ -192,7 +192,18 @@ def test_what_cannot_be_exchanged_says_why(trained, exported, tmp_path):
     shutil.copy(exported / "model.safetensors", tmp_path / "odd")
     for change, message in (
         ({"model_type": "mamba"}, r"model_type = 'mamba': Headway knows gpt2, llama"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "plain rotary positions"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "rotary positions of whole heads, of the kinds",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}},
+            "rope_parameters.factor.*must say it",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta_fast": 8}},
+            "rope_parameters.beta_fast",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'.*Nearest legal choice: silu"),
     ):
         (tmp_path / "odd/config.json").write_text(json.dumps(config | change))

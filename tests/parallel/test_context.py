@@ -13,6 +13,7 @@ from headway.kernels.attention.dense import WeightDropout, reference
 from headway.kernels.attention.entropy import row_entropy
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.scopes import Window
+from headway.kernels.attention.slopes import Slopes, learned
 from headway.parallel import mesh
 from headway.parallel.context import layout, ring, ulysses
 from headway.parallel.context.core import ContextCore
@@ -96,6 +97,8 @@ def operands(mask, heads, kv_heads, with_bias):
     q, k, v, up = (
         draw(2, h, s, 10) for h, s in ((heads, asking), (kv_heads, KEYS), (kv_heads, KEYS), (heads, asking))
     )
+    if with_bias == "slopes":
+        return q, k, v, up, Slopes(draw(heads).abs(), torch.arange(asking), torch.arange(KEYS))
     return q, k, v, up, draw(heads, asking, KEYS) if with_bias else None
 
 
@@ -113,14 +116,17 @@ def attended(rank, world, method, cases, heads=4, kv_heads=2):
         asking, asked = (layout.places(n, world, rank) for n in lengths)
         places = asking, asked, asked, asking
         q, k, v, up = (x[:, :, at].clone().requires_grad_() for x, at in zip(whole, places, strict=True))
-        bias = None if bias is None else bias[:, asking].clone().requires_grad_()
+        if isinstance(bias, Slopes):
+            bias = bias._replace(queries=asking)
+        elif bias is not None:
+            bias = bias[:, asking].clone().requires_grad_()
         mask, dropout = MASKS[name]._replace(split=lengths), dropout_of(p, lengths[0])
         if dropout is not None:
             dropout = dropout._replace(positions=asking)
         attention = config.Attention(scale=0.4)
         core = ContextCore(Core(attention, "dense"), team, method)
         out = core(q, k, v, mask, dropout, bias)
-        leaves = [q, k, v] if bias is None else [q, k, v, bias]
+        leaves = [q, k, v] if learned(bias) is None else [q, k, v, bias]
         gradients = torch.autograd.grad(out, leaves, up)
         entropy = slopes = None
         if lengths[0] == KEYS:
@@ -132,6 +138,9 @@ def attended(rank, world, method, cases, heads=4, kv_heads=2):
 
 
 CASES_OF_CORES = [(name, bias, p) for name in MASKS for bias in (False, True) for p in (0.0, 0.25)]
+CASES_OF_CORES += [
+    (name, "slopes", 0.25) for name in ("causal", "pairs", "padded prefix", "window both ways")
+]
 
 
 @pytest.mark.parametrize(("method", "ranks", "kv_heads"), [
@@ -143,7 +152,7 @@ def test_attention_of_columns_is_the_reference(pool, method, ranks, kv_heads):
     each = pool(attended, ranks=ranks, method=method, cases=CASES_OF_CORES, kv_heads=kv_heads)
     for name, with_bias, p in CASES_OF_CORES:
         q, k, v, up, bias = operands(name, 4, kv_heads, with_bias)
-        leaves = [x.requires_grad_() for x in ([q, k, v] if bias is None else [q, k, v, bias])]
+        leaves = [x.requires_grad_() for x in ([q, k, v] if learned(bias) is None else [q, k, v, bias])]
         out = reference(q, k, v, MASKS[name], dropout_of(p, q.shape[2]), 0.4, bias)
         gradients = torch.autograd.grad(out, leaves, up)
         entropy = row_entropy(q, k, MASKS[name], 0.4, bias)
@@ -265,6 +274,17 @@ def test_ulysses_draws_the_curves_of_one_process(pool, parallel, names):
 ])  # fmt: skip
 def test_windows_draw_the_curves_of_one_process(pool, parallel, name):
     prove(pool, [name], parallel, {"model": {"heads": 4, "attention": {"mechanism": "window", "window": 3}}})
+
+
+@pytest.mark.parametrize(("parallel", "name"), [
+    (RING, "gpt"),
+    (ULYSSES | {"tensor": 2, "shard": 1}, "bert"),
+    pytest.param(ULYSSES, "gpt", marks=long),
+    pytest.param({"tensor": 2, "shard": 2}, "gpt", marks=long),
+    pytest.param({"pipeline": 2, "shard": 1, "micro_batch": 3}, "gpt", marks=long),
+])  # fmt: skip
+def test_slopes_draw_the_curves_of_one_process(pool, parallel, name):
+    prove(pool, [name], parallel, {"model": {"heads": 4, "positions": "alibi"}})
 
 
 @pytest.mark.long

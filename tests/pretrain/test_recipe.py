@@ -138,6 +138,26 @@ def test_settings_of_axes_that_are_not_there_have_no_effect(setting):
     inert.refuse_inert(recipe.resolve(["gpt/tiny"], ["parallel.shard=1", needed, setting]))
 
 
+ROTARY, SCALING = "model.positions=rotary", "model.rotary_scaling"
+LINEAR, YARN = f"{SCALING}.kind=linear", [f"{SCALING}.kind=yarn", f"{SCALING}.original_length=64"]
+
+
+@pytest.mark.parametrize(("setting", "idle", "needed"), [
+    (LINEAR, ["model.positions=alibi"], [ROTARY]),
+    (f"{SCALING}.factor=2", [ROTARY], [ROTARY, LINEAR]),
+    (f"{SCALING}.original_length=64", [ROTARY, LINEAR], [ROTARY, *YARN]),
+    (f"{SCALING}.fast=16", [ROTARY, LINEAR], [ROTARY, *YARN]),
+    (f"{SCALING}.attention_factor=1.1", [ROTARY, LINEAR], [ROTARY, *YARN]),
+    ("model.attention.qk_norm=true", ["model.attention.mechanism=gat", "model.positions=learned"],
+     ["model.attention.mechanism=dense"]),
+])  # fmt: skip
+def test_settings_of_other_positions_and_mechanisms_have_no_effect(setting, idle, needed):
+    field = setting.partition("=")[0]
+    with pytest.raises(JobError, match=rf"{field}.*has no effect"):
+        inert.refuse_inert(recipe.resolve(["gpt/tiny"], [*idle, setting]))
+    inert.refuse_inert(recipe.resolve(["gpt/tiny"], [*needed, setting]))
+
+
 def test_a_pipeline_keeps_what_it_gathers():
     sets = ["parallel.pipeline=2", "parallel.shard=2", "parallel.reshard=false"]
     with pytest.raises(JobError, match="in a pipeline gathered parameters stay"):

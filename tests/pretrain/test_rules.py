@@ -13,6 +13,38 @@ CASES = [
         r"objective\.name = 'causal': .*t5 takes prefix, spans, ul2, pairs",
     ),
     ({"model": {"positions": "relative"}}, r"model\.positions = 'relative': the family gpt has learned"),
+    (
+        {"model": {"family": "vit", "positions": "alibi"}, "objective": {"name": "classify"}},
+        r"model\.positions = 'alibi': the family vit has learned",
+    ),
+    (
+        {"model": {"positions": "alibi", "attention": {"mechanism": "differential"}}},
+        r"model\.attention\.mechanism = 'differential': .*adds a bias",
+    ),
+    (
+        {
+            "model": {"positions": "rotary", "rotary_scaling": {"kind": "yarn", "factor": 4}},
+            "data": {"seq_len": 512},
+        },
+        r"model\.rotary_scaling\.original_length = None: yarn must know.*128",
+    ),
+    (
+        {"model": {"positions": "rotary", "rotary_scaling": {"kind": "linear", "factor": 0.5}}},
+        r"model\.rotary_scaling\.factor = 0\.5: .*at least 1",
+    ),
+    (
+        {
+            "model": {
+                "positions": "rotary",
+                "rotary_scaling": {"kind": "llama3", "original_length": 64, "slow": 5.0},
+            }
+        },
+        r"model\.rotary_scaling\.fast = 4\.0: must exceed.*20",
+    ),
+    (
+        {"model": {"positions": "rotary", "head_dim": 2, "rotary_scaling": {"kind": "ntk"}}},
+        r"model\.head_dim = 2: ntk.*4",
+    ),
     ({"model": {"layers": 12, "unique_layers": 5}}, r"model\.unique_layers = 5: must divide.*4"),
     (
         {"model": {"family": "bert"}, "objective": {"name": "masked", "masking": {"pairs": "next"}}},

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from headway.kernels.attention.masks import Mask
+from headway.kernels.attention.slopes import Bias
 from headway.kernels.rotary import Rotation
 from headway.pretrain import config
 from headway.pretrain.models.cost import Cost
@@ -38,7 +39,7 @@ class Mixer(nn.Module):
         mask: Mask,
         turn: Rotation | None = None,
         noise: Noise | None = None,
-        bias_HSM: Tensor | None = None,
+        bias_HSM: Bias | None = None,
         memory_BME: Tensor | None = None,
         queries: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:

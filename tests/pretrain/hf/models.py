@@ -60,6 +60,24 @@ def llama_tied():
     return LlamaForCausalLM(LlamaConfig(**ROTARY, **EAGER, **more))
 
 
+def llama_longer():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    rope = {
+        "rope_type": "llama3", "rope_theta": 1e3, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0,
+        "original_max_position_embeddings": 8,
+    }  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**ROTARY, **EAGER, rope_parameters=rope))
+
+
+def qwen3_yarn():
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    rope = {"rope_type": "yarn", "rope_theta": 1e3, "factor": 3.0, "original_max_position_embeddings": 8,
+            "beta_fast": 3.0, "beta_slow": 0.2}  # fmt: skip
+    return Qwen3ForCausalLM(Qwen3Config(**ROTARY, **EAGER, rope_parameters=rope))
+
+
 def qwen3():
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -138,7 +156,9 @@ def mae():
     return model
 
 
-CAUSAL = {f.__name__: f for f in (gpt2, llama, llama_tied, qwen3, mixtral, mixtral_window)}
+CAUSAL = {
+    f.__name__: f for f in (gpt2, llama, llama_tied, llama_longer, qwen3, qwen3_yarn, mixtral, mixtral_window)
+}
 MASKED = {f.__name__: f for f in (bert, bert_untied, albert)}
 SEQ2SEQ = {f.__name__: f for f in (t5, t5_v1_1)}
 VISION = {f.__name__: f for f in (vit, mae)}

@@ -289,7 +289,9 @@ def test_pairs_are_counted(name, causal):
 
 
 def counted_flops(name, tokens):
-    layer, x = layer_of(name, tokens=tokens), inputs(name, 1, tokens)
+    # PyTorch's own kernel on CPU is not counted.
+    kernel = "reference" if "sdpa" in mechanism(name).kernels else "auto"
+    layer, x = layer_of(name, kernel, tokens=tokens), inputs(name, 1, tokens)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         run(layer, x, Mask(seat_of(name).causal))
     return counter.get_total_flops()
