@@ -11,6 +11,7 @@ from headway.kernels.attention import (
     blocks,
     dense,
     entropy,
+    rows_content,
     low_rank,
     rows_linear,
     scopes,
@@ -268,5 +269,5 @@ WEIGHTS = (
     ),
 )  # fmt: skip
 
-ROWS: tuple[Mechanism, ...] = (*SCOPES, *SCORES, *WEIGHTS, *rows_linear.ROWS, *low_rank.ROWS)
+ROWS: tuple[Mechanism, ...] = (*SCOPES, *SCORES, *WEIGHTS, *rows_linear.ROWS, *low_rank.ROWS, *rows_content.ROWS)
 """All words, in the order of `headway attention ls`."""
