@@ -183,7 +183,11 @@ class Attention(nn.Module):
         if self.longest is None:
             return None
         assert self.own is not None
-        return spans(self.own()["reach"], self.longest).mean() / self.longest
+        reach = self.own()["reach"]
+        return (
+            spans(reach.to(torch.promote_types(reach.dtype, torch.float32)), self.longest).mean()
+            / self.longest
+        )
 
     def _heads(self, x: Tensor) -> Tensor:
         # The number of heads is inferred: under tensor parallelism only some of them are here.
