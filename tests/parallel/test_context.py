@@ -248,7 +248,7 @@ def test_rings_draw_the_curves_of_one_process(pool, parallel, names):
 
 @pytest.mark.parametrize(("parallel", "names"), [
     pytest.param(ULYSSES, ["mae", "content"], id="ulysses"),
-    pytest.param(ULYSSES, [name for name in CASES if name not in ("mae", "content")], id="ulysses of the others", marks=long),
+    pytest.param(ULYSSES, [*OTHERS, "t5", "experts"], id="ulysses of the others", marks=long),
     *(pytest.param(ULYSSES | FOUR, [name], id=f"ulysses of four, {name}", marks=long) for name in CASES),
     pytest.param(ULYSSES | {"shard": 2, "micro_batch": 2}, ["t5", "experts", "spectral"], id="with shards",
                  marks=long),
