@@ -11,8 +11,8 @@ from headway.kernels.attention import (
     blocks,
     dense,
     entropy,
-    rows_content,
     low_rank,
+    rows_content,
     rows_linear,
     scopes,
     scores,
@@ -269,5 +269,12 @@ WEIGHTS = (
     ),
 )  # fmt: skip
 
-ROWS: tuple[Mechanism, ...] = (*SCOPES, *SCORES, *WEIGHTS, *rows_linear.ROWS, *low_rank.ROWS, *rows_content.ROWS)
+ROWS: tuple[Mechanism, ...] = (
+    *SCOPES,
+    *SCORES,
+    *WEIGHTS,
+    *rows_linear.ROWS,
+    *low_rank.ROWS,
+    *rows_content.ROWS,
+)
 """All words, in the order of `headway attention ls`."""

@@ -102,7 +102,7 @@ def test_the_strongest_are_found_in_order():
     draws = torch.randint(0, 6, (50, 23)).double()
     allowed = torch.rand(50, 23) < 0.6
     for row, may, got in zip(draws.tolist(), allowed.tolist(), strongest(draws, allowed, 5), strict=True):
-        order = sorted((i for i in range(23) if may[i]), key=lambda i: (-row[i], i))  # noqa: B023
+        order = sorted((i for i in range(23) if may[i]), key=lambda i: (-row[i], i))
         assert [i for i in got.tolist() if i >= 0] == sorted(order[:5])
 
 
@@ -129,7 +129,7 @@ def test_topk_is_a_softmax_over_the_largest():
     out = topk.reference(q, k, v, MASKS["documents"], selected=5)
     for b, h, i in [(0, 0, 0), (0, 3, 22), (0, 1, 76), (1, 2, 40), (1, 0, 70)]:
         seen = [j for j in range(i + 1) if DOCUMENTS[b, j] == DOCUMENTS[b, i]]
-        best = sorted(seen, key=lambda j: -float((k[b, h // 2, j] @ q[b, h, i]).detach()))[:5]  # noqa: B023
+        best = sorted(seen, key=lambda j: -float((k[b, h // 2, j] @ q[b, h, i]).detach()))[:5]
         torch.testing.assert_close(out[b, h, i], softmax_over(q[b, h, i], k[b, h // 2], v[b, h // 2], best))
     everything = topk.attention(q, k, v, MASKS["pairs"], selected=S)
     torch.testing.assert_close(everything, dense.reference(q, k, v, MASKS["pairs"]))
@@ -197,16 +197,47 @@ def _packed(q, k, starts_q, starts_k, causal):
     return torch.einsum("qhd,khd->hqk", q, k).masked_fill(hidden, -math.inf)
 
 
+def _chunks(starts, size):
+    """How many chunks each document has."""
+    return -(-starts.diff() // size)
+
+
+CHUNKS = {
+    "prepare_lens": lambda starts: starts.diff(),
+    "prepare_chunk_offsets": lambda starts, size: torch.nn.functional.pad(
+        _chunks(starts, size), (1, 0)
+    ).cumsum(0),
+    "prepare_cu_seqlens_from_lens": lambda lengths: torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+    "prepare_chunk_indices": lambda starts, size: torch.tensor(
+        [(i, j) for i, count in enumerate(_chunks(starts, size)) for j in range(count)]
+    ),
+    "prepare_split_cu_seqlens": lambda split_size, cu_seqlens, dtype, device: torch.tensor(
+        [0]
+        + [
+            min(a + split_size, b)
+            for s, b in cu_seqlens.unfold(0, 2, 1).tolist()
+            for a in range(s, b, split_size)
+        ]
+    ),
+}
+"""fla's bookkeeping, whose file wants Triton."""
+
+
 @pytest.mark.parametrize("selected", [2, 3, 9])
+@pytest.mark.filterwarnings("ignore:index_reduce")
 def test_moba_is_flas(selected, monkeypatch):
-    theirs = oracles.fla("moba/parallel")
+    theirs = oracles.file(
+        "fla/ops/moba/parallel.py", ("fla", "fla.ops", "fla.ops.utils", "fla.ops.utils.index")
+    )
+    for name, function in CHUNKS.items():
+        monkeypatch.setattr(theirs, name, function)
     monkeypatch.setattr(theirs, "flash_attn_varlen_func", object())
     monkeypatch.setattr(theirs, "_flash_attn_varlen_forward", flash_forward)
     monkeypatch.setattr(theirs, "_flash_attn_varlen_backward", flash_backward)
     lengths = [37, 8, 50]  # each alone, as fla counts a document's chunks from its beginning
     q, k, v = (draw(1, 3, sum(lengths), D, seed=i, dtype=torch.float32) for i in range(3))
     starts = torch.tensor([0, *lengths]).cumsum(0).int()
-    packed = [x.transpose(1, 2) for x in (q, k, v)]
+    packed = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
     want = theirs.parallel_moba(*packed, starts, 50, 8, selected).transpose(1, 2)
     pieces = zip(*(x.split(lengths, 2) for x in (q, k, v)), strict=True)
     got = torch.cat([moba.attention(*p, Mask(), block=8, selected=selected) for p in pieces], 2)
@@ -221,7 +252,8 @@ def test_moba_is_flas(selected, monkeypatch):
 
 
 def test_nsa_is_flas(monkeypatch):
-    theirs, block, selected, length = oracles.fla("nsa/naive"), 8, 4, 64
+    absent = ("fla", "fla.ops", "fla.ops.utils", "fla.ops.utils.pooling")  # Triton's
+    theirs, block, selected, length = oracles.file("fla/ops/nsa/naive.py", absent), 8, 4, 64
     monkeypatch.setattr(theirs, "mean_pooling", lambda x, size, _: x.unflatten(1, (-1, size)).mean(2))
     q, k, v = (draw(1, h, length, D, seed=i, dtype=torch.float32) for i, h in enumerate((32, 2, 2)))
     gate = draw(1, 32, length, 3, seed=6, dtype=torch.float32)
