@@ -9,7 +9,7 @@ follows: chunk t + 1, and spans p + 2, and p + 3 where p is even.
 
 A summary is the means of the span's keys and values and weighs as many times as it has tokens, log(count) on its
 score: where the keys of every span are equal the result is that of dense attention. All in one softmax.
-O(n (block + log n)) work, O(n) memory.
+O(n (block + log n)) work, O(n (1 + log n / block)) memory.
 
 Chunks are counted from the row's start, so packed documents are as separate ones where they begin at multiples of the
 longest span's length; elsewhere spans are cut elsewhere, and one that several documents share is summarised over the

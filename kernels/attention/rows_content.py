@@ -171,7 +171,7 @@ ROWS: tuple[Mechanism, ...] = (
         supports=BOTH | SPREAD,
     ),
     _row(
-        "logtime", logtime, "S",
+        "logtime", logtime, "S (1 + log S / block)",
         formula="softmax over two blocks and the means of O(log n) longer and longer spans, weighted by their counts",
         source="Zhu and Soricut 2021, section 6; Guo et al. 2025, section 3", settings={"block": 64},
         order="n (b + log n)", flops=_logtime_flops,
