@@ -144,10 +144,15 @@ RULES += [
     )
 ] + [
     (
+        "model.attention.span_penalty",
+        lambda j: "span" in j.model.attention.mechanisms,
+        "no mechanism of the model learns a span",
+    ),
+    (
         "model.attention.mechanism",
         lambda j: not j.model.attention.pattern,
         "model.attention.pattern names the layers' mechanisms",
-    )
+    ),
 ]
 
 

@@ -12,6 +12,7 @@ from headway.kernels.attention import (
     dense,
     entropy,
     low_rank,
+    rows_content,
     rows_grid,
     rows_linear,
     rows_mixers,
@@ -278,5 +279,6 @@ ROWS: tuple[Mechanism, ...] = (
     *low_rank.ROWS,
     *rows_mixers.ROWS,
     *rows_grid.ROWS,
+    *rows_content.ROWS,
 )
 """All words, in the order of `headway attention ls`."""

@@ -158,6 +158,10 @@ class Heads(Local):
             entropy_B = leave(entropy_B / self.ranks, self.group)
         return y_BSE, entropy_B
 
+    def mean_span(self):
+        span = super().mean_span()  # type: ignore[misc]
+        return None if span is None else leave(span / self.ranks, self.group)
+
 
 class Words(Local):
     """A table of words of which each rank has some rows: the others' rows are zeros in the sum."""

@@ -17,6 +17,7 @@ from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.registry import Mechanism, Shape, mechanism
 from headway.kernels.attention.scores import Extras
 from headway.kernels.attention.slopes import Bias, Slopes, part_of
+from headway.kernels.attention.span import spans
 from headway.kernels.rotary import Rotation, rotate
 from headway.pretrain import config
 from headway.pretrain.errors import JobError
@@ -139,6 +140,9 @@ class Attention(nn.Module):
         if row.draws:
             self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.core = Core(model.attention, word, seat.layer)
+        # A mechanism that sorts tokens, or cuts queries as it cuts keys, answers for every place; the first are kept.
+        self.every_query = row.kind == "heads" and "cross" not in row.supports
+        self.longest = self.core.settings["span"] if row.name == "span" else None
         self.wants_entropy = model.attention.entropy_penalty != 0 and not seat.cross
 
     def forward(
@@ -158,6 +162,9 @@ class Attention(nn.Module):
         """
         x_BSE = narrowed(x_BSE)
         source = x_BSE if memory_BME is None else narrowed(memory_BME)
+        first = None
+        if self.every_query:
+            queries, first = None, queries
         if queries is not None:
             x_BSE = x_BSE[:, :queries]
             bias_HSM = None if bias_HSM is None else part_of(bias_HSM, slice(0, queries))
@@ -177,7 +184,18 @@ class Attention(nn.Module):
         dropout, own = self._weight_dropout(noise, x_BSE.shape[1]), self._own(x_BSE, noise)
         y_BHSD = self.core(q_BHSD, k_BKMD, v_BKMD, mask, dropout, bias_HSM, own)
         entropy = self.core.entropy(q_BHSD, k_BKMD, mask, bias_HSM, own) if self.wants_entropy else None
-        return self.o(y_BHSD.transpose(1, 2).flatten(2)), entropy
+        return self.o(y_BHSD[:, :, :first].transpose(1, 2).flatten(2)), entropy
+
+    def mean_span(self) -> Tensor | None:
+        """Mean learned span of the heads here as a share of the longest, 0-dim; None where none is learned."""
+        if self.longest is None:
+            return None
+        assert self.own is not None
+        reach = self.own()["reach"]
+        return (
+            spans(reach.to(torch.promote_types(reach.dtype, torch.float32)), self.longest).mean()
+            / self.longest
+        )
 
     def _heads(self, x: Tensor) -> Tensor:
         # The number of heads is inferred: under tensor parallelism only some of them are here.

@@ -108,6 +108,9 @@ class Block(nn.Module):
         x_BSE = x_BSE[:, : context.outputs]
         if entropy is not None:
             side["attention_entropy"] = entropy
+        span = self.attention.mean_span() if isinstance(self.attention, Attention) else None
+        if span is not None:
+            side["attention_span"] = span.expand(len(x_BSE))
         added = self._finish("attention", added, self.attention_scale, self.attention_dropout, noise)
         return x_BSE + added if self.pre else self.attention_norm(x_BSE + added)
 

@@ -71,6 +71,7 @@ class Objective(nn.Module):
             "balance": shape.experts.balance,
             "router_z": shape.experts.z_loss,
             "attention_entropy": shape.attention.entropy_penalty,
+            "attention_span": shape.attention.span_penalty,
         }
 
     def forward(

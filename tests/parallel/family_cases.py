@@ -155,6 +155,12 @@ CASES: dict[str, dict[str, Any]] = {
                   "experts": {"count": 3, "pattern": "ED", "bias_rate": 0.01, "ffn": 20}},
         "optimizer": {"ema": 0.9},
     },
+    "content": {
+        "model": {"layers": 6, "positions": "rotary", "attention": {
+            "pattern": ["topk", "routing", "moba", "span", "hierarchical", "logtime"], "span_penalty": 0.1,
+            "selected": 2, "clusters": 3, "window": 5, "block": 4, "span": 6, "ramp": 3}},
+        "data": {"documents": "isolate"},
+    },
 }  # fmt: skip
 
 

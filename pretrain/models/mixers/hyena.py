@@ -24,6 +24,7 @@ from headway.kernels.attention import convolution
 from headway.kernels.attention.choose import choose
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.rows_mixers import FILTER_FEATURES
+from headway.kernels.attention.slopes import Bias
 from headway.kernels.rotary import Rotation
 from headway.pretrain import config
 from headway.pretrain.models.cost import Cost, linear
@@ -57,7 +58,7 @@ class Hyena(Mixer):
         mask: Mask,
         turn: Rotation | None = None,
         noise: Noise | None = None,
-        bias_HSM: Tensor | None = None,
+        bias_HSM: Bias | None = None,
         memory_BME: Tensor | None = None,
         queries: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:

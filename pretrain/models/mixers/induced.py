@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from headway.kernels.attention.masks import Mask
+from headway.kernels.attention.slopes import Bias
 from headway.kernels.rotary import Rotation
 from headway.pretrain import config
 from headway.pretrain.models.attention import Attention
@@ -46,7 +47,7 @@ class Induced(Mixer):
         mask: Mask,
         turn: Rotation | None = None,
         noise: Noise | None = None,
-        bias_HSM: Tensor | None = None,
+        bias_HSM: Bias | None = None,
         memory_BME: Tensor | None = None,
         queries: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:

@@ -22,6 +22,7 @@ from headway.kernels.attention import monarch
 from headway.kernels.attention.choose import choose
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.rows_mixers import monarch_block
+from headway.kernels.attention.slopes import Bias
 from headway.kernels.rotary import Rotation
 from headway.pretrain import config
 from headway.pretrain.errors import JobError
@@ -52,7 +53,7 @@ class Monarch(Mixer):
         mask: Mask,
         turn: Rotation | None = None,
         noise: Noise | None = None,
-        bias_HSM: Tensor | None = None,
+        bias_HSM: Bias | None = None,
         memory_BME: Tensor | None = None,
         queries: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.rows_mixers import WIDENING
+from headway.kernels.attention.slopes import Bias
 from headway.kernels.rotary import Rotation
 from headway.pretrain import config
 from headway.pretrain.models.attention import Attention
@@ -51,7 +52,7 @@ class Perceiver(Mixer):
         mask: Mask,
         turn: Rotation | None = None,
         noise: Noise | None = None,
-        bias_HSM: Tensor | None = None,
+        bias_HSM: Bias | None = None,
         memory_BME: Tensor | None = None,
         queries: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:

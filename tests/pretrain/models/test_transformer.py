@@ -106,12 +106,27 @@ def test_bf16_weights_without_autocast():
     assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in built.parameters())
 
 
-@pytest.mark.parametrize("positions", ["rotary", "relative", "none"])
-def test_fewer_outputs_are_the_first_of_all(positions):
+@pytest.mark.parametrize(
+    ("positions", "mechanism"),
+    [
+        ("rotary", "dense"),
+        ("relative", "dense"),
+        ("none", "dense"),
+        *(("rotary", word) for word in ("topk", "routing", "span", "hierarchical", "logtime")),
+    ],
+)
+def test_fewer_outputs_are_the_first_of_all(positions, mechanism):
     """The last block answers the places that are asked, by keys and values of all; earlier blocks answer all."""
     torch.manual_seed(0)
     shape = config.Model(
-        family="t5", layers=3, hidden=32, heads=4, dropout=0.2, positions=positions, norm="rmsnorm"
+        family="t5",
+        layers=3,
+        hidden=32,
+        heads=4,
+        dropout=0.2,
+        positions=positions,
+        norm="rmsnorm",
+        attention=config.Attention(mechanism=mechanism),
     )
     tower = Tower(shape, causal=False).double()
     for p in tower.parameters():

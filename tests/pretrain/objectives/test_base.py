@@ -50,6 +50,7 @@ def test_weights_are_those_of_the_job():
         "balance": job.model.experts.balance,
         "router_z": job.model.experts.z_loss,
         "attention_entropy": job.model.attention.entropy_penalty,
+        "attention_span": job.model.attention.span_penalty,
     }
 
 
