@@ -9,7 +9,7 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward a
 
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.registry import mechanism
-from tests import oracles
+from headway.tests import oracles
 
 FULL = Mask(False)
 B, H, S, D = 2, 4, 13, 8

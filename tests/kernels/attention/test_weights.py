@@ -11,7 +11,7 @@ from headway.kernels.attention.draw import Draw
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.registry import mechanism
 from headway.kernels.attention.weights import Entmax15, Sigmoid, Sparsemax
-from tests import oracles
+from headway.tests import oracles
 
 
 def package(name):
