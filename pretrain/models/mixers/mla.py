@@ -24,7 +24,7 @@ from headway.kernels.attention import latent
 from headway.kernels.attention.dense import WeightDropout
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.rows_mixers import latent_widths
-from headway.kernels.attention.slopes import Bias
+from headway.kernels.attention.slopes import Bias, part_of
 from headway.kernels.rotary import Rotation, rotate
 from headway.pretrain import config
 from headway.pretrain.errors import JobError
@@ -75,7 +75,7 @@ class MLA(Mixer):
     ) -> tuple[Tensor, Tensor | None]:
         """As `Attention.forward`, of a sequence to itself."""
         x_BSE = narrowed(x_BSE)
-        bias_HSM = None if bias_HSM is None else bias_HSM[:, :queries]
+        bias_HSM = None if bias_HSM is None else part_of(bias_HSM, slice(0, queries))
         q_BHSD, turned_q_BHSR = self._queries(x_BSE[:, :queries], turn)
         c_BMC, turned_k_BMR = self._latents(x_BSE, turn)
         if self.absorbs:
