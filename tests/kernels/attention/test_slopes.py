@@ -51,7 +51,7 @@ def described(length=303):
 
 
 def value_and_gradients(compute, mask, bias, dropout=None, **x):
-    inputs = heads()
+    inputs = heads(length=len(bias.queries) if isinstance(bias, Slopes) else bias.shape[1])
     out = compute(*inputs, mask, dropout, 0.4, bias, **x)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     return out, *torch.autograd.grad(out, inputs, upstream)
@@ -105,7 +105,7 @@ def test_compiled_blocks_take_descriptions():
     torch.compiler.reset()
     compute = mechanism("dense").kernels["blocks"].compute
     blocks = torch.compile(compute, fullgraph=True, backend="aot_eager")
-    bias = described()
+    bias = described(140)  # two blocks
     drop = WeightDropout(0.25, torch.tensor(random.key(0, "x")), torch.tensor([7, 3]), bias.queries)
     ours, theirs = (value_and_gradients(f, Mask(), bias, drop) for f in (blocks, compute))
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
