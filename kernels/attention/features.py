@@ -9,8 +9,6 @@ Shapes: B batch, H query heads, K key/value heads, Q queries, S keys, M features
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -122,7 +120,7 @@ def attention(
     assert dropout is None
     assert bias_HQK is None
     q_BHQD, k_BHSD = _scaled(q_BHQD, k_BKSD, scale)
-    w_HMD = of_heads(orthogonal_directions, q_BHQD, draw, features, redraw)
+    w_HMD = of_heads(True, q_BHQD, draw, features, redraw)
     return average(FAVOR, q_BHQD, k_BHSD, v_BKSD, mask, w_HMD, _peaks(k_BHSD, w_HMD))
 
 
@@ -147,7 +145,7 @@ def _favor_features(
     """Positive features of queries and keys, up to a factor that cancels: one of each query, and one of all keys."""
     q_BHQD, k_BHSD = _scaled(q_BHQD, k_BKSD, scale)
     with exactly(q_BHQD):
-        w_1HMD = of_heads(orthogonal_directions, q_BHQD, draw, features, redraw)[None]
+        w_1HMD = of_heads(True, q_BHQD, draw, features, redraw)[None]
         queries, keys = q_BHQD @ w_1HMD.mT, _key_logs(k_BHSD, w_1HMD)
     greatest = keys.detach().amax((-1, -2), keepdim=True)
     return (queries - queries.detach().amax(-1, keepdim=True)).exp(), (keys - greatest).exp()
@@ -187,9 +185,23 @@ def _favor_keys(x: Tensor, w: Tensor | None, level: Tensor | None) -> Tensor:
 FAVOR = Map(_favor_queries, _favor_keys, _pull_favor)
 
 
-def of_heads(make: Callable[..., Tensor], q_BHQD: Tensor, draw: Draw, features: int, redraw: int) -> Tensor:
+def of_heads(orthogonal: bool, q_BHQD: Tensor, draw: Draw, features: int, redraw: int) -> Tensor:
     """Directions of the query heads that are here, [H, M, D] in fp32 or wider."""
-    period = draw.step // redraw if redraw else 0
-    with torch.no_grad():
-        w_HMD = make(draw.key, q_BHQD.shape[1], features, q_BHQD.shape[-1], draw.first_head, period)
-    return w_HMD.to(torch.promote_types(q_BHQD.dtype, torch.float32))
+    period = draw.step // redraw if redraw else torch.zeros_like(draw.step)
+    sizes = q_BHQD.shape[1], features, q_BHQD.shape[-1], draw.first_head
+    return _drawn(draw.key, period, *sizes, orthogonal).to(torch.promote_types(q_BHQD.dtype, torch.float32))
+
+
+# An operator of its own: for the integers and quantiles in fp64 Inductor (torch 2.13) writes C++ that does not compile,
+# and they would be compiled again in every layer.
+@torch.library.custom_op("headway::directions", mutates_args=())
+def _drawn(
+    key: Tensor, period: Tensor, heads: int, features: int, dim: int, first_head: int, orthogonal: bool
+) -> Tensor:
+    make = orthogonal_directions if orthogonal else directions
+    return make(key, heads, features, dim, first_head, period)
+
+
+@_drawn.register_fake
+def _(key, period, heads, features, dim, first_head, orthogonal):
+    return key.new_empty(heads, features, dim, dtype=torch.float32)

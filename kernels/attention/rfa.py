@@ -16,7 +16,7 @@ from torch import Tensor
 from headway.kernels.attention.dense import WeightDropout, per_query_head
 from headway.kernels.attention.draw import Draw
 from headway.kernels.attention.featured import Map, average
-from headway.kernels.attention.features import directions, of_heads
+from headway.kernels.attention.features import of_heads
 from headway.kernels.attention.linear import feature_weights, quadratic
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.scan import exactly
@@ -107,7 +107,7 @@ def _turned(
     wide = torch.promote_types(q_BHQD.dtype, torch.float32)
     unit_q, unit_k = (F.normalize(x.to(wide), dim=-1) for x in (q_BHQD, k_BKSD))
     deviations_H1D = sigma.to(wide)[:, None] * (1 if scale is None else scale) ** 0.5
-    w_HMD = of_heads(directions, q_BHQD, draw, features, redraw) * deviations_H1D
+    w_HMD = of_heads(False, q_BHQD, draw, features, redraw) * deviations_H1D
     return unit_q, per_query_head(unit_k, q_BHQD), w_HMD
 
 
