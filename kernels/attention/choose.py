@@ -26,7 +26,7 @@ class KernelUnavailable(ValueError):
 
 
 def choose(
-    mechanism: str,
+    mechanism: str | Mechanism,
     request: str = "auto",
     *,
     dropout: bool = False,
@@ -39,7 +39,7 @@ def choose(
     """The kernel that computes `mechanism` here.
 
     Args:
-        mechanism: a registered word, or several joined by "+".
+        mechanism: what it computes, or the registered word, or several joined by "+".
         request: a kernel's name, which is never replaced, or `auto`.
         dropout: whether attention weights are dropped.
         bias: whether a bias is added to the scores.
@@ -50,16 +50,14 @@ def choose(
     Raises:
         KernelUnavailable: the request is unknown or cannot do what is asked.
     """
-    row = described(mechanism)
+    row = described(mechanism) if isinstance(mechanism, str) else mechanism
     kernels = row.kernels
     if request == "auto":
         if _dense(row):
             return kernels[_fastest(dropout, bias or row.narrow, device, dtype, compiled, keys)]
         return list(kernels.values())[-1]
     if request not in kernels:
-        raise KernelUnavailable(
-            request, f"{mechanism} attention has the kernels {', '.join(kernels)}", "auto"
-        )
+        raise KernelUnavailable(request, f"{row.name} attention has the kernels {', '.join(kernels)}", "auto")
     if dropout and not kernels[request].dropout:
         nearest = next(k.name for k in reversed(kernels.values()) if k.dropout)
         rule = "its dropout of attention weights would depend on the layout, so it takes none"

@@ -71,6 +71,7 @@ class Kernel:
         dropout: computes dropout of attention weights, by coordinates.
         bias: computes a bias of the scores, and its gradient.
         memory: growth of what it holds for the backward, beside a bias, in words.
+        traced: whether torch.compile traces it; loops over chunks gain less than they take to compile.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Kernel:
     dropout: bool
     bias: bool
     memory: str
+    traced: bool = False
 
 
 class Own(NamedTuple):

@@ -55,22 +55,28 @@ def _kernels(form: Form) -> dict[str, Kernel]:
         plain = form == Form()
         by = (lambda kernel: kernel) if plain else form.by
         found = [
-            Kernel("reference", by(dense.reference), dropout=True, bias=True, memory="S^2"),
+            Kernel("reference", by(dense.reference), dropout=True, bias=True, memory="S^2", traced=True),
             Kernel(
                 "sdpa",
                 by(dense.sdpa),
                 dropout=False,
                 bias=True,
                 memory="S; S^2 with a mask or if a bias learns",
+                traced=True,
             ),
             Kernel(
-                "blocks", blocks.attention if plain else form.in_blocks, dropout=True, bias=True, memory="S"
+                "blocks",
+                blocks.attention if plain else form.in_blocks,
+                dropout=True,
+                bias=True,
+                memory="S",
+                traced=True,
             ),
         ]
     else:
         found = [
-            Kernel("reference", form.reference, dropout=True, bias=True, memory="S^2"),
-            Kernel("blocks", form.in_blocks, dropout=True, bias=True, memory="S"),
+            Kernel("reference", form.reference, dropout=True, bias=True, memory="S^2", traced=True),
+            Kernel("blocks", form.in_blocks, dropout=True, bias=True, memory="S", traced=True),
         ]
     return {kernel.name: kernel for kernel in found}
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from headway.kernels.attention.dense import WeightDropout
 from headway.kernels.attention.entropy import every_row
 from headway.kernels.attention.masks import Mask
-from headway.kernels.attention.registry import mechanism
 from headway.kernels.attention.scores import Extras
 from headway.kernels.attention.slopes import Bias, part_of
 from headway.parallel.context import ring, ulysses
@@ -25,7 +24,7 @@ class ContextCore(Core):
 
     def __init__(self, core: Core, team: Team, method: str) -> None:
         torch.nn.Module.__init__(self)
-        self.mechanism, self.request, self.scale = core.mechanism, core.request, core.scale
+        self.row, self.request, self.scale = core.row, core.request, core.scale
         self.settings = core.settings
         self.team, self.method = team, method
 
@@ -60,7 +59,7 @@ class ContextCore(Core):
 
     def _scoped(self, mask: Mask) -> Mask:
         """The mask with the mechanism's scope: a ring sends keys only to those who see them."""
-        return mechanism(self.mechanism).part.narrowed(mask, self.settings)
+        return self.row.part.narrowed(mask, self.settings)
 
     @torch.compiler.disable
     def entropy(

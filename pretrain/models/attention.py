@@ -30,8 +30,8 @@ class Core(nn.Module):
 
     def __init__(self, attention: config.Attention, word: str, layer: int = 0) -> None:
         super().__init__()
-        self.mechanism, self.request, self.scale = word, attention.kernel, attention.scale
-        self.settings = attention.settings(layer, mechanism(word).settings)
+        self.row, self.request, self.scale = mechanism(word), attention.kernel, attention.scale
+        self.settings = attention.settings(layer, self.row.settings)
         try:
             choose(word, self.request, dropout=attention.dropout > 0)
         except KernelUnavailable as e:
@@ -50,7 +50,7 @@ class Core(nn.Module):
         """Returns [B, H, S, D]; `own` are the mechanism's parameters and gates, by name."""
         assert mask.split is None, "this core needs all columns of a sequence"
         kernel = choose(
-            self.mechanism,
+            self.row,
             self.request,
             dropout=dropout is not None,
             bias=bias_HSM is not None,
@@ -60,11 +60,12 @@ class Core(nn.Module):
             keys=k_BKMD.shape[2],
         )
         extras = {**self.settings, **(own or {})}
-        return kernel.compute(q_BHSD, k_BKMD, v_BKMD, mask, dropout, self.scale, bias_HSM, **extras)
+        compute = kernel.compute if kernel.traced else torch.compiler.disable(kernel.compute)
+        return compute(q_BHSD, k_BKMD, v_BKMD, mask, dropout, self.scale, bias_HSM, **extras)
 
     @property
     def has_weights(self) -> bool:
-        return mechanism(self.mechanism).weights is not None
+        return self.row.weights is not None
 
     def entropy(
         self,
@@ -75,7 +76,7 @@ class Core(nn.Module):
         own: Extras | None = None,
     ) -> Tensor:
         """Mean entropy of a sample's rows of weights in nats, [B]."""
-        compute = mechanism(self.mechanism).entropy
+        compute = self.row.entropy
         assert compute is not None, "rules refuse the penalty where there is none"
         return compute(q_BHSD, k_BKMD, mask, self.scale, bias_HSM, **self.settings, **(own or {}))
 
@@ -88,8 +89,8 @@ class Core(nn.Module):
         own: Extras | None = None,
     ) -> Tensor:
         """Attention weights by the mechanism's reference, [B, H, S, M]."""
-        compute = mechanism(self.mechanism).weights
-        assert compute is not None, f"{self.mechanism} has no attention weights"
+        compute = self.row.weights
+        assert compute is not None, f"{self.row.name} has no attention weights"
         return compute(q_BHSD, k_BKMD, mask, self.scale, bias_HSM, **self.settings, **(own or {}))
 
 
