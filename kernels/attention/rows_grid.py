@@ -117,7 +117,7 @@ ROWS: tuple[Mechanism, ...] = (
         _se, _bytes, lambda s: 0, "n", IMAGES, settings={"reduction": 16},
     ),
     Mechanism(
-        "cbam", "mixer", "X' sigmoid(conv [mean X', max X']), X' = X sigmoid(MLP(mean X) + MLP(max X))",
+        "cbam", "mixer", "X' sigmoid(conv(mean X', max X')), X' = X sigmoid(MLP(mean X) + MLP(max X))",
         "Woo et al. 2018, equations 1 to 3",
         _kernels(_plain("reference", grid.cbam, "S")),
         _cbam, _bytes, lambda s: 0, "n", IMAGES, settings={"reduction": 16, "kernel_size": 7},
@@ -140,7 +140,7 @@ ROWS: tuple[Mechanism, ...] = (
         _deformable, _bytes, lambda s: 0, "n", IMAGES, settings={"depth": 1, "points": 4},
     ),
     Mechanism(
-        "gat", "mixer", "softmax over neighbours j of LeakyReLU(a [V_i || V_j]), times V_j",
+        "gat", "mixer", "softmax over neighbours j of LeakyReLU(a (V_i || V_j)), times V_j",
         "Velickovic et al. 2018, equations 1 to 4",
         _kernels(_plain("reference", graph.reference, "S^2"), _plain("edges", graph.attention, "S w")),
         _gat, _bytes, _near, "n w", frozenset({"causal", "bidirectional", "documents", "padding"}),
