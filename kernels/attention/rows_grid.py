@@ -8,21 +8,12 @@ from __future__ import annotations
 
 import math
 
-from headway.kernels.attention import blocks, deformable, dense, graph, grid
+from headway.kernels.attention import deformable, graph, grid
 from headway.kernels.attention.registry import Kernel, Mechanism, Shape
+from headway.kernels.attention.rows_mixers import dense_kernels
 
 IMAGES = frozenset({"bidirectional", "images"})
 """What all that needs a grid takes; it needs all of the grid, so none reads some of the patches (`scattered`)."""
-
-BY_HEADS = {
-    kernel.name: kernel
-    for kernel in (
-        Kernel("reference", dense.reference, dropout=True, bias=True, memory="S^2"),
-        Kernel("sdpa", dense.sdpa, dropout=False, bias=True, memory="S"),
-        Kernel("blocks", blocks.attention, dropout=True, bias=True, memory="S"),
-    )
-}
-"""Of mechanisms that end in dense attention: its kernels, chosen as for it."""
 
 
 def patches(tokens: int) -> int:
@@ -124,11 +115,11 @@ ROWS: tuple[Mechanism, ...] = (
     ),
     Mechanism(
         "nonlocal", "mixer", "softmax(theta(X) phi(X)^T) g(X) W, of half the width", "Wang et al. 2018, equation 6",
-        BY_HEADS, _non_local, _bytes, lambda s: 0, "n^2", IMAGES | {"dropout"},
+        dense_kernels(), _non_local, _bytes, lambda s: 0, "n^2", IMAGES | {"dropout"},
     ),
     Mechanism(
         "cvt", "mixer", "softmax(Q K^T / sqrt(D)) V, Q, K, V of depthwise convolutions", "Wu et al. 2021, section 3.2",
-        BY_HEADS, _cvt, _bytes, lambda s: 0, "n^2", IMAGES | {"dropout", "grouped"},
+        dense_kernels(), _cvt, _bytes, lambda s: 0, "n^2", IMAGES | {"dropout", "grouped"},
         settings={"kernel_size": 3, "stride": 2},
     ),
     Mechanism(
