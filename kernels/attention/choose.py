@@ -70,8 +70,6 @@ def choose(
 
 def _dense(row: Mechanism) -> bool:
     """Whether every pair is seen, so that PyTorch's kernels waste nothing; mixers may end in dense attention."""
-    if row.kind == "mixer":
-        return "sdpa" in row.kernels
     form = row.part
     if form is None:
         return "sdpa" in row.kernels

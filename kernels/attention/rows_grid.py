@@ -8,21 +8,12 @@ from __future__ import annotations
 
 import math
 
-from headway.kernels.attention import blocks, deformable, dense, graph, grid
+from headway.kernels.attention import deformable, graph, grid
 from headway.kernels.attention.registry import Kernel, Mechanism, Shape
+from headway.kernels.attention.rows_mixers import dense_kernels
 
 IMAGES = frozenset({"bidirectional", "images"})
 """What all that needs a grid takes; it needs all of the grid, so none reads some of the patches (`scattered`)."""
-
-BY_HEADS = {
-    kernel.name: kernel
-    for kernel in (
-        Kernel("reference", dense.reference, dropout=True, bias=True, memory="S^2"),
-        Kernel("sdpa", dense.sdpa, dropout=False, bias=True, memory="S"),
-        Kernel("blocks", blocks.attention, dropout=True, bias=True, memory="S"),
-    )
-}
-"""Of mechanisms that end in dense attention: its kernels, chosen as for it."""
 
 
 def patches(tokens: int) -> int:
@@ -117,18 +108,18 @@ ROWS: tuple[Mechanism, ...] = (
         _se, _bytes, lambda s: 0, "n", IMAGES, settings={"reduction": 16},
     ),
     Mechanism(
-        "cbam", "mixer", "X' sigmoid(conv [mean X', max X']), X' = X sigmoid(MLP(mean X) + MLP(max X))",
+        "cbam", "mixer", "X' sigmoid(conv(mean X', max X')), X' = X sigmoid(MLP(mean X) + MLP(max X))",
         "Woo et al. 2018, equations 1 to 3",
         _kernels(_plain("reference", grid.cbam, "S")),
         _cbam, _bytes, lambda s: 0, "n", IMAGES, settings={"reduction": 16, "kernel_size": 7},
     ),
     Mechanism(
         "nonlocal", "mixer", "softmax(theta(X) phi(X)^T) g(X) W, of half the width", "Wang et al. 2018, equation 6",
-        BY_HEADS, _non_local, _bytes, lambda s: 0, "n^2", IMAGES | {"dropout"},
+        dense_kernels(), _non_local, _bytes, lambda s: 0, "n^2", IMAGES | {"dropout"},
     ),
     Mechanism(
         "cvt", "mixer", "softmax(Q K^T / sqrt(D)) V, Q, K, V of depthwise convolutions", "Wu et al. 2021, section 3.2",
-        BY_HEADS, _cvt, _bytes, lambda s: 0, "n^2", IMAGES | {"dropout", "grouped"},
+        dense_kernels(), _cvt, _bytes, lambda s: 0, "n^2", IMAGES | {"dropout", "grouped"},
         settings={"kernel_size": 3, "stride": 2},
     ),
     Mechanism(
@@ -140,7 +131,7 @@ ROWS: tuple[Mechanism, ...] = (
         _deformable, _bytes, lambda s: 0, "n", IMAGES, settings={"depth": 1, "points": 4},
     ),
     Mechanism(
-        "gat", "mixer", "softmax over neighbours j of LeakyReLU(a [V_i || V_j]), times V_j",
+        "gat", "mixer", "softmax over neighbours j of LeakyReLU(a (V_i || V_j)), times V_j",
         "Velickovic et al. 2018, equations 1 to 4",
         _kernels(_plain("reference", graph.reference, "S^2"), _plain("edges", graph.attention, "S w")),
         _gat, _bytes, _near, "n w", frozenset({"causal", "bidirectional", "documents", "padding"}),

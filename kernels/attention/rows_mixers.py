@@ -29,7 +29,8 @@ def _plain(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return kernel
 
 
-def _dense_kernels(*others: Kernel) -> dict[str, Kernel]:
+def dense_kernels(*others: Kernel) -> dict[str, Kernel]:
+    """Of mechanisms that end in dense attention: its kernels, chosen as for it."""
     kernels = (
         Kernel("reference", _plain(dense.reference), dropout=True, bias=True, memory="S^2"),
         Kernel(
@@ -153,7 +154,7 @@ ROWS: tuple[Mechanism, ...] = (
     Mechanism(
         "mla", "mixer", "softmax([q; q_r] [W_k c; k_r]^T / sqrt(D + R)) W_v c, c = W_d X",
         "DeepSeek-AI 2024 (DeepSeek-V2), section 2.1, equations 9 to 19",
-        kernels=_dense_kernels(
+        kernels=dense_kernels(
             Kernel("absorbed", _plain(latent.one_head), dropout=True, bias=True, memory="S^2"),
         ),
         flops=_mla_flops, bytes=_mla_bytes, state=_mla_state, order="n^2",
@@ -185,14 +186,14 @@ ROWS: tuple[Mechanism, ...] = (
     ),
     Mechanism(
         "induced", "mixer", "attention(X, H), H = MAB(I, X)", "Lee et al. 2019, equations 6, 7, 9 and 10",
-        kernels=_dense_kernels(),
+        kernels=dense_kernels(),
         flops=_induced_flops, bytes=_induced_bytes, state=_points_state, order="n",
         supports=_BOTH_WAYS | {"dropout", "grouped"}, settings={"latents": 32},
     ),
     Mechanism(
         "perceiver", "mixer", "attention(X, Z), Z = depth layers over attention(L, X)",
         "Jaegle et al. 2021, section 3.1; Jaegle et al. 2022, section 3",
-        kernels=_dense_kernels(),
+        kernels=dense_kernels(),
         flops=_perceiver_flops, bytes=_perceiver_bytes, state=_points_state, order="n",
         supports=_BOTH_WAYS | {"dropout", "grouped"}, settings={"latents": 64, "depth": 1},
     ),

@@ -44,7 +44,7 @@ class CvT(Mixer):
         self.v = build_linear(model, model.hidden, model.kv * self.head_dim)
         self.o = build_linear(model, model.heads * self.head_dim, model.hidden)
         self.dropout = Dropout(model.attention.dropout)
-        self.core = Core(model.attention, "dense", seat.layer)
+        self.core = Core(model.attention, "cvt", seat.layer)
 
     def forward(
         self,

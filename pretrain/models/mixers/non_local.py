@@ -37,7 +37,7 @@ class NonLocal(Mixer):
         self.g = build_linear(model, model.hidden, half)
         self.o = build_linear(model, half, model.hidden)
         self.dropout = Dropout(model.attention.dropout)
-        self.core = Core(model.attention, "dense", seat.layer)
+        self.core = Core(model.attention, "nonlocal", seat.layer)
 
     def forward(
         self,
