@@ -97,7 +97,8 @@ def attention(
         return Far(k_BKML[:, :, None, :known], v_BKML[:, :, None, :known], added)
 
     strip = Strip(block, 0, 0)
-    return strips.attention(q_BHSD, k_BKSD, v_BKSD, mask, strip, _own_block, scale, dropout, far)
+    parts = strips.cut(q_BHSD, strip, k_BKML.shape[2])
+    return strips.attention(q_BHSD, k_BKSD, v_BKSD, mask, strip, _own_block, scale, dropout, far, parts=parts)
 
 
 def _own_block(query: Tensor, key: Tensor) -> Tensor:

@@ -35,7 +35,6 @@ from headway.kernels.attention.pieces import (
     dropped,
     of_summaries,
     owned,
-    row_blocks,
     seen_softmax,
     wide_scores,
 )
@@ -117,15 +116,18 @@ def attention(
     documents, chunks = documents_of(mask, length, q_BHSD.device), -(-length // block)
     columns = reads(chunks, mask.causal, q_BHSD.device)
     k_BKTLD, v_BKTLD, owner_BTL, count_BTL = _summaries(k_BKSD, v_BKSD, documents, columns, block)
-    sizes = [(p.stop - p.start) // block for p in row_blocks(chunks * block, block)]
+    strip = Strip(block, block, 0 if mask.causal else block)
+    parts = strips.cut(q_BHSD, strip, len(columns))
+    sizes = [-(-(p.stop - p.start) // block) for p in parts]
     k, v = k_BKTLD.split(sizes, 2), v_BKTLD.split(sizes, 2)
     owner, count = owner_BTL.split(sizes, 1), count_BTL.split(sizes, 1)
 
     def far(i, rows):
         return Far(k[i], v[i], partial(_added, count[i], owner[i], documents, rows, block))
 
-    strip = Strip(block, block, 0 if mask.causal else block)
-    return strips.attention(q_BHSD, k_BKSD, v_BKSD, mask, strip, _whole_strip, scale, dropout, far)
+    return strips.attention(
+        q_BHSD, k_BKSD, v_BKSD, mask, strip, _whole_strip, scale, dropout, far, parts=parts
+    )
 
 
 def _added(count_BTL: Tensor, owner_BTL: Tensor, documents: Tensor, rows: slice, block: int) -> Tensor:

@@ -87,8 +87,8 @@ def attention(
     """The same by gathering blocks: O(S M D) for the choice and O(S N block D) for the attention."""
     assert dropout is None
     assert bias_HQK is None
-    rows = row_blocks(q_BHSD.shape[2])
     blocks, means = _summaries(k_BKSD, mask, block)
+    rows = row_blocks(q_BHSD, means.shape[2])
     parts = [_choice(q_BHSD, blocks, means, mask, selected, part).int() for part in rows]
     return attend(q_BHSD, k_BKSD, v_BKSD, torch.cat(parts, 2), mask, scale, block)
 

@@ -119,7 +119,7 @@ def attention(
     k_BKMD = compress(k_BKSD, blocks, key_positions, key_up, key_down)
     v_BKMD = compress(v_BKSD, blocks, value_positions, value_up, value_down)
     outs, index = [], []
-    for rows, q_BHRD in _parts(q_BHSD):
+    for rows, q_BHRD in _parts(q_BHSD, k_BKMD.shape[2]):
 
         def attend_to_blocks(q, k, v, rows=rows):
             return _compressed(q, k, v, _ended(mask, blocks, rows, length), scale)
@@ -145,9 +145,9 @@ def compress(
     return blocks.mean(x_BKSD) + blocks.mean(hidden) @ down_KDD.to(x_BKSD.dtype)
 
 
-def _parts(q_BHSD):
+def _parts(q_BHSD, blocks):
     """Blocks of rows with their queries, cut once: the backward then joins them once."""
-    rows = list(row_blocks(q_BHSD.shape[2]))
+    rows = row_blocks(q_BHSD, blocks)
     return zip(rows, q_BHSD.split([r.stop - r.start for r in rows], 2), strict=True)
 
 

@@ -6,7 +6,7 @@ Shapes: B batch, H query heads, K key/value heads, Q queries, S keys, D head dim
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,15 +19,30 @@ from headway.kernels.attention.dense import WeightDropout, per_query_head, score
 from headway.kernels.attention.masks import Mask
 
 ROWS = 128
-"""Queries of a block of rows: what is held for one at a time does not grow with the sequence's square."""
+"""Queries of a block of rows at least: they suit the caches of CPUs."""
+_MANY = 2**25
+"""Scores that keep a GPU busy for longer than it takes to start what computes them."""
 
 _NOBODY = torch.iinfo(torch.int32).min  # the document of places beyond the sequence
 
 
-def row_blocks(length: int, multiple: int = 1) -> Iterator[slice]:
-    """Slices of about ROWS queries: a multiple of `multiple`, except for the last one."""
-    rows = multiple * max(1, ROWS // multiple)
-    return (slice(start, min(length, start + rows)) for start in range(0, length, rows))
+def row_blocks(q_BHSD: Tensor, keys: int, multiple: int = 1, length: int | None = None) -> list[slice]:
+    """Blocks of rows, one to be computed at a time: the sequence in slices of a multiple of `multiple` queries, but for
+    the last one.
+
+    A GPU, where small blocks cost what starting their kernels costs, takes more rows: as many as keep it busy, and
+    have at most four times as many scores as the queries have numbers. Memory grows with the length all the same.
+
+    Args:
+        keys: that a row is multiplied with.
+        length: of the sequence, where it is not that of the queries.
+    """
+    batch, heads, total, dim = q_BHSD.shape
+    length, rows = total if length is None else length, ROWS
+    if q_BHSD.device.type != "cpu":
+        rows = max(ROWS, min(4 * total * dim, _MANY // (batch * heads)) // max(1, keys))
+    rows = multiple * max(1, rows // multiple)
+    return [slice(start, min(length, start + rows)) for start in range(0, length, rows)]
 
 
 def recomputed(compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

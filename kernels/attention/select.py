@@ -116,7 +116,8 @@ class _Selected(torch.autograd.Function):
 def _rows(index, keys, width):
     """Blocks of rows: fewer where each query chooses much, so that what is gathered stays a multiple of the keys."""
     length, chosen_keys = index.shape[2], index.shape[3] * width
-    rows = min(ROWS, max(16, 16 * keys // chosen_keys))
+    rows = max(16, 16 * keys // chosen_keys)
+    rows = min(ROWS, rows) if index.device.type == "cpu" else rows
     return (slice(start, min(length, start + rows)) for start in range(0, length, rows))
 
 

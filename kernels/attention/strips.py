@@ -66,6 +66,7 @@ def attention(
     far: Callable[[int, slice], Far] | None = None,
     soft: Callable[..., Tensor] | None = None,
     learned: Sequence[Tensor] = (),
+    parts: list[slice] | None = None,
 ) -> Tensor:
     """Softmax attention of each chunk to its strip, and to summaries; [B, H, S, D].
 
@@ -77,10 +78,11 @@ def attention(
         far: (number of the part, rows) -> what these rows, whole chunks, read beside.
         soft: (distances [T, c, W], *learned) -> factors of the weights [H, T, c, W], which are then normalised again.
         learned: what `soft` reads and has a gradient.
+        parts: rows to compute at a time, from `cut`.
     """
     assert far is None or soft is None
     length, width = q_BHSD.shape[2], strip.width
-    parts = list(row_blocks(length + -length % width, width))
+    parts = parts or cut(q_BHSD, strip)
     sizes, outs = [p.stop - p.start for p in parts], []
     q, k, v = (F.pad(x, (0, 0, 0, -length % width)).split(sizes, 2) for x in (q_BHSD, k_BKSD, v_BKSD))
     for i, rows in enumerate(parts):
@@ -93,6 +95,12 @@ def attention(
             compute = here._replace(added=beside.added).attend
             outs.append(recomputed(compute, q[i], k_near, v_near, beside.k, beside.v))
     return torch.cat(outs, 2)[:, :, :length]
+
+
+def cut(q_BHSD: Tensor, strip: Strip, summaries: int = 0) -> list[slice]:
+    """Rows to compute at a time, whole chunks, where each also reads so many summaries."""
+    length = q_BHSD.shape[2]
+    return row_blocks(q_BHSD, strip.keys + summaries, strip.width, length + -length % strip.width)
 
 
 def around(pieces: Sequence[Tensor], i: int, before: int, after: int) -> Tensor:

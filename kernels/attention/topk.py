@@ -77,7 +77,7 @@ def attention(
 def _choice(q, k, mask, dropout, scale, selected):
     """Keys kept by each query, int32 [B, H, Q, N], and which of their weights dropout leaves."""
     k_BHSD, chosen, kept = per_query_head(k, q), [], []
-    for rows in row_blocks(q.shape[2]):
+    for rows in row_blocks(q, k.shape[2]):
         keys = slice(0, rows.stop if mask.triangular else k.shape[2])
         scores = wide_scores(q[:, :, rows], k_BHSD[:, :, keys], scale)
         index = strongest(scores, _seen(mask, q, k, rows, keys), selected)
