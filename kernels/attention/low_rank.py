@@ -113,6 +113,6 @@ ROWS: tuple[Mechanism, ...] = (
         bytes=_bytes,
         state=lambda shape: 2 * shape.heads * shape.dim * shape.settings["rank"],
         order="n",
-        supports=(ALL | SPREAD) - {"causal", "documents", "prefix", "bias"},
+        supports=(ALL | SPREAD) - {"causal", "documents", "prefix", "bias", "scattered"},
     ),
 )

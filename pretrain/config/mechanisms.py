@@ -20,7 +20,7 @@ WHY = {
     "bias": "model.positions adds a bias to scores",
     "rotary": "model.positions turns queries and keys",
     "entropy": "model.attention.entropy_penalty needs the entropy of weights",
-    "scattered": "the encoder of a masked autoencoder reads some of the patches, which fill no grid",
+    "scattered": "the encoder of a masked autoencoder reads some of the patches: no grid, no fixed length",
     "images": "only the family vit has a grid of patches",
 }
 """What a model may ask of a mechanism, and why it does."""
@@ -42,8 +42,6 @@ def check_attention(job: Job) -> None:
                 raise JobError(field, word, f"cannot: {WHY[need]}", _nearest(_needs(job)))
         if "images" in row.supports and job.model.family != "vit":
             raise JobError(field, word, WHY["images"], "dense")
-        if "images" in row.supports and job.objective.name == "mae":
-            raise JobError(field, word, "the visible patches of a masked autoencoder are no grid", "dense")
         if attention.kernel != "auto" and attention.kernel not in row.kernels:
             rule = f"{word} attention has the kernels {', '.join(row.kernels)}"
             raise JobError("model.attention.kernel", attention.kernel, rule, "auto")
