@@ -182,6 +182,7 @@ def attention_kernel(job: Job, word: str, device: torch.device, precision: str, 
         device=device.type,
         dtype=devices.PRECISIONS[precision],
         compiled=compiled,
+        described=job.model.positions == "alibi",
     ).name
 
 

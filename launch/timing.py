@@ -24,6 +24,7 @@ from headway.pretrain.models.seat import Seat
 
 HEADS, DIM = 8, 64
 ROUNDS = 5
+STATUS = Path("/proc/self/status")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -80,12 +81,12 @@ def _measure(
     mask = Mask("causal" in mechanism(name).supports)
     x = torch.randn(1, tokens, HEADS * DIM, device=device, dtype=dtype)
     times: list[tuple[float, float]] = []
-    peak = _peak(device)
+    peak, held = 0, _begin(device)
     rounds = 0
     while rounds <= ROUNDS and (rounds < 2 or sum(map(sum, times)) < limit):
         times.append(_once(layer, x, mask, device))
         if rounds == 0:
-            peak = _peak(device) - peak
+            peak = _peak(device) - held
             times.clear()  # the first call warms up
         rounds += 1
     forward, backward = (statistics.median(part) for part in zip(*times, strict=True))
@@ -112,19 +113,28 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _peak(device: torch.device) -> int:
-    """Bytes at the peak since the last call, and the beginning of the next stretch."""
+def _begin(device: torch.device) -> int:
+    """Bytes that are held now; peaks count from here on."""
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        return peak
-    status = Path("/proc/self/status")
-    if not status.exists():
+        return torch.cuda.memory_allocated(device)
+    if not STATUS.exists():
         return 0
-    peak = next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if "VmHWM" in line)
     ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, so that it counts when it is taken again
     Path("/proc/self/clear_refs").write_text("5")
-    return peak
+    return _status("VmRSS")
+
+
+def _peak(device: torch.device) -> int:
+    """Bytes at the peak since `_begin`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _status("VmHWM") if STATUS.exists() else 0
+
+
+def _status(name: str) -> int:
+    return next(int(line.split()[1]) << 10 for line in STATUS.read_text().splitlines() if name in line)
 
 
 def draw(points: Sequence[dict[str, Any]], path: Path) -> Path:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 
 from headway.kernels.attention.registry import Kernel, Mechanism
-from headway.kernels.attention.registry import mechanism as described
+from headway.kernels.attention.registry import mechanism as by_name
+
+ANYWHERE = "anywhere"
+"""In place of a device that is not known yet."""
 
 SHORT = 192
 """Keys up to which row blocks beat PyTorch's kernel in bf16 on CPU, without a compiler."""
@@ -35,6 +38,7 @@ def choose(
     dtype: torch.dtype = torch.float32,
     compiled: bool = False,
     keys: int | None = None,
+    described: bool = False,
 ) -> Kernel:
     """The kernel that computes `mechanism` here.
 
@@ -43,26 +47,33 @@ def choose(
         request: a kernel's name, which is never replaced, or `auto`.
         dropout: whether attention weights are dropped.
         bias: whether a bias is added to the scores.
-        device, dtype: where the queries live and what they are.
+        device, dtype: where the queries live (`ANYWHERE` if it is not known), and what they are.
         compiled: whether torch.compile traces this call.
         keys: that a query may see at most; many, if not given.
+        described: whether the bias is one that follows from places.
 
     Raises:
         KernelUnavailable: the request is unknown or cannot do what is asked.
     """
-    row = described(mechanism) if isinstance(mechanism, str) else mechanism
+    row = by_name(mechanism) if isinstance(mechanism, str) else mechanism
     kernels = row.kernels
     if request == "auto":
-        if _dense(row):
+        plain = _dense(row)
+        flexible = not dropout and (described or not bias) and dtype != torch.float64
+        if device == "cuda" and "flex" in kernels and flexible and (described or not plain):
+            return kernels["flex"]
+        if plain:
             return kernels[_fastest(dropout, bias or row.narrow, device, dtype, compiled, keys)]
-        return list(kernels.values())[-1]
+        return list(row.kernels_on("cpu").values())[-1]
     if request not in kernels:
         raise KernelUnavailable(request, f"{row.name} attention has the kernels {', '.join(kernels)}", "auto")
+    if device not in (*kernels[request].devices, ANYWHERE):
+        raise KernelUnavailable(request, f"its backward does not exist on {device}", "auto")
     if dropout and not kernels[request].dropout:
         nearest = next(k.name for k in reversed(kernels.values()) if k.dropout)
         rule = "its dropout of attention weights would depend on the layout, so it takes none"
         raise KernelUnavailable(request, rule, nearest)
-    if bias and not kernels[request].bias:
+    if bias and not kernels[request].bias and not (described and request == "flex"):
         nearest = next(k.name for k in reversed(kernels.values()) if k.bias and k.dropout >= dropout)
         raise KernelUnavailable(request, "it computes no bias of the scores", nearest)
     return kernels[request]

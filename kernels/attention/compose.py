@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from headway.kernels import random
-from headway.kernels.attention import blocks, chunks, rows
+from headway.kernels.attention import blocks, chunks, flex, rows
 from headway.kernels.attention.dense import WeightDropout, per_query_head, score_scale
 from headway.kernels.attention.masks import Mask, lower
 from headway.kernels.attention.scopes import Scope
 from headway.kernels.attention.scores import DOT_PRODUCT, Extras, Score
-from headway.kernels.attention.slopes import Bias, block_of
+from headway.kernels.attention.slopes import Bias, Slopes, block_of
 from headway.kernels.attention.weights import SOFTMAX, Weighting
 
 
@@ -120,6 +120,30 @@ class Form(NamedTuple):
         else:
             out = chunks.attention(self, q, k, v, mask, dropout, factor, bias, x)
         return self.score.finish(out, x)
+
+    def flex(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Mask,
+        dropout: WeightDropout | None = None,
+        scale: float | None = None,
+        bias: Bias | None = None,
+        **x: Any,
+    ) -> Tensor:
+        """PyTorch's FlexAttention, without dropout and without a bias that learns."""
+        assert dropout is None
+        assert bias is None or isinstance(bias, Slopes)
+        q, k, v, factor = self.score.prepare(q, k, v, score_scale(scale, q), x)
+        sink = None if self.own is None else x[self.own]
+        mask = self.narrowed(mask, x)
+        return self.score.finish(flex.attention(q, k, v, mask, factor, bias, x.get("softcap"), sink), x)
+
+    @property
+    def flexible(self) -> bool:
+        """Whether FlexAttention computes it: softmax, with a sink or without, of products, with a cap or without."""
+        return self.score.rows and self.weighting.merges
 
     @property
     def fused(self) -> bool:

@@ -72,6 +72,7 @@ class Kernel:
         bias: computes a bias of the scores, and its gradient.
         memory: growth of what it holds for the backward, beside a bias, in words.
         traced: whether torch.compile traces it; loops over chunks gain less than they take to compile.
+        devices: where it runs, forward and backward.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Kernel:
     bias: bool
     memory: str
     traced: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
 
 class Own(NamedTuple):
@@ -142,6 +144,10 @@ class Mechanism:
     draws: bool = False
     estimated: bool = False
     narrow: bool = False
+
+    def kernels_on(self, device: str) -> dict[str, Kernel]:
+        """Those that run on a device, forward and backward."""
+        return {name: kernel for name, kernel in self.kernels.items() if device in kernel.devices}
 
 
 @cache

@@ -9,6 +9,7 @@ Shapes: Q queries, K keys.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -30,6 +31,10 @@ class Scope:
     def sees(self, queries: Tensor, keys: Tensor, total: int, causal: bool) -> Tensor:
         """Places int64 [Q, 1] and [1, K] -> bool [Q, K]."""
         raise NotImplementedError
+
+    def test(self, total: int, causal: bool, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+        """`sees` of any places that broadcast, for kernels that ask place by place."""
+        return lambda query, key: self.sees(query, key, total, causal)
 
     def ranges(self, queries: range, total: int, causal: bool) -> list[range]:
         """Runs of keys of which some query of a run of queries may see one; they may overlap."""
@@ -264,17 +269,17 @@ class BigBird(Scope):
         return self.block
 
     def sees(self, queries: Tensor, keys: Tensor, total: int, causal: bool) -> Tensor:
-        asking, asked = queries // self.block, keys // self.block
-        seen = ((asking - asked).abs() <= 1) | (asked < self.first) | (asking < self.first)
-        blocks = -(-total // self.block)
-        if not self.random or not asking.numel():
-            return seen
-        lowest = int(asking.min())
-        rows = range(lowest, int(asking.max()) + 1)
-        drawn = [self.chosen(i, blocks, causal) or (-1,) for i in rows]
-        most = max(map(len, drawn))
-        table = torch.tensor([[*row, *[-1] * (most - len(row))] for row in drawn], device=queries.device)
-        return seen | (table[(asking - lowest).squeeze(1)].unsqueeze(1) == asked.unsqueeze(-1)).any(-1)
+        return self.test(total, causal, queries.device)(queries, keys)
+
+    def test(self, total: int, causal: bool, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+        table = _table(self, -(-total // self.block), causal).to(device)
+
+        def seen(query: Tensor, key: Tensor) -> Tensor:
+            asking, asked = query // self.block, key // self.block
+            near = ((asking - asked).abs() <= 1) | (asked < self.first) | (asking < self.first)
+            return near | (table[asking] == asked.unsqueeze(-1)).any(-1)
+
+        return seen
 
     def ranges(self, queries: range, total: int, causal: bool) -> list[range]:
         first, last = queries.start // self.block, (queries.stop - 1) // self.block
@@ -296,6 +301,13 @@ class BigBird(Scope):
             else:
                 found += sum(size * sizes[j] for j in seen)
         return found
+
+
+@lru_cache(maxsize=64)
+def _table(scope: BigBird, blocks: int, causal: bool) -> Tensor:
+    """The random blocks of all blocks, int64 [blocks, random], -1 where there are fewer."""
+    drawn = [scope.chosen(i, blocks, causal) for i in range(blocks)]
+    return torch.tensor([[*row, *[-1] * (max(1, scope.random) - len(row))] for row in drawn])
 
 
 @lru_cache(maxsize=1 << 16)

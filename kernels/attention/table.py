@@ -78,6 +78,8 @@ def _kernels(form: Form) -> dict[str, Kernel]:
             Kernel("reference", form.reference, dropout=True, bias=True, memory="S^2", traced=True),
             Kernel("blocks", form.in_blocks, dropout=True, bias=True, memory="S", traced=True),
         ]
+    if form.flexible:
+        found.append(Kernel("flex", form.flex, dropout=False, bias=False, memory="S", devices=("cuda",)))
     return {kernel.name: kernel for kernel in found}
 
 

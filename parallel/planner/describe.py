@@ -38,13 +38,17 @@ def describe(
         dtype=PRECISIONS[precision],
         compiled=compiled,
         keys=job.row_tokens,
+        described=job.model.positions == "alibi",
     )
+    name = (
+        "sdpa" if kernel.name == "flex" else kernel.name
+    )  # both keep what goes in, the output and a sum a row
     rows = micro_rows(job, layout)
     return Run(
         job.model_copy(update={"precision": precision}),
         inputs,
         rows,
-        cast(Kernel, kernel.name),
+        cast(Kernel, name),
         layout,
         device,
         place,

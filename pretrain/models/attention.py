@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headway.kernels.attention.choose import KernelUnavailable, choose
+from headway.kernels.attention.choose import ANYWHERE, KernelUnavailable, choose
 from headway.kernels.attention.dense import WeightDropout
 from headway.kernels.attention.draw import Draw
 from headway.kernels.attention.masks import Mask
@@ -33,7 +33,7 @@ class Core(nn.Module):
         self.row, self.request, self.scale = mechanism(word), attention.kernel, attention.scale
         self.settings = attention.settings(layer, self.row.settings)
         try:
-            choose(word, self.request, dropout=attention.dropout > 0)
+            choose(word, self.request, dropout=attention.dropout > 0, device=ANYWHERE)
         except KernelUnavailable as e:
             raise JobError("model.attention.kernel", e.value, e.rule, e.nearest) from None
 

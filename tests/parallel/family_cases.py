@@ -161,6 +161,16 @@ CASES: dict[str, dict[str, Any]] = {
             "selected": 2, "clusters": 3, "window": 5, "block": 4, "span": 6, "ramp": 3}},
         "data": {"documents": "isolate"},
     },
+    "composed": {
+        "model": {"layers": 5, "positions": "rotary", "kv_heads": 1, "attention": {
+            "pattern": ["window+sink", "cosine+sparsemax", "general+hard", "temperature+entmax15", "fixed+additive"],
+            "dropout": 0.1, "window": 5, "stride": 4, "summaries": 1}},
+        "data": {"documents": "isolate"},
+    },
+    "linear": {
+        "model": {"layers": 5, "attention": {"pattern": ["gla", "delta", "performer", "rfa", "linear"], "features": 8}},
+        "data": {"documents": "isolate"},
+    },
 }  # fmt: skip
 
 

@@ -232,8 +232,8 @@ def test_few_key_heads_are_repeated_for_their_ranks():
 
 # -- curves ----------------------------------------------------------------------------------------------------
 
-RINGS = [name for name in CASES if name != "content"]
-"""What passes keys around: attention that chooses by content trades columns for heads instead."""
+RINGS = [name for name in CASES if name not in ("content", "composed", "linear")]
+"""What passes keys around: other mechanisms than dense and window attention trade columns for heads instead."""
 OTHERS = [name for name in RINGS if name not in ("t5", "experts", "mae")]
 
 
@@ -256,7 +256,7 @@ def test_rings_draw_the_curves_of_one_process(pool, parallel, names):
 
 
 @pytest.mark.parametrize(("parallel", "names"), [
-    pytest.param(ULYSSES, ["mae", "content"], id="ulysses"),
+    pytest.param(ULYSSES, ["mae", "content", "composed", "linear"], id="ulysses"),
     pytest.param(ULYSSES, [*OTHERS, "t5", "experts"], id="ulysses of the others", marks=long),
     *(pytest.param(ULYSSES | FOUR, [name], id=f"ulysses of four, {name}", marks=long) for name in CASES),
     pytest.param(ULYSSES | {"shard": 2, "micro_batch": 2}, ["t5", "experts", "spectral"], id="with shards",

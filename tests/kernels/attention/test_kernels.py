@@ -14,7 +14,7 @@ from headway.kernels.attention.registry import Kernel, Shape, words
 from headway.kernels.attention.scopes import Window
 
 MECHANISMS = {"dense": words()["dense"]}
-KERNELS = [(m, k) for m in MECHANISMS for k in MECHANISMS[m].kernels]
+KERNELS = [(m, k) for m in MECHANISMS for k in MECHANISMS[m].kernels_on("cpu")]
 DOCUMENTS = torch.tensor([[0] * 100 + [1] * 33 + [2] * 170, [4] * 303], dtype=torch.int32)
 PADDED = torch.tensor([[0] * 290 + [-1] * 13, [0] * 170 + [-1] * 133])
 TARGETS = torch.tensor([[0] * 100 + [-1] * 5, [0] * 50 + [1] * 55])
@@ -303,10 +303,19 @@ def test_choice():
     assert choose("dense", dtype=torch.bfloat16, keys=512).name == "sdpa"
     assert choose("dense", bias=True).name == "blocks"
     assert choose("dense", bias=True, device="cuda").name == "sdpa"
-    for name in MECHANISMS["dense"].kernels:
+    for name in MECHANISMS["dense"].kernels_on("cpu"):
         assert choose("dense", name).name == name
-    with pytest.raises(KernelUnavailable, match=r"'flash'.*reference, sdpa, blocks"):
+    with pytest.raises(KernelUnavailable, match=r"'flash'.*reference, sdpa, blocks, flex"):
         choose("dense", "flash")
+    with pytest.raises(KernelUnavailable, match=r"flex.*backward.*cpu"):
+        choose("dense", "flex")
+    for word in ("window", "softcap", "sink", "bigbird+sink"):
+        assert choose(word, device="cuda", dtype=torch.bfloat16).name == "flex"
+        assert choose(word, device="cuda", dtype=torch.float64).name == "blocks"
+        assert choose(word, device="cuda", dropout=True).name == "blocks"
+        assert choose(word).name == "blocks"
+    assert choose("sparsemax", device="cuda").name == "blocks"
+    assert choose("dense", device="cuda", bias=True, described=True).name == "flex"
     with pytest.raises(KernelUnavailable, match=r"sdpa.*dropout.*blocks"):
         choose("dense", "sdpa", dropout=True)
 

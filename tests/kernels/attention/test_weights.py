@@ -95,7 +95,7 @@ def test_a_hard_choice_is_one_of_the_softmax():
     q[..., 0], k[..., 0] = 1.0, torch.arange(keys) * 0.5 * 2**0.5
     v = torch.eye(keys).expand(rows, 1, keys, keys)
     draw = Draw(torch.tensor(1), torch.tensor(0), torch.tensor(99), torch.arange(rows), torch.tensor([3]))
-    for kernel in mechanism("hard").kernels.values():
+    for kernel in mechanism("hard").kernels_on("cpu").values():
         out = kernel.compute(q, k, v, Mask(False), temperature=0.7, draw=draw)
         assert (out.sum(-1) == 1).all()
         assert (out.amax(-1) == 1).all()
@@ -115,7 +115,7 @@ def test_a_hard_choice_learns_as_its_relaxation():
     soft = ((q @ k.mT / 2 + noise) / 0.7).softmax(-1)
     one = torch.zeros_like(soft).scatter(-1, soft.argmax(-1, keepdim=True), 1.0)
     theirs = (one - soft.detach() + soft) @ v
-    for kernel in mechanism("hard").kernels.values():
+    for kernel in mechanism("hard").kernels_on("cpu").values():
         ours = kernel.compute(q, k, v, Mask(False), temperature=0.7, draw=draw)
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
         found = [torch.autograd.grad(y.square().sum(), (q, k, v), retain_graph=True) for y in (ours, theirs)]

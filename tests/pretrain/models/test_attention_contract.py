@@ -92,7 +92,7 @@ CASES = [(name, mask) for name in NAMES for mask in masks(name)]
 KERNELS = [
     (name, kernel, mask)
     for name, mask in CASES
-    for kernel in mechanism(name).kernels
+    for kernel in mechanism(name).kernels_on("cpu")
     if kernel != "reference"
 ]
 
@@ -107,7 +107,7 @@ def value_and_gradients(layer, x, mask, noise=None):
     y = run(layer, x, mask, noise)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     parameters = dict(layer.named_parameters())
-    found = torch.autograd.grad(y, [x, *parameters.values()], upstream.to(y.dtype), allow_unused=True)
+    found = torch.autograd.grad(y, [x, *parameters.values()], upstream.to(y), allow_unused=True)
     return y, dict(zip(("x", *parameters), found, strict=True))
 
 
@@ -226,7 +226,7 @@ def test_dropout_keeps_the_mean(name):
 @pytest.mark.parametrize("name", [n for n in NAMES if mechanism(n).draws])
 def test_what_is_drawn_depends_on_coordinates_alone(name):
     x, mask = inputs(name, 4), Mask(seat_of(name).causal)
-    for kernel in mechanism(name).kernels:
+    for kernel in mechanism(name).kernels_on("cpu"):
         layer = layer_of(name, kernel)
         whole = run(layer, x, mask, Noise.at(3, 7, torch.arange(4)))
         part = run(layer, x[2:3], mask, Noise.at(3, 7, torch.tensor([2])))
@@ -324,8 +324,7 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def fast_memory(name):
-    kernels = mechanism(name).kernels
-    return list(kernels.values())[-1].memory
+    return list(mechanism(name).kernels_on("cpu").values())[-1].memory
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if "S^2" not in fast_memory(n)])
