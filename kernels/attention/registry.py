@@ -153,9 +153,9 @@ class Mechanism:
 @cache
 def words() -> Mapping[str, Mechanism]:
     """Every registered word."""
-    from headway.kernels.attention import table
+    from headway.kernels.attention.words import ROWS
 
-    return {row.name: row for row in table.ROWS}
+    return {row.name: row for row in ROWS}
 
 
 class UnknownWord(ValueError):
@@ -181,7 +181,7 @@ def mechanism(name: str) -> Mechanism:
     """
     import difflib
 
-    from headway.kernels.attention import table
+    from headway.kernels.attention.words.composed import composed
 
     known, parts = words(), name.split("+")
     for word in parts:
@@ -200,4 +200,4 @@ def mechanism(name: str) -> Mechanism:
         if any(other.kind == row.kind for other in others) or len(others) + 1 != len(rows):
             rule = f"of each kind one word; {row.name!r} says the {row.kind}, as another does"
             raise UnknownWord(name, rule, row.name)
-    return table.composed(name, rows)
+    return composed(name, rows)

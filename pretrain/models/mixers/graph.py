@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from headway.kernels.attention import graph
 from headway.kernels.attention.choose import choose
 from headway.kernels.attention.masks import Mask
-from headway.kernels.attention.rows_grid import edges_of_grid, edges_of_row
 from headway.kernels.attention.slopes import Bias
+from headway.kernels.attention.words.grids import edges_of_grid, edges_of_row
 from headway.kernels.rotary import Rotation
 from headway.pretrain import config
 from headway.pretrain.models.cost import Cost, linear

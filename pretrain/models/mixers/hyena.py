@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from headway.kernels.attention import convolution
 from headway.kernels.attention.choose import choose
 from headway.kernels.attention.masks import Mask
-from headway.kernels.attention.rows_mixers import FILTER_FEATURES
 from headway.kernels.attention.slopes import Bias
+from headway.kernels.attention.words.mixers import FILTER_FEATURES
 from headway.kernels.rotary import Rotation
 from headway.pretrain import config
 from headway.pretrain.models.cost import Cost, linear

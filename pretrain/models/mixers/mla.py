@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from headway.kernels.attention import latent
 from headway.kernels.attention.dense import WeightDropout
 from headway.kernels.attention.masks import Mask
-from headway.kernels.attention.rows_mixers import latent_widths
 from headway.kernels.attention.slopes import Bias, part_of
+from headway.kernels.attention.words.mixers import latent_widths
 from headway.kernels.rotary import Rotation, rotate
 from headway.pretrain import config
 from headway.pretrain.errors import JobError

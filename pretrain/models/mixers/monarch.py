@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from headway.kernels.attention import monarch
 from headway.kernels.attention.choose import choose
 from headway.kernels.attention.masks import Mask
-from headway.kernels.attention.rows_mixers import monarch_block
 from headway.kernels.attention.slopes import Bias
+from headway.kernels.attention.words.mixers import monarch_block
 from headway.kernels.rotary import Rotation
 from headway.pretrain import config
 from headway.pretrain.errors import JobError

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from headway.kernels.attention.masks import Mask
-from headway.kernels.attention.rows_mixers import WIDENING
 from headway.kernels.attention.slopes import Bias
+from headway.kernels.attention.words.mixers import WIDENING
 from headway.kernels.rotary import Rotation
 from headway.pretrain import config
 from headway.pretrain.models.attention import Attention

@@ -10,7 +10,7 @@ import math
 
 from headway.kernels.attention import deformable, graph, grid
 from headway.kernels.attention.registry import Kernel, Mechanism, Shape
-from headway.kernels.attention.rows_mixers import dense_kernels
+from headway.kernels.attention.words.mixers import dense_kernels
 
 IMAGES = frozenset({"bidirectional", "images"})
 """What all that needs a grid takes; it needs all of the grid, so none reads some of the patches (`scattered`)."""
