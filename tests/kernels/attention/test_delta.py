@@ -159,6 +159,7 @@ def test_memory_grows_with_the_length():
     assert sum(found.values()) <= 2 * 4 * length * (10 * dim + 10)
 
 
+@pytest.mark.long
 def test_it_compiles(monkeypatch):
     monkeypatch.setattr(delta, "CHUNK", 16)
     torch.compiler.reset()

@@ -226,6 +226,7 @@ def test_memory_does_not_grow_with_features(module, mask, monkeypatch):
     assert sum(found.values()) <= 12 * 4 * length * (dim + 8)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("module", [features, rfa])
 def test_it_compiles(module, monkeypatch):
     monkeypatch.setattr(featured, "CHUNK", 16)

@@ -205,6 +205,7 @@ def test_memory_grows_with_the_length(mask, monkeypatch):
     assert sum(found.values()) <= 10 * 2 * length * (dim + 8)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("causal", [True, False])
 def test_it_compiles(causal, monkeypatch):
     monkeypatch.setattr(featured, "CHUNK", 16)

@@ -274,6 +274,16 @@ def test_parameters_are_counted(name):
     assert counted == total(_mixer(model, seat)).parameters
 
 
+@pytest.mark.parametrize("name", ["dense", "bigbird+entmax15", "delta", "moba", "hyena", "mla"])
+def test_compiled_layers_compute_the_same(name):
+    torch.compiler.reset()
+    layer, x, mask = layer_of(name, dtype=torch.float32), inputs(name, dtype=torch.float32), Mask()
+    theirs = value_and_gradients(layer, x, mask)
+    layer.compile(backend="aot_eager")
+    # fp32; the compiler may order sums otherwise.
+    torch.testing.assert_close(value_and_gradients(layer, x, mask), theirs, rtol=1e-4, atol=1e-4)
+
+
 COMPOSED = [n for n in NAMES if mechanism(n).part is not None]
 
 
