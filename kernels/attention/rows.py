@@ -20,6 +20,7 @@ from headway.kernels.attention.dense import WeightDropout, per_query_head
 from headway.kernels.attention.draw import Draw
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.parts import Part, parts
+from headway.kernels.attention.scopes import Comb
 from headway.kernels.attention.slopes import Bias, Slopes, learned
 from headway.kernels.attention.weights import Weighting
 
@@ -103,51 +104,115 @@ class Piece(NamedTuple):
 
 
 def _pieces(task: Task, x: Operands) -> Iterator[Piece]:
-    """All that is to be computed; phases one after the other."""
+    """All that is to be computed of a phase."""
     b, h, length = x.q.shape[:3]
-    scopes = (
-        task.mask.scope.phases()
-        if task.mask.scope is not None and task.weighting.merges
-        else (task.mask.scope,)
-    )
-    for scope in scopes:
-        for part in parts(task.mask._replace(scope=scope), length, x.k.shape[2]):
-            size = (part.queries.stop - part.queries.start) // (part.queries.step or 1) * part.keys
-            heads = max(1, min(h, ELEMENTS // max(1, size)))
-            rows = max(1, ELEMENTS // max(1, size * h)) if heads == h else 1
-            for first in range(0, b, rows):
-                for head in range(0, h, heads):
-                    yield Piece(part, slice(first, min(b, first + rows)), slice(head, min(h, head + heads)))
+    for part in parts(task.mask, length, x.k.shape[2]):
+        size = (part.queries.stop - part.queries.start) // (part.queries.step or 1) * part.keys
+        heads = max(1, min(h, ELEMENTS // max(1, size)))
+        rows = max(1, ELEMENTS // max(1, size * h)) if heads == h else 1
+        for first in range(0, b, rows):
+            for head in range(0, h, heads):
+                yield Piece(part, slice(first, min(b, first + rows)), slice(head, min(h, head + heads)))
+
+
+def _phases(task: Task, x: Operands) -> list[tuple[Task, Fold | None]]:
+    """What is computed by itself and merged; a fold, where places that are far apart are brought together."""
+    scope = task.mask.scope
+    if scope is None or not task.weighting.merges or len(scope.phases()) == 1:
+        return [(task, None)]
+    found: list[tuple[Task, Fold | None]] = []
+    for phase in scope.phases():
+        mask = task.mask._replace(scope=phase)
+        if isinstance(phase, Comb) and phase.stride >= FOLDED and task.dropout is None and x.bias is None:
+            fold = Fold(phase.stride, x.q.shape[2])
+            found.append((task._replace(mask=fold.mask(mask, x.q)), fold))
+        else:
+            found.append((task._replace(mask=mask), None))
+    return found
+
+
+FOLDED = 8
+"""Steps from which what they leave is folded: fewer are gone through one after the other."""
+
+
+class Fold(NamedTuple):
+    """Places that are multiples of `stride` apart as rows of the batch: [B, H, S, ...] -> [B stride, H, S / stride, ...],
+    filled up at the end."""
+
+    stride: int
+    length: int
+
+    def fold(self, x: Tensor, fill: float = 0) -> Tensor:
+        """[B, H, S, ...] folded."""
+        lacking = -self.length % self.stride
+        if lacking:
+            shape = list(x.shape)
+            shape[2] = lacking
+            x = torch.cat((x, x.new_full(shape, fill)), 2)
+        x = x.unflatten(2, (-1, self.stride)).movedim(3, 1)
+        return x.flatten(0, 1)
+
+    def unfold(self, x: Tensor) -> Tensor:
+        """What was folded, as it was."""
+        x = x.unflatten(0, (-1, self.stride)).movedim(1, 3)
+        return x.flatten(2, 3)[:, :, : self.length]
+
+    def operands(self, x: Operands) -> Operands:
+        """Those of a phase."""
+        return Operands(self.fold(x.q), self.fold(x.k), self.fold(x.v), None, None)
+
+    def mask(self, mask: Mask, q: Tensor) -> Mask:
+        """Of a comb: all but the query itself; what fills up is a document of its own."""
+        documents = mask.documents
+        if documents is None and self.length % self.stride:
+            documents = torch.zeros(len(q), self.length, dtype=torch.int32, device=q.device)
+        if documents is not None:
+            documents = self.fold(documents[:, None], FILLING)[:, 0]
+        return Mask(mask.causal, documents, scope=Comb(1))
+
+
+FILLING = -2
+"""Document of what fills up."""
 
 
 def outputs(task: Task, x: Operands) -> tuple[Tensor, Tensor]:
     """Output, and every row's threshold [B, H, Q]."""
+    phases = _phases(task, x)
+    if len(phases) == 1:
+        out, threshold = _outputs(task, x, x.own)
+        out = out if task.dropout is None else out.mul_(random.kept_scale(task.dropout.p))
+        return out.to(x.v.dtype), _finite(threshold)
     shape = x.q.shape[:3]
-    merged = task.mask.scope is not None and len(task.mask.scope.phases()) > 1 and task.weighting.merges
-    make = torch.zeros if merged else torch.empty
-    out = make(*shape, x.v.shape[-1], dtype=x.wide if merged else x.v.dtype, device=x.q.device)
+    out = torch.zeros(*shape, x.v.shape[-1], dtype=x.wide, device=x.q.device)
     threshold = torch.full(shape, -torch.inf, dtype=x.wide, device=x.q.device)
-    for piece in _pieces(task, x):
-        scores = _scores(task, x, piece)[0]
-        own = None if x.own is None or merged else x.own[piece.heads]
-        here = task.weighting.threshold(scores, own) if not merged else scores.logsumexp(-1)
-        weights = task.weighting.weigh_(scores, _finite(here))
-        weights = task.weighting.used(weights)
-        if task.dropout is not None:
-            weights = weights.mul_(piece.part.kept(task.dropout, piece.rows, piece.heads))
-        some = weights.to(x.v.dtype) @ piece.keys(x.v)
-        if merged:
-            _merge(piece.queries(out), piece.queries(threshold), some, here)
-        else:
-            piece.queries(out).copy_(some)
-            piece.queries(threshold).copy_(here)
-    if merged and x.own is not None:
+    for phase, fold in phases:
+        some, more = _outputs(phase, x if fold is None else fold.operands(x), None)
+        _merge(out, threshold, *((some, more) if fold is None else (fold.unfold(some), fold.unfold(more))))
+    if x.own is not None:
         both = torch.logaddexp(threshold, x.own.unsqueeze(-1).to(x.wide))
-        out.mul_((_finite(threshold) - both).exp_().unsqueeze(-1))
+        out.mul_((_finite(threshold) - both).exp_().unsqueeze(-1).nan_to_num_())
         threshold = both
     if task.dropout is not None:
         out.mul_(random.kept_scale(task.dropout.p))
     return out.to(x.v.dtype), _finite(threshold)
+
+
+def _outputs(task: Task, x: Operands, own: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A phase's output before dropout's scale, and thresholds; without its sink, the log-sum-exp."""
+    shape = x.q.shape[:3]
+    out = torch.zeros(*shape, x.v.shape[-1], dtype=x.v.dtype, device=x.q.device)
+    threshold = torch.full(shape, -torch.inf, dtype=x.wide, device=x.q.device)
+    for piece in _pieces(task, x):
+        scores = _scores(task, x, piece)[0]
+        mine = None if own is None else own[piece.heads]
+        bare = x.own is not None and own is None
+        here = scores.logsumexp(-1) if bare else task.weighting.threshold(scores, mine)
+        weights = task.weighting.used(task.weighting.weigh_(scores, _finite(here)))
+        if task.dropout is not None:
+            weights = weights.mul_(piece.part.kept(task.dropout, piece.rows, piece.heads))
+        piece.queries(out).copy_(weights.to(x.v.dtype) @ piece.keys(x.v))
+        piece.queries(threshold).copy_(here)
+    return out, threshold
 
 
 def _finite(threshold: Tensor) -> Tensor:
@@ -196,8 +261,15 @@ def gradients(task: Task, x: Operands, out: Tensor, threshold: Tensor, d_out: Te
         share = (x.own.unsqueeze(-1).to(x.wide) - threshold).exp_()
         total["own"] -= (share * delta).sum((0, 2))
     scaled = d_out if task.dropout is None else d_out * random.kept_scale(task.dropout.p)
-    for piece in _pieces(task, x):
-        _pull(task, x, piece, threshold, delta, scaled, total)
+    for phase, fold in _phases(task, x):
+        if fold is not None:
+            parts_of = gradients(phase, fold.operands(x), *(fold.fold(t) for t in (out, threshold, d_out)))
+            for name, part in zip(("q", "k", "v"), parts_of, strict=False):
+                assert part is not None
+                total[name] += fold.unfold(part)
+            continue
+        for piece in _pieces(phase, x):
+            _pull(phase, x, piece, threshold, delta, scaled, total)
     return [None if value is None else total[name].to(value.dtype) for name, value in x._asdict().items()]
 
 

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from headway.kernels.attention.masks import Mask, lower
 from headway.kernels.attention.registry import mechanism, words
+from headway.kernels.attention.rows import ELEMENTS
 from headway.kernels.rotary import rotation
 from headway.pretrain import config
 from headway.pretrain.models.attention import attention_shape, word_of
@@ -348,7 +349,8 @@ def test_memory_grows_as_declared(name):
             run(layer, x, Mask(seat_of(name).causal)).sum().backward()
         found.append(largest.elements)
     power = 1.5 if "S^1.5" in fast_memory(name) else 1
-    assert found[1] <= 4**power * 1.3 * found[0], found  # four times the tokens
+    # Four times the tokens; and what fits into a buffer of fixed size may be computed at once.
+    assert found[1] <= max(4**power * 1.3 * found[0], ELEMENTS), found
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if "rotary" in supports(n)])
