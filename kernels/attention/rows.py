@@ -136,7 +136,7 @@ FOLDED = 8
 
 
 class Fold(NamedTuple):
-    """Places that are multiples of `stride` apart as rows of the batch: [B, H, S, ...] -> [B stride, H, S / stride, ...],
+    """Places multiples of `stride` apart as rows of the batch: [B, H, S, ...] -> [B stride, H, S / stride, ...],
     filled up at the end."""
 
     stride: int

@@ -60,7 +60,7 @@ def value_and_gradients(compute, mask, bias, dropout=None, **x):
 @pytest.mark.parametrize("mask", SELF)
 def test_a_description_is_its_bias(mask):
     drop = WeightDropout(0.25, torch.tensor(random.key(0, "x")), torch.tensor([7, 3]), torch.arange(303))
-    for kernel in mechanism("dense").kernels.values():
+    for kernel in mechanism("dense").kernels_on("cpu").values():
         for dropout in (None, drop) if kernel.dropout else (None,):
             ours, theirs = (
                 value_and_gradients(kernel.compute, MASKS[mask], bias, dropout)
@@ -76,7 +76,7 @@ def test_other_mechanisms_take_descriptions(word):
     if row.own:
         x["sink"] = torch.randn(6, dtype=torch.float64)
     expected = value_and_gradients(row.kernels["reference"].compute, Mask(), described().block(), **x)
-    for kernel in row.kernels.values():
+    for kernel in row.kernels_on("cpu").values():
         ours = value_and_gradients(kernel.compute, Mask(), described(), **x)
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
 
