@@ -52,7 +52,7 @@ demos: env
 	@for recipe in $(DEMOS); do $(BIN)/headway train $$recipe || exit 1; done
 	$(BIN)/python tests/demos.py
 
-# gpt/tiny and bert/tiny with every attention mechanism, 200 steps each: an hour on two cores. Goes on where it stopped.
+# gpt/tiny and bert/tiny with every attention mechanism, 200 steps each. Goes on where it stopped.
 zoo: env
 	$(BIN)/headway attention zoo
 

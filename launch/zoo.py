@@ -24,7 +24,7 @@ COMMON = (
     "train.steps=200", "schedule.warmup=20", "optimizer.name=adamw", "optimizer.lr=2e-3", "train.compile=false",
     "precision=fp32", "train.eval_every=0", "checkpoint.every=100", "checkpoint.keep_last=1", "tracking.wandb=off",
 )  # fmt: skip
-"""Few tokens a step, so that all fits into an hour on two cores; AdamW, whose steps cost less than Muon's there."""
+"""Few tokens a step, for there are many runs; AdamW, whose steps cost less than Muon's at this size."""
 RECIPES = {
     "gpt/tiny": ("train.global_batch=2", "data.heldout=0.01"),
     "bert/tiny": ("train.global_batch=4", "data.heldout=0.01"),
