@@ -6,6 +6,7 @@ Runs are as any others, under `runs/zoo`: what is complete is not trained again,
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from headway.kernels.attention.registry import mechanism, words
 from headway.launch import run
 from headway.launch.console import console
 from headway.pretrain.errors import JobError
-from headway.pretrain.recipe import resolve
 
 COMMON = (
     "train.steps=200", "schedule.warmup=20", "optimizer.name=adamw", "optimizer.lr=2e-3", "train.compile=false",
@@ -35,13 +35,22 @@ COMPOSED = ("window+sink", "bigbird+entmax15")
 """Compositions that are trained beside the words."""
 
 
+ATTEMPTS: tuple[tuple[str, ...], ...] = (
+    (),
+    ("model.attention.qk_norm=false",),
+    ("model.positions=learned",),
+    ("model.positions=learned", "model.attention.qk_norm=false"),
+)
+"""What is changed where the recipe does not suit a mechanism, the least first."""
+
+
 @dataclass(frozen=True)
 class Member:
-    """A recipe with a mechanism. `reason`: why it is not trained, if it is not."""
+    """A recipe with a mechanism. `changed`: what it has unlike the recipe; `reason`: why it is not trained, if so."""
 
     recipe: str
     word: str
-    sets: tuple[str, ...]
+    changed: tuple[str, ...] = ()
     reason: str | None = None
 
     @property
@@ -49,27 +58,31 @@ class Member:
         return f"{self.recipe.split('/')[0]}-{self.word}"
 
 
-def members(recipes: Sequence[str], names: Sequence[str]) -> Iterator[Member]:
-    """Every recipe with every mechanism; where positions do not suit, with learned ones."""
+def pairs(recipes: Sequence[str], names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Every recipe with every mechanism; images with those that need a grid of patches."""
     for recipe in recipes:
         for word in names:
-            if recipe.startswith("vit") != ("images" in mechanism(word).supports):
-                continue
-            own = (*COMMON, *RECIPES[recipe], f"model.attention.mechanism={word}")
-            yield next(_attempts(recipe, word, own))
+            if recipe.startswith("vit") == ("images" in mechanism(word).supports):
+                yield recipe, word
 
 
-def _attempts(recipe: str, word: str, own: tuple[str, ...]) -> Iterator[Member]:
+def train(recipe: str, word: str, place: Path, more: Sequence[str] = ()) -> Member:
+    """Train a recipe with a mechanism, changed as little as it takes; or say why it cannot be."""
     reason = ""
-    for positions in ((), ("model.positions=learned",)):
-        member = Member(recipe, word, (*own, *positions))
+    for changed in ATTEMPTS:
+        member = Member(recipe, word, changed)
+        sets = [*COMMON, *RECIPES[recipe], f"model.attention.mechanism={word}", *changed, *more]
         try:
-            resolve([recipe], [*member.sets, f"run.name={member.name}"])
+            run.train([recipe], [*sets, f"run.dir={place}", f"run.name={member.name}"])
         except JobError as e:
-            reason = str(e)
+            reason = reason or str(e)
+            if not (
+                place / member.name / "checkpoints"
+            ).exists():  # what it began with would stand in the way
+                shutil.rmtree(place / member.name, ignore_errors=True)
         else:
-            yield member
-    yield Member(recipe, word, own, reason)
+            return member
+    return Member(recipe, word, reason=reason)
 
 
 def zoo(recipes: Sequence[str], names: Sequence[str], folder: str) -> None:
@@ -77,10 +90,8 @@ def zoo(recipes: Sequence[str], names: Sequence[str], folder: str) -> None:
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
-    for member in members(recipes or list(RECIPES), names or [*words(), *COMPOSED]):
-        if member.reason is None:
-            sets = [*member.sets, f"run.dir={place}", f"run.name={member.name}"]
-            run.train([member.recipe], sets)
+    for recipe, word in pairs(recipes or list(RECIPES), names or [*words(), *COMPOSED]):
+        member = train(recipe, word, place)
         results.append(result(member, place / member.name))
         (place / "zoo.json").write_text(json.dumps(results, indent=2))
     draw(results, place / "zoo.png")
@@ -97,9 +108,7 @@ def result(member: Member, folder: Path) -> dict[str, Any]:
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     seconds = [step["step_seconds"] for step in steps if "step_seconds" in step]
     return facts | {
-        "positions": next(
-            (s.partition("=")[2] for s in member.sets if s.startswith("model.positions")), "recipe's"
-        ),
+        "changed": list(member.changed),
         "heldout_loss": summary["heldout_loss"],
         "step_seconds": statistics.median(seconds),
         "first_loss": next(step["loss"] for step in steps if "loss" in step),
@@ -109,7 +118,7 @@ def result(member: Member, folder: Path) -> dict[str, Any]:
 def table(results: Sequence[dict[str, Any]]) -> Table:
     """Of each recipe the best first; then what does not suit it, and why."""
     found = Table(box=None, header_style="bold")
-    for title in ("recipe", "mechanism", "positions", "held-out loss", "ms a step", "times dense"):
+    for title in ("recipe", "mechanism", "held-out loss", "ms a step", "times dense", "changed"):
         found.add_column(title, overflow="fold")
     for recipe in dict.fromkeys(r["recipe"] for r in results):
         mine = [r for r in results if r["recipe"] == recipe and r["reason"] is None]
@@ -117,10 +126,11 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
         for r in sorted(mine, key=lambda r: r["heldout_loss"]):
             ratio = f"{r['step_seconds'] / dense:.2f}" if dense else ""
             milliseconds = f"{r['step_seconds'] * 1e3:.0f}"
-            found.add_row(recipe, r["word"], r["positions"], f"{r['heldout_loss']:.4f}", milliseconds, ratio)
+            changed = ", ".join(r["changed"])
+            found.add_row(recipe, r["word"], f"{r['heldout_loss']:.4f}", milliseconds, ratio, changed)
         for r in results:
             if r["recipe"] == recipe and r["reason"] is not None:
-                found.add_row(recipe, r["word"], "", r["reason"], "", "", style="dim")
+                found.add_row(recipe, r["word"], "", "", "", r["reason"], style="dim")
     return found
 
 

@@ -88,7 +88,8 @@ RULES: list[Rule] = [
     ("model.rotary_scaling.", lambda j: j.model.positions == "rotary", "model.positions is not rotary"),
     (
         "model.attention.qk_norm",
-        lambda j: j.model.family == "t5" or not _mixers_alone(j),
+        # Taking back what a recipe asks for is how such a model is made from it.
+        lambda j: not j.model.attention.qk_norm or j.model.family == "t5" or not _mixers_alone(j),
         "no layer of the model has heads of queries and keys that it could normalise",
     ),
     ("model.max_positions", lambda j: j.model.positions == "learned", "only learned positions have a table"),
