@@ -149,7 +149,7 @@ def keep(key: Tensor, p: float, coordinates: Coordinates, stop: int, start: int 
     """
     a, b, c = (x.unsqueeze(-1) if isinstance(x, Tensor) else x for x in coordinates)
     groups = torch.arange(start // 8, -(-stop // 8), device=key.device)
-    least, offset = _threshold(p), start % 8
+    least, offset = threshold(p), start % 8
     if _on_host(key, a, b, c):
         lanes = _lanes_on_host(least, key, groups, c, b, a)
     else:
@@ -187,10 +187,11 @@ def dropout(x: Tensor, p: float, key: Tensor, coordinates: Coordinates) -> Tenso
 
 def kept_scale(p: float) -> float:
     """What kept elements are multiplied by: one over the chance, as rounded, of being kept."""
-    return 1 / (1 - _threshold(p) / 65536)
+    return 1 / (1 - threshold(p) / 65536)
 
 
-def _threshold(p: float) -> int:
+def threshold(p: float) -> int:
+    """The sixteen bits below which an element is dropped."""
     return round(p * 65536)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from headway.kernels.attention import cpp
 from headway.kernels.attention.registry import Kernel, Mechanism
 from headway.kernels.attention.registry import mechanism as by_name
 
@@ -11,7 +12,7 @@ ANYWHERE = "anywhere"
 """In place of a device that is not known yet."""
 
 SHORT = 192
-"""Keys up to which row blocks beat PyTorch's kernel in bf16 on CPU, without a compiler."""
+"""Keys up to which row blocks beat PyTorch's kernel in bf16 on CPU, where blocks are not compiled."""
 
 
 class KernelUnavailable(ValueError):
@@ -58,22 +59,26 @@ def choose(
     row = by_name(mechanism) if isinstance(mechanism, str) else mechanism
     kernels = row.kernels
     if request == "auto":
-        plain = _dense(row)
-        flexible = not dropout and (described or not bias) and dtype != torch.float64
-        if device == "cuda" and "flex" in kernels and flexible and (described or not plain):
+        plain, generated = _dense(row), (described or not bias) and dtype != torch.float64
+        if device == "cuda" and "flex" in kernels and generated and not dropout and (described or not plain):
             return kernels["flex"]
+        if device == "cpu" and "cpp" in kernels and generated and cpp.unavailable(dtype) is None:
+            return kernels["cpp"]
         if plain:
             return kernels[_fastest(dropout, bias or row.narrow, device, dtype, compiled, keys)]
-        return list(row.kernels_on("cpu").values())[-1]
+        return [kernel for kernel in row.kernels_on("cpu").values() if kernel.name != "cpp"][-1]
     if request not in kernels:
         raise KernelUnavailable(request, f"{row.name} attention has the kernels {', '.join(kernels)}", "auto")
     if device not in (*kernels[request].devices, ANYWHERE):
-        raise KernelUnavailable(request, f"its backward does not exist on {device}", "auto")
+        rule = f"it runs on {' and '.join(kernels[request].devices)}, forward and backward, not on {device}"
+        raise KernelUnavailable(request, rule, "auto")
+    if request == "cpp" and (reason := cpp.unavailable(dtype)):
+        raise KernelUnavailable(request, reason, "blocks")
     if dropout and not kernels[request].dropout:
         nearest = next(k.name for k in reversed(kernels.values()) if k.dropout)
         rule = "its dropout of attention weights would depend on the layout, so it takes none"
         raise KernelUnavailable(request, rule, nearest)
-    if bias and not kernels[request].bias and not (described and request == "flex"):
+    if bias and not kernels[request].bias and not (described and kernels[request].slopes):
         nearest = next(k.name for k in reversed(kernels.values()) if k.bias and k.dropout >= dropout)
         raise KernelUnavailable(request, "it computes no bias of the scores", nearest)
     return kernels[request]

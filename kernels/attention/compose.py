@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from headway.kernels import random
-from headway.kernels.attention import blocks, chunks, flex, rows
+from headway.kernels.attention import blocks, chunks, cpp, flex, rows
 from headway.kernels.attention.dense import WeightDropout, per_query_head, score_scale
 from headway.kernels.attention.masks import Mask, lower
 from headway.kernels.attention.scopes import Scope
@@ -119,6 +119,27 @@ class Form(NamedTuple):
             out = rows.attention(task, q, k, v, bias, None if self.own is None else x[self.own])
         else:
             out = chunks.attention(self, q, k, v, mask, dropout, factor, bias, x)
+        return self.score.finish(out, x)
+
+    def in_cpp(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Mask,
+        dropout: WeightDropout | None = None,
+        scale: float | None = None,
+        bias: Bias | None = None,
+        **x: Any,
+    ) -> Tensor:
+        """The C++ kernel of CPUs, without a bias that learns."""
+        q, k, v, factor = self.score.prepare(q, k, v, score_scale(scale, q), x)
+        own, mask = None if self.own is None else x[self.own], self.narrowed(mask, x)
+        if mask.scope is None or (mask.scope.phases() == (mask.scope,) and not mask.scope.scattered):
+            out = cpp.attention(q, k, v, mask, dropout, factor, bias, x.get("softcap"), own)
+        else:
+            task = rows.Task(self.weighting, mask, dropout, factor, x.get("softcap"), tiles=True)
+            out = rows.attention(task, q, k, v, bias, own)
         return self.score.finish(out, x)
 
     def flex(

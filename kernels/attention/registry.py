@@ -70,6 +70,7 @@ class Kernel:
         compute: the function.
         dropout: computes dropout of attention weights, by coordinates.
         bias: computes a bias of the scores, and its gradient.
+        slopes: computes a bias that is described (`slopes.Slopes`), as every kernel with `bias` does.
         memory: growth of what it holds for the backward, beside a bias, in words.
         traced: whether torch.compile traces it; loops over chunks gain less than they take to compile.
         devices: where it runs, forward and backward.
@@ -80,6 +81,7 @@ class Kernel:
     dropout: bool
     bias: bool
     memory: str
+    slopes: bool = False
     traced: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
 

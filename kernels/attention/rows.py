@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from headway.kernels import random
+from headway.kernels.attention import cpp
 from headway.kernels.attention.dense import WeightDropout, per_query_head
 from headway.kernels.attention.draw import Draw
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.parts import Part, parts
-from headway.kernels.attention.scopes import Comb
+from headway.kernels.attention.phases import Move, phases
 from headway.kernels.attention.slopes import Bias, Slopes, learned
-from headway.kernels.attention.weights import Weighting
+from headway.kernels.attention.weights import SOFTMAX, Weighting
 
 ELEMENTS = 1 << 20
 """Scores that are computed at once: their temporaries stay in a CPU's caches."""
@@ -30,7 +31,7 @@ ELEMENTS = 1 << 20
 
 class Task(NamedTuple):
     """What an attention is about, beside its operands. `cap` bounds the scores, if it is not None; `temperature` and
-    `draw` are for weightings that draw; `slopes`: a bias that is described."""
+    `draw` are for weightings that draw; `slopes`: a bias that is described; `tiles`: by the C++ kernel."""
 
     weighting: Weighting
     mask: Mask
@@ -40,6 +41,12 @@ class Task(NamedTuple):
     temperature: float = 1.0
     draw: Draw | None = None
     slopes: Slopes | None = None
+    tiles: bool = False
+
+    @property
+    def free(self) -> bool:
+        """Whether nothing but the scope goes by places."""
+        return self.dropout is None and self.slopes is None and self.draw is None
 
 
 class Operands(NamedTuple):
@@ -115,104 +122,69 @@ def _pieces(task: Task, x: Operands) -> Iterator[Piece]:
                 yield Piece(part, slice(first, min(b, first + rows)), slice(head, min(h, head + heads)))
 
 
-def _phases(task: Task, x: Operands) -> list[tuple[Task, Fold | None]]:
-    """What is computed by itself and merged; a fold, where places that are far apart are brought together."""
-    scope = task.mask.scope
-    if scope is None or not task.weighting.merges or len(scope.phases()) == 1:
-        return [(task, None)]
-    found: list[tuple[Task, Fold | None]] = []
-    for phase in scope.phases():
-        mask = task.mask._replace(scope=phase)
-        if isinstance(phase, Comb) and phase.stride >= FOLDED and task.dropout is None and x.bias is None:
-            fold = Fold(phase.stride, x.q.shape[2])
-            found.append((task._replace(mask=fold.mask(mask, x.q)), fold))
-        else:
-            found.append((task._replace(mask=mask), None))
-    return found
+def _phases(task: Task, x: Operands) -> list[tuple[Task, Move]]:
+    """What is computed alone and merged, and how operands come together for it."""
+    if not task.weighting.merges:
+        return [(task, Move())]
+    near = not task.free or x.bias is not None
+    found = phases(task.mask, x.q.shape[2], near, 2 if task.tiles else FOLDED)
+    if len(found) == 1 and not found[0][1].apart and not task.tiles:
+        return [(task, Move())]
+    each = []
+    for scope, move in found:
+        tiles = task.tiles and (move.apart or scope is None or not scope.scattered)
+        mask = move.mask(task.mask, scope, x.q)
+        each.append((task._replace(mask=mask, tiles=tiles, weighting=SOFTMAX), move))
+    return each
 
 
 FOLDED = 8
 """Steps from which what they leave is folded: fewer are gone through one after the other."""
 
 
-class Fold(NamedTuple):
-    """Places multiples of `stride` apart as rows of the batch: [B, H, S, ...] -> [B stride, H, S / stride, ...],
-    filled up at the end."""
-
-    stride: int
-    length: int
-
-    def fold(self, x: Tensor, fill: float = 0) -> Tensor:
-        """[B, H, S, ...] folded."""
-        lacking = -self.length % self.stride
-        if lacking:
-            shape = list(x.shape)
-            shape[2] = lacking
-            x = torch.cat((x, x.new_full(shape, fill)), 2)
-        x = x.unflatten(2, (-1, self.stride)).movedim(3, 1)
-        return x.flatten(0, 1)
-
-    def unfold(self, x: Tensor) -> Tensor:
-        """What was folded, as it was."""
-        x = x.unflatten(0, (-1, self.stride)).movedim(1, 3)
-        return x.flatten(2, 3)[:, :, : self.length]
-
-    def operands(self, x: Operands) -> Operands:
-        """Those of a phase."""
-        return Operands(self.fold(x.q), self.fold(x.k), self.fold(x.v), None, None)
-
-    def mask(self, mask: Mask, q: Tensor) -> Mask:
-        """Of a comb: all but the query itself; what fills up is a document of its own."""
-        documents = mask.documents
-        if documents is None and self.length % self.stride:
-            documents = torch.zeros(len(q), self.length, dtype=torch.int32, device=q.device)
-        if documents is not None:
-            documents = self.fold(documents[:, None], FILLING)[:, 0]
-        return Mask(mask.causal, documents, scope=Comb(1))
-
-
-FILLING = -2
-"""Document of what fills up."""
+def _operands(x: Operands, move: Move) -> Operands:
+    """Those of a phase; what is apart has no bias."""
+    return Operands(move.rows(x.q), move.keys(x.k), move.keys(x.v), x.bias, None)
 
 
 def outputs(task: Task, x: Operands) -> tuple[Tensor, Tensor]:
     """Output, and every row's threshold [B, H, Q]."""
-    phases = _phases(task, x)
-    if len(phases) == 1:
-        out, threshold = _outputs(task, x, x.own)
-        out = out if task.dropout is None else out.mul_(random.kept_scale(task.dropout.p))
+    each = _phases(task, x)
+    if each[0][0] is task:
+        out, threshold = _outputs(task, x)
         return out.to(x.v.dtype), _finite(threshold)
     shape = x.q.shape[:3]
     out = torch.zeros(*shape, x.v.shape[-1], dtype=x.wide, device=x.q.device)
     threshold = torch.full(shape, -torch.inf, dtype=x.wide, device=x.q.device)
-    for phase, fold in phases:
-        some, more = _outputs(phase, x if fold is None else fold.operands(x), None)
-        _merge(out, threshold, *((some, more) if fold is None else (fold.unfold(some), fold.unfold(more))))
+    for phase, move in each:
+        _merge(out, threshold, *map(move.back, _outputs(phase, _operands(x, move))))
     if x.own is not None:
         both = torch.logaddexp(threshold, x.own.unsqueeze(-1).to(x.wide))
         out.mul_((_finite(threshold) - both).exp_().unsqueeze(-1).nan_to_num_())
         threshold = both
-    if task.dropout is not None:
-        out.mul_(random.kept_scale(task.dropout.p))
     return out.to(x.v.dtype), _finite(threshold)
 
 
-def _outputs(task: Task, x: Operands, own: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A phase's output before dropout's scale, and thresholds; without its sink, the log-sum-exp."""
+def _outputs(task: Task, x: Operands) -> tuple[Tensor, Tensor]:
+    """Output and thresholds of a phase."""
+    if task.tiles:
+        return cpp.outputs(x.q, x.k, x.v, _described(task, x))
     shape = x.q.shape[:3]
     out = torch.zeros(*shape, x.v.shape[-1], dtype=x.v.dtype, device=x.q.device)
     threshold = torch.full(shape, -torch.inf, dtype=x.wide, device=x.q.device)
     for piece in _pieces(task, x):
         scores = _scores(task, x, piece)[0]
-        mine = None if own is None else own[piece.heads]
-        bare = x.own is not None and own is None
-        here = scores.logsumexp(-1) if bare else task.weighting.threshold(scores, mine)
+        here = task.weighting.threshold(scores, None if x.own is None else x.own[piece.heads])
         weights = task.weighting.used(task.weighting.weigh_(scores, _finite(here)))
         if task.dropout is not None:
             weights = weights.mul_(piece.part.kept(task.dropout, piece.rows, piece.heads))
         piece.queries(out).copy_(weights.to(x.v.dtype) @ piece.keys(x.v))
         piece.queries(threshold).copy_(here)
-    return out, threshold
+    return out if task.dropout is None else out.mul_(random.kept_scale(task.dropout.p)), threshold
+
+
+def _described(task: Task, x: Operands) -> cpp.Description:
+    return cpp.described(x.q, task.mask, task.dropout, task.scale, task.slopes, task.cap)
 
 
 def _finite(threshold: Tensor) -> Tensor:
@@ -260,17 +232,24 @@ def gradients(task: Task, x: Operands, out: Tensor, threshold: Tensor, d_out: Te
     if x.own is not None:  # a sink takes what the weights leave
         share = (x.own.unsqueeze(-1).to(x.wide) - threshold).exp_()
         total["own"] -= (share * delta).sum((0, 2))
-    scaled = d_out if task.dropout is None else d_out * random.kept_scale(task.dropout.p)
-    for phase, fold in _phases(task, x):
-        if fold is not None:
-            parts_of = gradients(phase, fold.operands(x), *(fold.fold(t) for t in (out, threshold, d_out)))
-            for name, part in zip(("q", "k", "v"), parts_of, strict=False):
-                assert part is not None
-                total[name] += fold.unfold(part)
+    for phase, move in _phases(task, x):
+        if phase.tiles or move.apart:
+            d_q, d_k, d_v = _of_phase(phase, _operands(x, move), *map(move.rows, (out, threshold, d_out)))
+            total["q"] += move.back(d_q)
+            move.add(total["k"], d_k)
+            move.add(total["v"], d_v)
             continue
+        scaled = d_out if task.dropout is None else d_out * random.kept_scale(task.dropout.p)
         for piece in _pieces(phase, x):
             _pull(phase, x, piece, threshold, delta, scaled, total)
     return [None if value is None else total[name].to(value.dtype) for name, value in x._asdict().items()]
+
+
+def _of_phase(task: Task, x: Operands, out: Tensor, threshold: Tensor, d_out: Tensor) -> list[Any]:
+    """Gradients of queries, keys and values of a phase that is computed apart."""
+    if task.tiles:
+        return list(cpp.gradients(d_out, x.q, x.k, x.v, out, threshold, _described(task, x)))
+    return gradients(task, x, out, threshold, d_out)[:3]
 
 
 def _pull(

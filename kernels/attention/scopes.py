@@ -23,6 +23,9 @@ from headway.kernels import random
 class Scope:
     """Base: what a kernel asks of every scope. `total` is the length of the whole sequence."""
 
+    scattered = False
+    """Whether keys that a query sees lie apart: blocks of keys hold more that is not seen than what is."""
+
     @property
     def rows(self) -> int:
         """Queries in a row that see about the same keys."""
@@ -82,6 +85,7 @@ class Window(Scope):
 class Dilated(Scope):
     """Every `dilation`-th key of a window `dilation` times as wide (Beltagy et al. 2020, section 3.1)."""
 
+    scattered = True
     width: int
     dilation: int
 
@@ -163,6 +167,7 @@ class Strided(Scope):
 class Comb(Scope):
     """Every `stride`-th key, but for the query itself: what strided attention sees beyond its window."""
 
+    scattered = True
     stride: int
 
     @property
@@ -197,6 +202,9 @@ class Fixed(Scope):
         own = queries // self.stride == keys // self.stride
         return own | (keys % self.stride >= self.stride - self.summaries)
 
+    def phases(self) -> tuple[Scope, ...]:
+        return Local(self.stride, 0), Ends(self.stride, self.summaries)
+
     def ranges(self, queries: range, total: int, causal: bool) -> list[range]:
         first, last = queries.start // self.stride, (queries.stop - 1) // self.stride
         own = [range(first * self.stride, (last + 1) * self.stride)]
@@ -213,6 +221,53 @@ class Fixed(Scope):
 
     def kept(self, total: int) -> int:
         return min(total, self.stride + total // self.stride * self.summaries)
+
+
+@dataclass(frozen=True)
+class Ends(Scope):
+    """The last `summaries` keys of every block but the query's own: what fixed attention sees beyond its block."""
+
+    scattered = True
+    stride: int
+    summaries: int
+
+    @property
+    def rows(self) -> int:
+        return Fixed(self.stride, self.summaries).rows
+
+    def sees(self, queries: Tensor, keys: Tensor, total: int, causal: bool) -> Tensor:
+        other = queries // self.stride != keys // self.stride
+        return other & (keys % self.stride >= self.stride - self.summaries)
+
+    def ranges(self, queries: range, total: int, causal: bool) -> list[range]:
+        return Fixed(self.stride, self.summaries).ranges(queries, total, causal)[1:]
+
+    def pairs(self, total: int, causal: bool) -> int:
+        whole = Fixed(self.stride, self.summaries).pairs(total, causal)
+        return whole - Local(self.stride, 0).pairs(total, causal)
+
+    def places(self, total: int) -> Tensor:
+        """The keys that any query may see."""
+        places = torch.arange(total)
+        return places[places % self.stride >= self.stride - self.summaries]
+
+
+@dataclass(frozen=True)
+class OtherBlocks(Scope):
+    """Of keys that stand for blocks of queries, `each` for a block of `stride`, those of other blocks than the query's,
+    or (`before`) of those before it."""
+
+    stride: int
+    each: int
+    before: bool
+
+    def sees(self, queries: Tensor, keys: Tensor, total: int, causal: bool) -> Tensor:
+        asking, asked = queries // self.stride, keys // self.each
+        return asked < asking if self.before else asked != asking
+
+    def ranges(self, queries: range, total: int, causal: bool) -> list[range]:
+        last = (queries.stop - 1) // self.stride * self.each
+        return [range(min(total, last) if self.before else total)]
 
 
 @dataclass(frozen=True)

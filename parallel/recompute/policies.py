@@ -97,6 +97,7 @@ def products() -> frozenset[Any]:
             aten.addmm.default,
             aten._grouped_mm.default,
             torch.ops.headway.grouped_linear.default,  # of kernels/grouped.py, which blocks import
+            torch.ops.headway.attention_cpp.default,  # of kernels/attention/cpp.py
             aten._scaled_dot_product_flash_attention_for_cpu.default,
             aten._scaled_dot_product_flash_attention.default,
             aten._scaled_dot_product_efficient_attention.default,

@@ -65,7 +65,21 @@ def _kernels(form: Form) -> dict[str, Kernel]:
             Kernel("blocks", form.in_blocks, dropout=True, bias=True, memory="S", traced=True),
         ]
     if form.flexible:
-        found.append(Kernel("flex", form.flex, dropout=False, bias=False, memory="S", devices=("cuda",)))
+        found.append(
+            Kernel(
+                "cpp",
+                form.in_cpp,
+                dropout=True,
+                bias=False,
+                slopes=True,
+                memory="S",
+                traced=True,
+                devices=("cpu",),
+            )
+        )
+        found.append(
+            Kernel("flex", form.flex, dropout=False, bias=False, slopes=True, memory="S", devices=("cuda",))
+        )
     return {kernel.name: kernel for kernel in found}
 
 

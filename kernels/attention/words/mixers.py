@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from headway.kernels.attention import blocks, convolution, dense, entropy, latent, monarch
+from headway.kernels.attention import blocks, convolution, cpp, dense, entropy, latent, monarch
 from headway.kernels.attention.registry import Kernel, Mechanism, Shape
 
 FILTER_FEATURES = 33
@@ -42,6 +42,7 @@ def dense_kernels(*others: Kernel) -> dict[str, Kernel]:
         ),
         *others,
         Kernel("blocks", _plain(blocks.attention), dropout=True, bias=True, memory="S"),
+        Kernel("cpp", _plain(cpp.attention), dropout=True, bias=False, memory="S", devices=("cpu",)),
     )
     return {kernel.name: kernel for kernel in kernels}
 

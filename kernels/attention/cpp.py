@@ -1,0 +1,333 @@
+"""Softmax attention on CPUs by a C++ kernel, in tiles: no map is held, and work is with what is seen.
+
+PyTorch's fused kernel for CPUs has a slow backward in bf16, and no dropout, scopes, caps or slopes; FlexAttention has
+no backward on CPU. The kernel (`kernels/cpp/attention.cpp`) takes them all; as an operator of our own it compiles
+without a break of the graph.
+
+Shapes: B batch, H query heads, K key/value heads, Q queries, S keys, D head dimension.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from headway.kernels import random
+from headway.kernels.attention.dense import WeightDropout, score_scale
+from headway.kernels.attention.masks import Mask, lower
+from headway.kernels.attention.scopes import Scope, Window, joined
+from headway.kernels.attention.slopes import Bias, Slopes, flat
+from headway.kernels.cpp import build
+
+TILE = 128
+"""Queries, and keys, of a tile at most: its scores stay in a core's second cache."""
+LANES = 16
+"""Tiles are padded to a multiple of it."""
+DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+
+
+@torch.compiler.assume_constant_result
+def unavailable(dtype: torch.dtype = torch.float32) -> str | None:
+    """Why the kernel cannot compute here, or None if it can; the first call may compile it."""
+    if dtype not in DTYPES:
+        return f"it takes {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}"
+    reason = build.missing()
+    if reason is None and dtype == torch.bfloat16 and not torch.ops.headway_cpp.bf16_products():
+        return "this processor has no products of bf16"
+    return reason
+
+
+# -- which tiles are computed --------------------------------------------------------------------------------------
+
+
+class BlockMask(NamedTuple):
+    """Which tiles hold pairs that are seen by their places, and what of them; blocks of keys of every block of queries.
+
+    Attributes:
+        starts: int32 [blocks of queries + 1], where the tiles of each begin in the next two.
+        columns: int32 [tiles], the block of keys.
+        kinds: int32 [tiles], the pattern, or -1 where all is seen.
+        patterns: bool [patterns, keys of a tile, queries of a tile].
+        tile: queries and keys of a tile.
+    """
+
+    starts: Tensor
+    columns: Tensor
+    kinds: Tensor
+    patterns: Tensor
+    tile: tuple[int, int]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.starts, self.columns, self.kinds, self.patterns]
+
+
+@lru_cache(maxsize=64)
+def block_mask(causal: bool, scope: Scope | None, queries: int, keys: int) -> BlockMask:
+    """The tiles of a mask of places alone.
+
+    Args:
+        causal: whether no query sees a key after it.
+        scope: what else bounds what is seen.
+        queries, keys: how many there are.
+    """
+    tile = _side(queries), _side(keys)
+    mask, cpu = Mask(causal, scope=scope), torch.device("cpu")
+    starts, columns, kinds = [0], list[int](), list[int]()
+    patterns, numbers = list[Tensor](), dict[bytes, int]()
+    for first in range(0, queries, tile[0]):
+        rows = slice(first, min(queries, first + tile[0]))
+        for j in _candidates(mask, rows, keys, tile[1]):
+            columns_ = slice(j * tile[1], min(keys, (j + 1) * tile[1]))
+            if scope is None and not (causal and columns_.stop > rows.start + 1):
+                seen = None
+            else:
+                seen = lower(mask, queries, keys, cpu, rows, columns_)
+            if seen is not None and not seen.any():
+                continue
+            columns.append(j)
+            kinds.append(-1 if seen is None or seen.all() else _number(seen[0, 0].T, tile, patterns, numbers))
+        starts.append(len(columns))
+    known = torch.stack(patterns) if patterns else torch.empty(0, tile[1], tile[0], dtype=torch.bool)
+    numbered = [torch.tensor(x, dtype=torch.int32) for x in (starts, columns, kinds)]
+    return BlockMask(numbered[0], numbered[1], numbered[2], known, tile)
+
+
+def _side(length: int) -> int:
+    return min(TILE, -(-length // LANES) * LANES)
+
+
+def _candidates(mask: Mask, rows: slice, keys: int, width: int) -> list[int]:
+    """Blocks of keys of which some query may see one."""
+    last = min(keys, rows.stop) if mask.causal else keys
+    if mask.scope is None:
+        return list(range(-(-last // width)))
+    ranges = mask.scope.ranges(range(rows.start, rows.stop), keys, mask.causal)
+    return sorted(
+        {j for run in joined(ranges, 0, last) for j in range(run.start // width, -(-run.stop // width))}
+    )
+
+
+def _number(seen_KQ: Tensor, tile: tuple[int, int], patterns: list[Tensor], numbers: dict[bytes, int]) -> int:
+    """The number of a pattern, which may be new."""
+    padded = torch.zeros(tile[1], tile[0], dtype=torch.bool)
+    padded[: seen_KQ.shape[0], : seen_KQ.shape[1]] = seen_KQ
+    key = padded.numpy().tobytes()
+    if key not in numbers:
+        numbers[key] = len(patterns)
+        patterns.append(padded)
+    return numbers[key]
+
+
+# -- the operator --------------------------------------------------------------------------------------------------
+
+_SCOPES: dict[str, Scope] = {}
+"""Scopes that were asked for, by what they are called: operators take no objects."""
+
+
+def attention(
+    q_BHQD: Tensor,
+    k_BKSD: Tensor,
+    v_BKSD: Tensor,
+    mask: Mask,
+    dropout: WeightDropout | None = None,
+    scale: float | None = None,
+    bias_HQK: Bias | None = None,
+    cap: float | None = None,
+    sink_H: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention, [B, H, Q, D] of v's width; see `compose.Form.reference`.
+
+    Args:
+        bias_HQK: one that is described (`Slopes`), if any.
+        cap: bound of the scores, applied before slopes.
+        sink_H: score of a key without a value.
+    """
+    assert bias_HQK is None or isinstance(bias_HQK, Slopes)
+    what = described(q_BHQD, mask, dropout, scale, bias_HQK, cap)
+    out: Tensor = _attention(q_BHQD, k_BKSD, v_BKSD, sink_H, *what)[0]
+    return out
+
+
+class Description(NamedTuple):
+    """What the operators take beside queries, keys and values: a mask, dropout and the rest, taken apart.
+
+    Attributes:
+        scale, cap: of the scores; a cap of 0 is none.
+        causal, window, scope: what is seen by places; no window is 0, another scope is given by its name.
+        documents, key_documents, prefix: as in `Mask`.
+        slopes, places: see `slopes.flat`.
+        p, key, slots, positions, first_head, first_key: as in `WeightDropout`; no key drops nothing.
+    """
+
+    scale: float
+    cap: float
+    causal: bool
+    window: int
+    scope: str
+    documents: Tensor | None
+    key_documents: Tensor | None
+    prefix: Tensor | None
+    slopes: Tensor | None
+    places: Tensor | None
+    p: float
+    key: Tensor | None
+    slots: Tensor | None
+    positions: Tensor | None
+    first_head: int
+    first_key: int
+
+
+def described(
+    q_BHQD: Tensor,
+    mask: Mask,
+    dropout: WeightDropout | None,
+    scale: float | None,
+    slopes: Slopes | None,
+    cap: float | None,
+) -> Description:
+    """What the operators take beside queries, keys and values."""
+    assert mask.shift is None, "parts of a sequence are for row blocks"
+    drop = (0.0, None, None, None, 0, 0) if dropout is None else tuple(dropout)
+    called = "" if mask.strip or mask.scope is None else _called(mask.scope)
+    scores = score_scale(scale, q_BHQD), cap or 0.0
+    places = mask.triangular, mask.window or 0, called
+    return Description(
+        *scores, *places, mask.documents, mask.key_documents, mask.prefix, *flat(slopes), *drop
+    )
+
+
+@torch.compiler.disable
+def _called(scope: Scope) -> str:
+    name = repr(scope)
+    _SCOPES[name] = scope
+    return name
+
+
+_WHAT = (
+    "float scale, float cap, bool causal, int window, str scope, Tensor? documents, Tensor? key_documents, "
+    "Tensor? prefix, Tensor? slopes, Tensor? places, float p, Tensor? key, Tensor? slots, Tensor? positions, "
+    "int first_head, int first_key"
+)
+torch.library.define(
+    "headway::attention_cpp", f"(Tensor q, Tensor k, Tensor v, Tensor? sink, {_WHAT}) -> (Tensor, Tensor)"
+)
+torch.library.define(
+    "headway::attention_cpp_backward",
+    f"(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? sink, {_WHAT}) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+)
+_attention = torch.ops.headway.attention_cpp
+_backward = torch.ops.headway.attention_cpp_backward
+
+
+@torch.library.impl("headway::attention_cpp", "cpu")
+def _(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *what: Any) -> tuple[Tensor, Tensor]:
+    """Output [B, H, Q, D], and log-sum-exp of the scores [B, H, Q], a sink's among them."""
+    out, lse = outputs(q, k, v, Description(*what))
+    if sink is not None:
+        both = torch.logaddexp(lse, sink.unsqueeze(-1).to(lse.dtype))
+        out.mul_((lse - both).exp_().unsqueeze(-1))
+        lse = both
+    return out, lse
+
+
+@torch.library.impl("headway::attention_cpp_backward", "cpu")
+def _(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sink: Tensor | None,
+    *what: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and of the sink, [0] where there is none."""
+    d_sink = lse.new_empty(0)
+    if sink is not None:  # it takes what the weights leave
+        delta = (d_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+        d_sink = -((sink.unsqueeze(-1).to(lse.dtype) - lse).exp_() * delta).sum((0, 2)).to(sink.dtype)
+    return *gradients(d_out, q, k, v, out, lse, Description(*what)), d_sink
+
+
+def outputs(q: Tensor, k: Tensor, v: Tensor, what: Description) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp, -inf where nothing is seen."""
+    build.load()
+    operands = _rows(q, k, v)
+    out, lse = torch.ops.headway_cpp.attention(*operands, *_lowered(what, q, k))
+    return out[..., : v.shape[-1]], lse
+
+
+def gradients(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, what: Description
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v. Where these keys are a part of those that a query sees, `out` and `lse` are those of
+    all of them."""
+    operands = *_rows(d_out, q, k, v, out), lse.contiguous()
+    found = torch.ops.headway_cpp.attention_backward(*operands, *_lowered(what, q, k))
+    d_q, d_k, d_v = (d[..., : x.shape[-1]] for d, x in zip(found, (q, k, v), strict=True))
+    if k.shape[1] != q.shape[1]:
+        d_k, d_v = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (d_k, d_v))
+    return d_q, d_k, d_v
+
+
+def _rows(*tensors: Tensor) -> list[Tensor]:
+    """Tensors as the kernel wants them: their last dim dense, and even in bf16, whose products take pairs."""
+    odd = (x.dtype == torch.bfloat16 and x.shape[-1] % 2 for x in tensors)
+    even = (F.pad(x, (0, 1)) if o else x for x, o in zip(tensors, odd, strict=True))
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in even]
+
+
+def _lowered(what: Description, q: Tensor, k: Tensor) -> list[Any]:
+    """A description as the C++ operators take it."""
+    lengths = q.shape[2], k.shape[2]
+    scope = Window(what.window) if what.window else _SCOPES.get(what.scope)
+    tiles = block_mask(what.causal, scope, *lengths)
+    queries, keys = (None, None) if what.places is None else what.places.split(lengths)
+    theirs = what.documents if what.key_documents is None else what.key_documents
+    documents = (None if x is None else x.to(torch.int32).contiguous() for x in (what.documents, theirs))
+    least = 0 if what.key is None else random.threshold(what.p)
+    by_rows = *documents, what.prefix, what.slopes, queries, keys
+    return [what.scale, what.cap, tiles.tensors, tiles.tile, *by_rows, least, *what[11:]]
+
+
+def _by_place(like: Tensor, heads: int, length: int, width: int) -> Tensor:
+    """[B, H, S, D] with the memory of [B, S, H, D]."""
+    return like.new_empty(len(like), length, heads, width).transpose(1, 2)
+
+
+@torch.library.register_fake("headway::attention_cpp")
+def _(q, k, v, *rest):
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return _by_place(q, q.shape[1], q.shape[2], v.shape[3]), q.new_empty(q.shape[:3], dtype=wide)
+
+
+@torch.library.register_fake("headway::attention_cpp_backward")
+def _(d_out, q, k, v, out, lse, sink, *what):
+    found = [_by_place(x, x.shape[1], x.shape[2], x.shape[3]) for x in (q, k, v)]
+    if k.shape[1] != q.shape[1]:
+        found[1:] = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in found[1:]]
+    return *found, lse.new_empty(0) if sink is None else torch.empty_like(sink)
+
+
+def _setup(ctx, inputs, output):
+    q, k, v, sink, *what = inputs
+    tensors = [x if isinstance(x, Tensor) else None for x in what]
+    ctx.save_for_backward(q, k, v, *output, sink, *tensors)
+    ctx.numbers = [x if t is None else None for x, t in zip(what, tensors, strict=True)]
+    ctx.mark_non_differentiable(output[1])
+
+
+def _pull(ctx, d_out, _):
+    q, k, v, out, lse, sink, *tensors = ctx.saved_tensors
+    what = [x if t is None else t for x, t in zip(ctx.numbers, tensors, strict=True)]
+    d_q, d_k, d_v, d_sink = _backward(d_out, q, k, v, out, lse, sink, *what)
+    return d_q, d_k, d_v, None if sink is None else d_sink, *[None] * len(what)
+
+
+torch.library.register_autograd("headway::attention_cpp", _pull, setup_context=_setup)
