@@ -23,7 +23,7 @@ from headway.pretrain.models.routing import Side
 from headway.pretrain.models.spectral import SpectralLinear
 from headway.pretrain.models.transformer import Stack
 from headway.pretrain.objectives import choices
-from headway.pretrain.objectives.choices import Reach
+from headway.pretrain.objectives.choices import ReachOf
 from headway.pretrain.optim.sharded import local, whole
 
 
@@ -164,13 +164,21 @@ class Objective(nn.Module):
         terms: dict[str, Tensor],
         metrics: dict[str, Mean],
         sides: list[Side],
-        last: Reach,
-        others: Reach,
+        loss_BS: Tensor,
+        counts_BS: Tensor,
+        last: ReachOf,
+        others: ReachOf,
     ) -> None:
-        """Add what choices learn by to the terms, where any were drawn: see `choices.learn`."""
-        found = choices.learn(sides, last, others, self.level)
-        if found is None:
+        """Add to the terms what choices learn by, where any were drawn.
+
+        Args:
+            loss_BS: of every place, without gradient, 0 where nothing is scored; `counts_BS` says where.
+            last, others: how far choices of the last block reach, and those of the others; see `choices.learn`.
+        """
+        if not any(choices.SIDES[0] in side for side in sides):
             return
+        reaches = last(loss_BS, counts_BS), others(loss_BS, counts_BS)
+        found = choices.learn(sides, *reaches, self.level)
         metrics["baseline_error"] = _mean(found.foreseen, None)
         terms[self.scored] = terms[self.scored] + found.chosen
         error = found.foreseen.sum()

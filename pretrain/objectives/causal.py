@@ -85,8 +85,8 @@ class CausalLM(Objective):
         labels_BS = batch["labels"]
         losses = self.loss(self._scaled(hidden.final), self.head_weight, labels_BS)
         terms, metrics = {"tokens": losses.total}, token_metrics(losses, self.loss.options, valid(labels_BS))
-        each = losses.each.view_as(labels_BS), labels_BS != IGNORE
-        self.add_choices(terms, metrics, hidden.sides, choices.here(*each), choices.onward(*each))
+        each_BS, reaches = losses.each.view_as(labels_BS), (choices.here, choices.onward)
+        self.add_choices(terms, metrics, hidden.sides, each_BS, labels_BS != IGNORE, *reaches)
         return self.with_sides(terms, metrics, hidden.sides, batch.get("real"))
 
     def _scaled(self, final: Tensor) -> Tensor:

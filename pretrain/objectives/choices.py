@@ -15,7 +15,7 @@ Shapes: B batch, S sequence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,6 +33,10 @@ class Reach(NamedTuple):
 
     loss: Tensor
     labels: Tensor
+
+
+ReachOf = Callable[[Tensor, Tensor], Reach]
+"""(loss [B, S], what is scored bool [B, S]) -> how far choices reach."""
 
 
 class Learning(NamedTuple):
@@ -63,8 +67,8 @@ def here(loss_BS: Tensor, scored_BS: Tensor) -> Reach:
     return Reach(loss_BS, scored_BS.to(loss_BS.dtype))
 
 
-def learn(sides: Sequence[Side], last: Reach, others: Reach, level: float) -> Learning | None:
-    """What the choices of all blocks add to the loss; None if there are none.
+def learn(sides: Sequence[Side], last: Reach, others: Reach, level: float) -> Learning:
+    """What the choices of all blocks add to the loss; there must be some.
 
     Args:
         sides: of all uses of blocks.
@@ -73,15 +77,13 @@ def learn(sides: Sequence[Side], last: Reach, others: Reach, level: float) -> Le
     """
     chosen, foreseen = [], []
     for use, side in enumerate(sides):
-        if "log_chosen" not in side:
+        if SIDES[0] not in side:
             continue
         loss, labels = last if use == len(sides) - 1 else others
-        guess_BS = side["baseline"].to(loss.dtype)
+        log_BS, guess_BS = (side[name] for name in SIDES)
         beyond = loss / labels.clamp(min=1) - level  # of a label
         advantage = labels * (beyond - guess_BS.detach())
-        chosen.append((advantage * side["log_chosen"]).sum())
+        chosen.append((advantage * log_BS).sum())
         foreseen.append(torch.where(labels > 0, (beyond - guess_BS).square(), 0).mean(1))
-    if not chosen:
-        return None
     gain = torch.stack(chosen).sum()
     return Learning(gain - gain.detach(), torch.stack(foreseen).mean(0))

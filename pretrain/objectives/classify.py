@@ -81,8 +81,8 @@ class Classifier(Objective):
             loss_B = share_B * loss_B + (1 - share_B) * other_B
         metrics = {"accuracy": Mean((logits_BY.argmax(1) == labels_B).sum(), valid(labels_B))}
         terms = {"rows": loss_B.sum()}
-        reach = choices.whole(loss_B.detach()[:, None], (labels_B != IGNORE)[:, None])
-        self.add_choices(terms, metrics, hidden.sides, reach, reach)
+        each = loss_B.detach()[:, None], (labels_B != IGNORE)[:, None]
+        self.add_choices(terms, metrics, hidden.sides, *each, choices.whole, choices.whole)
         return self.with_sides(terms, metrics, hidden.sides, batch.get("real"))
 
     def logits(self, pixels_BCHW: Tensor) -> Tensor:

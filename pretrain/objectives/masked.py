@@ -119,8 +119,7 @@ class MaskedLM(Objective):
         terms = {"tokens": losses.total}
         metrics = token_metrics(losses, self.loss.options, chosen.sum())
         each_BS = torch.zeros_like(labels_BS, dtype=losses.each.dtype).masked_scatter(chosen, losses.each)
-        reaches = choices.here(each_BS, chosen), choices.whole(each_BS, chosen)
-        self.add_choices(terms, metrics, hidden.sides, *reaches)
+        self.add_choices(terms, metrics, hidden.sides, each_BS, chosen, choices.here, choices.whole)
         if self.pair is not None:
             terms["pairs"], metrics["pair_accuracy"] = self._pairs(hidden, batch["pair"])
         return self.with_sides(terms, metrics, hidden.sides, batch.get("real"))
