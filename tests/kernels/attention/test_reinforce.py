@@ -90,7 +90,7 @@ def test_blocks_draw_what_the_reference_does(word, x, mask, bias):
 
 
 def test_keys_are_drawn_as_often_as_they_weigh():
-    q, k, v = (torch.randn(1, 1, n, 4, dtype=torch.float64) for n in (1, 5, 5))
+    q, k = (torch.randn(1, 1, n, 4, dtype=torch.float64) for n in (1, 5))
     rows, row = 4000, mechanism("reinforce")
     many = [x.expand(rows, -1, -1, -1) for x in (q, k, torch.eye(5, dtype=torch.float64)[None, None])]
     found = row.drawn["blocks"](*many, Mask(False), draw=drawing(rows, 1))
@@ -117,7 +117,7 @@ def test_without_noise_the_best_key_is_taken():
 @pytest.mark.parametrize("kernel", ["reference", "blocks"])
 def test_who_sees_nothing_draws_nothing(kernel):
     mask = Mask(False, torch.full((2, KEYS), 1), torch.zeros(2, KEYS, dtype=torch.int64))
-    (q, _, v), found, _, slopes = drawn("reinforce", kernel, mask)
+    (_, _, v), found, _, slopes = drawn("reinforce", kernel, mask)
     assert not found.out.any()
     assert not found.log_probability.any()
     assert not any(slope.any() for slope in slopes)

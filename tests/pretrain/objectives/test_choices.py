@@ -22,7 +22,8 @@ NOISE = Noise.at(0, 0, torch.tensor([0]))
 def objective_of(heads=1, layers=2, family="gpt", name="causal", more=None, **data):
     tree = {
         "model": {"family": family, "layers": layers, "hidden": 8, "heads": heads,
-                  "attention": {"mechanism": "reinforce", "kernel": "reference"}, "init": {"std": 0.5, "scheme": "normal"},
+                  "attention": {"mechanism": "reinforce", "kernel": "reference"},
+                  "init": {"std": 0.5, "scheme": "normal"},
                   **(more or {})},
         "objective": {"name": name, "masking": {"pairs": "none"}} if family == "bert" else {"name": name},
         "data": {"seq_len": 3, "tokenizer": {"kind": "bytes"}, **data},
@@ -224,31 +225,41 @@ def test_the_loss_is_told_as_it_is_and_baselines_learn_apart():
     assert float(out.metrics["baseline_error"].sum) > 0
     assert "log_chosen/0" not in out.metrics
     parameters = dict(objective.named_parameters())
-    found = torch.autograd.grad(out.terms["rows"], list(parameters.values()), allow_unused=True)
-    heard = {key for key, g in zip(parameters, found, strict=True) if g is not None}
-    assert heard == {key for key in parameters if "baseline" in key}
+    baselines = {key for key in parameters if "baseline" in key}
+    for term, heard in (("rows", baselines), ("tokens", parameters.keys() - baselines)):
+        found = torch.autograd.grad(out.terms[term], list(parameters.values()), allow_unused=True)
+        assert {key for key, g in zip(parameters, found, strict=True) if g is not None} == heard
     assert "rows" not in objective(batch).terms  # nothing is drawn in evaluation
 
 
-def test_training_learns_which_key_to_choose():
-    """Rows of random tokens, the last of which must be the first again: who asks anything else than place 0 knows
-    nothing, and is at log 6 at best."""
-    more = {"activation": "gelu", "init": {"scheme": "gpt2", "std": 0.1}, "hidden": 32}
-    objective = objective_of(1, 1, more=more, seq_len=4)
-    optimizer = torch.optim.AdamW(objective.parameters(), 0.02)
-    losses = []
-    for step in range(80):
-        tokens = torch.randint(1, VOCAB, (64, 4), generator=torch.Generator().manual_seed(step))
+def trained(steps=50):
+    """Losses of training on rows of random tokens, the last of which must be the first again; and the share of rows
+    whose last place looks at the first one."""
+    more = {"init": {"scheme": "normal", "std": 0.1}, "hidden": 32, "attention": {"mechanism": "reinforce"}}
+    objective, rows = without_baseline(objective_of(layers=1, more=more, seq_len=4)), 256
+    objective.level = math.log(VOCAB)
+    optimizer, losses = torch.optim.AdamW(objective.parameters(), 0.01, (0.9, 0.95)), []
+    for step in range(steps):
+        tokens = torch.randint(1, VOCAB, (rows, 4), generator=torch.Generator().manual_seed(step))
         tokens[:, -1] = 0
         labels = torch.full_like(tokens, -100)
         labels[:, -1] = tokens[:, 0]
-        terms = objective({"tokens": tokens, "labels": labels}, Noise.at(0, step, torch.arange(64))).terms
+        noise = Noise.at(0, step, torch.arange(rows))
+        terms = objective({"tokens": tokens, "labels": labels}, noise).terms
         optimizer.zero_grad()
-        (torch.stack(list(terms.values())).sum() / 64).backward()
+        (torch.stack(list(terms.values())).sum() / rows).backward()
         optimizer.step()
-        losses.append(terms["tokens"].item() / 64)
-    assert losses[0] > 1.7
-    print(losses[::8])
-    assert sum(losses[-5:]) / 5 < 0.5
+        losses.append(terms["tokens"].item() / rows)
     weights = objective.attention_maps({"tokens": tokens})
-    assert (weights[0, :, 0, -1].argmax(-1) == 0).double().mean() > 0.95
+    return losses, (weights[0, :, 0, -1].argmax(-1) == 0).double().mean()
+
+
+def test_training_learns_which_key_to_choose(monkeypatch):
+    losses, right = trained()
+    assert losses[0] > 1.9
+    assert max(losses[-5:]) < 0.1
+    assert right > 0.99
+    monkeypatch.setattr(base.Objective, "add_choices", lambda *_: None)
+    losses, _ = trained()
+    # Scores stay as they were: a place is drawn one time in four, and of the other tokens nothing is known.
+    assert min(losses[-5:]) > 0.75 * math.log(6) - 0.2
