@@ -20,7 +20,7 @@ from headway.kernels.precision import product_dtype
 IGNORE = -100
 """Label of a row that is not scored."""
 
-RowLoss = Callable[..., tuple[Tensor, Tensor, Tensor]]
+RowLoss = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 class Options(NamedTuple):
@@ -38,17 +38,19 @@ class Options(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Sums over rows whose label is not IGNORE, 0-dim, fp32 or fp64.
+    """Sums over rows whose label is not IGNORE, 0-dim, and what they are sums of, fp32 or fp64.
 
     Attributes:
         total: cross-entropy in nats plus z_loss x squared log-partition.
         z: the second part alone, weighted, without gradient.
         correct: rows whose likeliest word is the label; 0 if not asked for.
+        each: [N], a row's part of the first sum, 0 of a row that is not scored, without gradient.
     """
 
     total: Tensor
     z: Tensor
     correct: Tensor
+    each: Tensor
 
 
 def linear_cross_entropy(
@@ -91,8 +93,9 @@ def row_loss(
     gradients: bool,
     smoothing: float = 0.0,
     accuracy: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of cross-entropy, of weighted squared log-partition, and of rows whose likeliest word is the label.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums of cross-entropy, of weighted squared log-partition, and of rows whose likeliest word is the label; and of
+    every row the first two together, [N].
 
     With `gradients`, the gradient of their sum by the logits takes the logits' place in memory. Written to be fused
     by the compiler, and with few passes over memory where it is not compiled.
@@ -105,8 +108,8 @@ def row_loss(
     lse = wide.gather(1, target) - picked
     correct = ((wide.argmax(1) == labels_N) & valid.squeeze(1)).sum() if accuracy else valid.new_zeros(())
     chosen = picked if smoothing == 0 else (1 - smoothing) * picked + smoothing * log_p.mean(1, keepdim=True)
-    nll = -torch.where(valid, chosen, 0).sum()
-    z = torch.where(valid, lse.square(), 0).sum() * z_loss
+    each_nll, each_z = torch.where(valid, chosen, 0), torch.where(valid, lse.square(), 0)
+    nll, z = -each_nll.sum(), each_z.sum() * z_loss
     if gradients:
         slope = torch.where(valid, 1 + 2 * z_loss * lse, 0)
         gradient = log_p.exp_().mul_(slope)
@@ -118,7 +121,7 @@ def row_loss(
         else:
             gradient.scatter_add_(1, target, (smoothing - 1) * valid.to(wide.dtype))
         logits_NV.copy_(gradient)
-    return nll, z, correct.to(wide.dtype)
+    return nll, z, correct.to(wide.dtype), (each_z * z_loss - each_nll).squeeze(1)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -132,7 +135,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if gradients:
             ctx.save_for_backward(*slopes)
             ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(losses.z, losses.correct)
+        ctx.mark_non_differentiable(losses.z, losses.correct, losses.each)
         return tuple(losses)
 
     @staticmethod
@@ -152,6 +155,7 @@ def _over_chunks(x, w, bias, labels, options, chunk, compute, gradients):
     chunk = chunk or chunk_rows(w.shape[0], w.element_size(), device.type)
     rows = max(1, -(-count // max(1, -(-count // chunk))))  # chunks of one size, as far as rows divide
     total, z_total, correct = (torch.zeros((), dtype=wide, device=device) for _ in range(3))
+    each = torch.empty(count, dtype=wide, device=device)
     logits = x.new_empty(rows, w.shape[0])
     d_hidden = torch.empty_like(x) if gradients else None
     d_weight = torch.zeros_like(w, dtype=wide) if gradients else None
@@ -164,7 +168,8 @@ def _over_chunks(x, w, bias, labels, options, chunk, compute, gradients):
         if bias is not None:
             slope += bias
         chosen = labels[start : start + rows]
-        nll, z, hits = compute(slope, chosen, options.z_loss, gradients, options.smoothing, options.accuracy)
+        asked = options.z_loss, gradients, options.smoothing, options.accuracy
+        nll, z, hits, each[start : start + rows] = compute(slope, chosen, *asked)
         total, z_total, correct = total + nll + z, z_total + z, correct + hits
         if d_hidden is None or d_weight is None:
             continue
@@ -175,4 +180,4 @@ def _over_chunks(x, w, bias, labels, options, chunk, compute, gradients):
             d_weight.addmm_(slope.T, part)
         else:  # a narrow sum over chunks would lose bits
             d_weight += torch.mm(slope.T, part, out=product)
-    return Losses(total, z_total, correct), (d_hidden, d_weight, d_bias)
+    return Losses(total, z_total, correct, each), (d_hidden, d_weight, d_bias)

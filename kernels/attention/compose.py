@@ -70,7 +70,8 @@ class Form(NamedTuple):
         if self.weighting.draws:
             every = slice(0, q.shape[0]), slice(0, q.shape[1]), slice(0, q.shape[2])
             noise = x["draw"].gumbel(*every, torch.arange(k.shape[2], device=k.device))
-            scores = (scores if noise is None else scores + noise.to(scores.dtype)) / x["temperature"]
+            scores = scores if noise is None else scores + noise.to(scores.dtype)
+            scores = scores / x.get("temperature", 1.0)
         seen = lower(mask, q.shape[2], k.shape[2], q.device)
         own = None if self.own is None else x[self.own]
         return self.score.mix(weigh(self.weighting, scores, seen, own), x)

@@ -192,13 +192,11 @@ def described(
 ) -> Description:
     """What the operators take beside queries, keys and values."""
     assert mask.shift is None, "parts of a sequence are for row blocks"
-    drop = (0.0, None, None, None, 0, 0) if dropout is None else tuple(dropout)
-    called = "" if mask.strip or mask.scope is None else _called(mask.scope)
-    scores = score_scale(scale, q_BHQD), cap or 0.0
-    places = mask.triangular, mask.window or 0, called
-    return Description(
-        *scores, *places, mask.documents, mask.key_documents, mask.prefix, *flat(slopes), *drop
-    )
+    given: list[Any] = [score_scale(scale, q_BHQD), cap or 0.0, mask.triangular, mask.window or 0]
+    given += ["" if mask.strip or mask.scope is None else _called(mask.scope)]
+    given += [mask.documents, mask.key_documents, mask.prefix, *flat(slopes)]
+    given += (0.0, None, None, None, 0, 0) if dropout is None else dropout
+    return Description(*given)
 
 
 @torch.compiler.disable

@@ -121,6 +121,8 @@ class Mechanism:
         supports: out of `ALL` and `SPREAD`, `maps` (weights exist), `entropy`.
         weights: (q, k, mask, scale, bias, **extras) -> attention weights [B, H, Q, S], if there are any.
         entropy: (q, k, mask, scale, bias) -> mean entropy of a sample's rows [B], differentiable, in memory O(S).
+        drawn: (q, k, v, mask, scale, bias, **extras) -> `reinforce.Drawn`, by kernel, where scores learn by the
+            log-probability of what is drawn alone; empty elsewhere. The loss must weigh it.
         part: what the word adds to a composition.
         draws: whether its kernels take `draw`, what random numbers are a function of (`draw.Draw`).
         estimated: whether its gradients are estimates of what finite differences would give.
@@ -142,6 +144,7 @@ class Mechanism:
     gates: Mapping[str, Callable[[Shape], int]] = field(default_factory=dict)
     weights: Callable[..., Tensor] | None = None
     entropy: Callable[..., Tensor] | None = None
+    drawn: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     part: Any = None
     draws: bool = False
     estimated: bool = False
@@ -202,4 +205,15 @@ def mechanism(name: str) -> Mechanism:
         if any(other.kind == row.kind for other in others) or len(others) + 1 != len(rows):
             rule = f"of each kind one word; {row.name!r} says the {row.kind}, as another does"
             raise UnknownWord(name, rule, row.name)
+    _check_draws(name, rows)
     return composed(name, rows)
+
+
+def _check_draws(name: str, rows: list[Mechanism]) -> None:
+    """Raise UnknownWord where a key is to be drawn by scores that are not one product a head."""
+    drawing = next((row for row in rows if row.kind == "weights" and row.draws), None)
+    for row in rows if drawing else ():
+        if row.kind == "score" and not (row.part.score.rows and row.part.score.even):
+            assert drawing is not None
+            rule = f"{drawing.name!r} draws keys by one product of queries and keys a head, {row.name!r} has another"
+            raise UnknownWord(name, rule, drawing.name)

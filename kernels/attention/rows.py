@@ -110,7 +110,7 @@ class Piece(NamedTuple):
         return self.part.bias(bias, self.heads)
 
 
-def _pieces(task: Task, x: Operands) -> Iterator[Piece]:
+def pieces(task: Task, x: Operands) -> Iterator[Piece]:
     """All that is to be computed of a phase."""
     b, h, length = x.q.shape[:3]
     for part in parts(task.mask, length, x.k.shape[2]):
@@ -172,8 +172,8 @@ def _outputs(task: Task, x: Operands) -> tuple[Tensor, Tensor]:
     shape = x.q.shape[:3]
     out = torch.zeros(*shape, x.v.shape[-1], dtype=x.v.dtype, device=x.q.device)
     threshold = torch.full(shape, -torch.inf, dtype=x.wide, device=x.q.device)
-    for piece in _pieces(task, x):
-        scores = _scores(task, x, piece)[0]
+    for piece in pieces(task, x):
+        scores = scores_of(task, x, piece)[0]
         here = task.weighting.threshold(scores, None if x.own is None else x.own[piece.heads])
         weights = task.weighting.used(task.weighting.weigh_(scores, _finite(here)))
         if task.dropout is not None:
@@ -200,7 +200,7 @@ def _merge(out: Tensor, lse: Tensor, some: Tensor, more: Tensor) -> None:
     lse.copy_(both)
 
 
-def _scores(task: Task, x: Operands, piece: Piece) -> tuple[Tensor, Tensor | None]:
+def scores_of(task: Task, x: Operands, piece: Piece) -> tuple[Tensor, Tensor | None]:
     """Scores [B, H, Q, K] in fp32 or wider, which may be overwritten, -inf where nothing is seen; and the tanh of a
     cap, for its gradient."""
     scores = (piece.queries(x.q) @ piece.keys(x.k).mT).to(x.wide).mul_(task.scale)
@@ -240,7 +240,7 @@ def gradients(task: Task, x: Operands, out: Tensor, threshold: Tensor, d_out: Te
             move.add(total["v"], d_v)
             continue
         scaled = d_out if task.dropout is None else d_out * random.kept_scale(task.dropout.p)
-        for piece in _pieces(phase, x):
+        for piece in pieces(phase, x):
             _pull(phase, x, piece, threshold, delta, scaled, total)
     return [None if value is None else total[name].to(value.dtype) for name, value in x._asdict().items()]
 
@@ -263,8 +263,8 @@ def _pull(
 ) -> None:
     """Add a piece's gradients to the total."""
     part, here, narrow = piece.part, (piece.rows, piece.heads), x.q.dtype
-    q, k, v, d = piece.queries(x.q), piece.keys(x.k), piece.keys(x.v), piece.queries(d_out)
-    scores, bent = _scores(task, x, piece)
+    v, d = piece.keys(x.v), piece.queries(d_out)
+    scores, bent = scores_of(task, x, piece)
     weights = task.weighting.weigh_(scores, piece.queries(threshold))
     d_weights, dropped = (d @ v.mT).to(x.wide), task.weighting.used(weights)
     if task.dropout is not None:
@@ -274,10 +274,23 @@ def _pull(
     d_scores = task.weighting.pull_(weights, d_weights, piece.queries(delta))
     if task.draw is not None:
         d_scores = d_scores.div_(task.temperature)
+    pull_scores(task, x, piece, d_scores, bent, total)
+
+
+def pull_scores(
+    task: Task,
+    x: Operands,
+    piece: Piece,
+    d_scores: Tensor,
+    bent: Tensor | None,
+    total: dict[str, Tensor],
+) -> None:
+    """Add what a piece's gradient of its scores gives bias, queries and keys; it may be overwritten."""
+    part, here = piece.part, (piece.rows, piece.heads)
     if x.bias is not None:
         part.add(total["bias"][piece.heads, part.queries], d_scores.sum(0), 2)
     if bent is not None:
         d_scores = d_scores.mul_(1 - bent.square_())
-    d_scores = d_scores.mul_(task.scale).to(narrow)
-    piece.queries(total["q"]).add_(d_scores @ k)
-    part.add(total["k"][here], d_scores.mT @ q, 2)
+    d_scores = d_scores.mul_(task.scale).to(x.q.dtype)
+    piece.queries(total["q"]).add_(d_scores @ piece.keys(x.k))
+    part.add(total["k"][here], d_scores.mT @ piece.queries(x.q), 2)

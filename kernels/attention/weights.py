@@ -18,10 +18,12 @@ class Weighting:
     Attributes:
         merges: whether rows whose keys come in parts can be merged by their log-sum-exp.
         draws: whether scores are perturbed at random, and divided by a temperature, before they are weighed.
+        scored: whether scores learn by the log-probability of what was drawn (`reinforce`), not by back-propagation.
     """
 
     merges = True
     draws = False
+    scored = False
 
     def threshold(self, scores_RK: Tensor, own_H: Tensor | None = None) -> Tensor:
         """What a row's weights need beside its scores, [R]: the log-sum-exp."""
@@ -122,6 +124,15 @@ class Hard(Weighting):
     def pull_(self, weights_RK: Tensor, d_weights_RK: Tensor, delta_R: Tensor) -> Tensor:
         delta = (weights_RK * d_weights_RK).sum(-1)  # not of what was used
         return super().pull_(weights_RK, d_weights_RK, delta)
+
+
+class Reinforced(Hard):
+    """One key, drawn as `Hard` does; back-propagation gives the scores nothing (Xu et al. 2015, section 4.1)."""
+
+    scored = True
+
+    def pull_(self, weights_RK: Tensor, d_weights_RK: Tensor, delta_R: Tensor) -> Tensor:
+        return d_weights_RK.zero_()
 
 
 @torch.no_grad()

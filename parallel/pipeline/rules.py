@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from headway.kernels.attention.registry import mechanism
 from headway.parallel.mesh import Layout, rows_per_micro_batch
 from headway.pretrain.config import Job
 from headway.pretrain.data.ramp import BatchSizes
@@ -78,6 +79,10 @@ def check(job: Job, layout: Layout) -> None:
             f"with {virtual} stage(s) a rank there are {stages} stages, and only {blocks} blocks to fill them"
         )
         raise JobError("parallel.pipeline", layout.pipeline, rule, max(1, blocks // virtual))
+    for word in job.model.attention.mechanisms:
+        if mechanism(word).drawn:
+            rule = f"model.attention has {word!r}, and what it drew is not sent from stage to stage"
+            raise JobError("parallel.pipeline", layout.pipeline, rule, 1)
     if job.model.init.lsuv:
         rule = "measures layer after layer in one process: not with parallel.pipeline above 1"
         raise JobError("model.init.lsuv", True, rule, False)

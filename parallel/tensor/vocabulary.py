@@ -25,7 +25,7 @@ def row_loss_over(first: int, vocabulary: int, group: str) -> RowLoss:
         gradients: bool,
         smoothing: float = 0.0,
         accuracy: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wide = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
         valid = (labels_N != IGNORE).unsqueeze(1)
         here = labels_N.unsqueeze(1) - first
@@ -43,8 +43,8 @@ def row_loss_over(first: int, vocabulary: int, group: str) -> RowLoss:
         chosen = picked - lse
         if smoothing:
             chosen = (1 - smoothing) * chosen + smoothing * (every[0] / vocabulary - lse)
-        nll = -torch.where(valid, chosen, 0).sum()
-        z = torch.where(valid, lse.square(), 0).sum() * z_loss
+        each_nll, each_z = torch.where(valid, chosen, 0), torch.where(valid, lse.square(), 0)
+        nll, z = -each_nll.sum(), each_z.sum() * z_loss
         correct = valid.new_zeros(())
         if accuracy:
             place = torch.where(own_top == top, wide.argmax(1, keepdim=True) + first, vocabulary)
@@ -56,6 +56,6 @@ def row_loss_over(first: int, vocabulary: int, group: str) -> RowLoss:
                 gradient = gradient - valid.to(wide.dtype) * (smoothing / vocabulary)
             gradient.scatter_add_(1, target, (smoothing - 1) * mine.to(wide.dtype))
             logits_NV.copy_(gradient)
-        return nll, z, correct.to(wide.dtype)
+        return nll, z, correct.to(wide.dtype), (each_z * z_loss - each_nll).squeeze(1)
 
     return compute

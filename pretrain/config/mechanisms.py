@@ -40,11 +40,27 @@ def check_attention(job: Job) -> None:
         for need in _needs(job):
             if need not in row.supports:
                 raise JobError(field, word, f"cannot: {WHY[need]}", _nearest(_needs(job)))
+        if row.drawn:
+            _check_drawn(job, field, word)
         if "images" in row.supports and job.model.family != "vit":
             raise JobError(field, word, WHY["images"], "dense")
         if attention.kernel != "auto" and attention.kernel not in row.kernels:
             rule = f"{word} attention has the kernels {', '.join(row.kernels)}"
             raise JobError("model.attention.kernel", attention.kernel, rule, "auto")
+
+
+def _check_drawn(job: Job, field: str, word: str) -> None:
+    """Raise JobError where the loss that drawn choices are to lower is not known, choice by choice."""
+    m, name = job.model, job.objective.name
+    pairs = name == "masked" and job.objective.masking.pairs != "none"
+    rule = None
+    if m.family == "t5" or name == "mae" or pairs:
+        lack = "masked with pairs" if pairs else name
+        rule = f"learns by a loss of places or rows that choices are weighed by, which objective {lack} does not tell"
+    elif m.experts.count:
+        rule = "learns by the loss alone, and what balances experts (model.experts) would depend on the choices too"
+    if rule:
+        raise JobError(field, word, rule, word.replace("reinforce", "hard"))
 
 
 def _nearest(needs: list[str]) -> str:

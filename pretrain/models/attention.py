@@ -5,7 +5,7 @@ Shapes: B batch, S sequence, M encoder's sequence, E hidden size, H query heads,
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from headway.kernels.attention.dense import WeightDropout
 from headway.kernels.attention.draw import Draw
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.registry import Mechanism, Shape, mechanism
+from headway.kernels.attention.reinforce import Drawn
 from headway.kernels.attention.scores import Extras
 from headway.kernels.attention.slopes import Bias, Slopes, part_of
 from headway.kernels.attention.span import spans
@@ -63,6 +64,24 @@ class Core(nn.Module):
         compute = kernel.compute if kernel.traced else torch.compiler.disable(kernel.compute)
         return compute(q_BHSD, k_BKMD, v_BKMD, mask, dropout, self.scale, bias_HSM, **extras)
 
+    def drawn(
+        self,
+        q_BHSD: Tensor,
+        k_BKMD: Tensor,
+        v_BKMD: Tensor,
+        mask: Mask,
+        bias_HSM: Bias | None = None,
+        own: Extras | None = None,
+    ) -> Drawn:
+        """As `forward`, with the log-probabilities of what is drawn, of mechanisms that learn by them."""
+        assert mask.split is None, "rules refuse columns of a sequence"
+        kernel = choose(self.row, self.request, device=q_BHSD.device.type, dtype=q_BHSD.dtype)
+        extras = {**self.settings, **(own or {})}
+        found: Drawn = self.row.drawn[kernel.name](
+            q_BHSD, k_BKMD, v_BKMD, mask, self.scale, bias_HSM, **extras
+        )
+        return found
+
     @property
     def has_weights(self) -> bool:
         return self.row.weights is not None
@@ -107,6 +126,36 @@ class Own(nn.Module):
         return {name: getattr(self, name) for name in self.names}
 
 
+class Choice(NamedTuple):
+    """What was drawn at every place in training, for the loss.
+
+    Attributes:
+        log_BS: log-probability of the keys that a place's heads drew, together.
+        baseline_BS: what the loss was expected to be before they were drawn.
+    """
+
+    log_BS: Tensor
+    baseline_BS: Tensor
+
+
+class Baseline(nn.Module):
+    """w.x + b of a layer's input: what the loss is expected to be before the layer draws.
+
+    Heads share it, for they share the loss. Its gradient stays out of the model, which would else change to be easier
+    to foresee (Mnih et al. 2014, section 3; Xu et al. 2015 have a moving average).
+    """
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden))
+        self.bias = nn.Parameter(torch.empty(1))
+
+    def forward(self, x_BSE: Tensor) -> Tensor:
+        """[B, S]"""
+        x_BSE = x_BSE.detach().to(self.weight.dtype)
+        return (x_BSE * self.weight).sum(-1) + self.bias
+
+
 class Attention(nn.Module):
     """Multi-head, grouped-query or multi-query attention, of a sequence to itself or to an encoder's output.
 
@@ -140,6 +189,7 @@ class Attention(nn.Module):
         self.draws, self.composed = row.draws, row.part is not None
         if row.draws:
             self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.baseline = Baseline(model.hidden) if row.drawn else None
         self.core = Core(model.attention, word, seat.layer)
         # A mechanism that sorts tokens, or cuts queries as it cuts keys, answers for every place; the first are kept.
         self.every_query = row.kind == "heads" and "cross" not in row.supports
@@ -155,8 +205,9 @@ class Attention(nn.Module):
         bias_HSM: Bias | None = None,
         memory_BME: Tensor | None = None,
         queries: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Returns [B, S, E], and the mean entropy of attention rows [B] in nats if the loss wants it.
+    ) -> tuple[Tensor, Tensor | Choice | None]:
+        """Returns [B, S, E], and the mean entropy of attention rows [B] in nats if the loss wants it; in training what
+        was drawn, of mechanisms that learn by it.
 
         `queries`: how many places ask, from the first on; all if None. Then S is their number, and the mask has no
         documents.
@@ -183,9 +234,15 @@ class Attention(nn.Module):
             asking = turn if queries is None else Rotation(*(t[..., :queries, :] for t in turn))
             q_BHSD, k_BKMD = rotate(q_BHSD, asking), rotate(k_BKMD, turn)
         dropout, own = self._weight_dropout(noise, x_BSE.shape[1]), self._own(x_BSE, noise)
-        y_BHSD = self.core(q_BHSD, k_BKMD, v_BKMD, mask, dropout, bias_HSM, own)
-        entropy = self.core.entropy(q_BHSD, k_BKMD, mask, bias_HSM, own) if self.wants_entropy else None
-        return self.o(y_BHSD[:, :, :first].transpose(1, 2).flatten(2)), entropy
+        beside: Tensor | Choice | None = None
+        if self.baseline is not None and noise is not None:
+            y_BHSD, log_BHS = self.core.drawn(q_BHSD, k_BKMD, v_BKMD, mask, bias_HSM, own)
+            beside = Choice(log_BHS.sum(1), self.baseline(x_BSE))
+        else:
+            y_BHSD = self.core(q_BHSD, k_BKMD, v_BKMD, mask, dropout, bias_HSM, own)
+            if self.wants_entropy:
+                beside = self.core.entropy(q_BHSD, k_BKMD, mask, bias_HSM, own)
+        return self.o(y_BHSD[:, :, :first].transpose(1, 2).flatten(2)), beside
 
     def mean_span(self) -> Tensor | None:
         """Mean learned span of the heads here as a share of the longest, 0-dim; None where none is learned."""

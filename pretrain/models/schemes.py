@@ -104,7 +104,7 @@ def rule(name: str, shape: tuple[int, ...], model: config.Model) -> Fill:
         return Fill("unit")
     if layer.endswith("_conv"):  # as torch's convolutions
         return Fill("uniform", shape[-1] ** -0.5)
-    if layer in LOOKS:
+    if layer in LOOKS or layer == "baseline":
         return ZEROS
     if layer.endswith("_scale"):
         assert model.layer_scale is not None, name

@@ -261,6 +261,7 @@ def _heads(model: Model, seat: Seat, queries: int, keys: int) -> list[Cost]:
     return [
         *projections(model, queries, keys),
         *(linear(model.hidden, width, model.bias, queries, int(model.spectral)) for width in gates),
+        linear(model.hidden, 1, True, queries) if row.drawn else Cost(),
         Cost(own, row.flops(shape)),
     ]
 

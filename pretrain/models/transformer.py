@@ -15,7 +15,7 @@ from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.slopes import Bias
 from headway.kernels.rotary import Rotation
 from headway.pretrain import config
-from headway.pretrain.models.attention import Attention
+from headway.pretrain.models.attention import Attention, Choice
 from headway.pretrain.models.columns import Columns
 from headway.pretrain.models.layers import MLP, Dropout, Noise, StochasticDepth, build_norm
 from headway.pretrain.models.mixers import build_mixer
@@ -102,12 +102,14 @@ class Block(nn.Module):
     def _attend(self, x_BSE: Tensor, context: Context, side: Side) -> Tensor:
         noise = context.noise
         inputs = self.attention_norm(x_BSE) if self.pre else x_BSE
-        added, entropy = self.attention(
+        added, beside = self.attention(
             inputs, context.mask, context.turn, noise, context.bias_HSS, queries=context.outputs
         )
         x_BSE = x_BSE[:, : context.outputs]
-        if entropy is not None:
-            side["attention_entropy"] = entropy
+        if isinstance(beside, Choice):
+            side["log_chosen"], side["baseline"] = beside
+        elif beside is not None:
+            side["attention_entropy"] = beside
         span = self.attention.mean_span() if isinstance(self.attention, Attention) else None
         if span is not None:
             side["attention_span"] = span.expand(len(x_BSE))

@@ -22,6 +22,8 @@ from headway.pretrain.models.moe import MoE
 from headway.pretrain.models.routing import Side
 from headway.pretrain.models.spectral import SpectralLinear
 from headway.pretrain.models.transformer import Stack
+from headway.pretrain.objectives import choices
+from headway.pretrain.objectives.choices import ReachOf
 from headway.pretrain.optim.sharded import local, whole
 
 
@@ -58,11 +60,13 @@ class Objective(nn.Module):
         towers: names of the model's towers, in order of computation.
         remembered: whether every block of a later tower reads what the tower before it gave, and not the first alone.
         weights: weight in the loss of what blocks give beside, by name.
+        level: loss of a label where nothing is known, a constant of baselines (see `choices`).
     """
 
     scored = "tokens"
     towers: tuple[str, ...] = ("model",)
     remembered = False
+    level = 0.0
 
     def __init__(self, model: nn.Module, shape: config.Model) -> None:
         super().__init__()
@@ -142,7 +146,7 @@ class Objective(nn.Module):
         Args:
             real_B: bool, false for rows that statistics leave out; all rows if not given.
         """
-        named = [(i, name) for i, side in enumerate(sides) for name in side]
+        named = [(i, name) for i, side in enumerate(sides) for name in side if name not in choices.SIDES]
         for name in dict.fromkeys(name for _, name in named):
             layers = [i for i, other in named if other == name]
             if name in self.weights:
@@ -154,6 +158,31 @@ class Objective(nn.Module):
             for i in layers:
                 metrics[f"{name}/{i}"] = _mean(sides[i][name], real_B)
         return LossOutput(terms, metrics)
+
+    def add_choices(
+        self,
+        terms: dict[str, Tensor],
+        metrics: dict[str, Mean],
+        sides: list[Side],
+        loss_BS: Tensor,
+        counts_BS: Tensor,
+        last: ReachOf,
+        others: ReachOf,
+    ) -> None:
+        """Add to the terms what choices learn by, where any were drawn.
+
+        Args:
+            loss_BS: of every place, without gradient, 0 where nothing is scored; `counts_BS` says where.
+            last, others: how far choices of the last block reach, and those of the others; see `choices.learn`.
+        """
+        if not any(choices.SIDES[0] in side for side in sides):
+            return
+        reaches = last(loss_BS, counts_BS), others(loss_BS, counts_BS)
+        found = choices.learn(sides, *reaches, self.level)
+        metrics["baseline_error"] = _mean(found.foreseen, None)
+        terms[self.scored] = terms[self.scored] + found.chosen
+        error = found.foreseen.sum()
+        terms["rows"] = terms.get("rows", 0) + error - error.detach()
 
     def after_update(self, metrics: Mapping[str, Tensor]) -> None:
         """What follows an optimizer step: experts are balanced, spectral norms are followed.

@@ -6,6 +6,7 @@ Shapes: B batch, S sequence, E hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -24,6 +25,7 @@ from headway.pretrain.models.gpt import GPT
 from headway.pretrain.models.hidden import Hidden
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Linear, Noise, narrowed
+from headway.pretrain.objectives import choices
 from headway.pretrain.objectives.base import (
     ALL,
     ChunkedLoss,
@@ -57,6 +59,7 @@ class CausalLM(Objective):
         self.loss = ChunkedLoss(job.objective)
         self.isolate = job.data.documents == "isolate"
         self.settings, self.specials = job.objective, specials
+        self.level = math.log(inputs.vocab)
 
     @property
     def head_weight(self) -> Tensor:
@@ -81,8 +84,10 @@ class CausalLM(Objective):
     def score(self, batch: Batch, hidden: Hidden, noise: Noise | None = None) -> LossOutput:
         labels_BS = batch["labels"]
         losses = self.loss(self._scaled(hidden.final), self.head_weight, labels_BS)
-        metrics = token_metrics(losses, self.loss.options, valid(labels_BS))
-        return self.with_sides({"tokens": losses.total}, metrics, hidden.sides, batch.get("real"))
+        terms, metrics = {"tokens": losses.total}, token_metrics(losses, self.loss.options, valid(labels_BS))
+        each_BS, reaches = losses.each.view_as(labels_BS), (choices.here, choices.onward)
+        self.add_choices(terms, metrics, hidden.sides, each_BS, labels_BS != IGNORE, *reaches)
+        return self.with_sides(terms, metrics, hidden.sides, batch.get("real"))
 
     def _scaled(self, final: Tensor) -> Tensor:
         return final if self.head_scale == 1 else final * self.head_scale

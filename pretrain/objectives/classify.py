@@ -5,6 +5,7 @@ Shapes: B batch, N patches, E hidden size, Y classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Linear, Noise
 from headway.pretrain.models.moe import MoE
 from headway.pretrain.models.vit import ViT
+from headway.pretrain.objectives import choices
 from headway.pretrain.objectives.base import ALL, LossOutput, Mean, Objective, passed, real_rows, valid
 
 
@@ -42,6 +44,7 @@ class Classifier(Objective):
         self.pool, self.first = job.objective.pool, int(shape.vision.class_token)
         self.smoothing = job.objective.label_smoothing
         self.read = inputs.length
+        self.level = math.log(inputs.classes)
         # Only the class token is read, so the last block computes nothing else; what balances experts or holds
         # entropies is about all patches.
         last: Any = self.model.blocks[-1]
@@ -77,7 +80,10 @@ class Classifier(Objective):
             share_B = batch["share"].to(loss_B.dtype)
             loss_B = share_B * loss_B + (1 - share_B) * other_B
         metrics = {"accuracy": Mean((logits_BY.argmax(1) == labels_B).sum(), valid(labels_B))}
-        return self.with_sides({"rows": loss_B.sum()}, metrics, hidden.sides, batch.get("real"))
+        terms = {"rows": loss_B.sum()}
+        each = loss_B.detach()[:, None], (labels_B != IGNORE)[:, None]
+        self.add_choices(terms, metrics, hidden.sides, *each, choices.whole, choices.whole)
+        return self.with_sides(terms, metrics, hidden.sides, batch.get("real"))
 
     def logits(self, pixels_BCHW: Tensor) -> Tensor:
         """[B, Y], fp32 or fp64."""

@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, E hidden size, V vocabulary, M predicted tokens of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -26,6 +27,7 @@ from headway.pretrain.models.columns import Columns
 from headway.pretrain.models.hidden import Hidden
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Linear, Noise, build_norm, narrowed
+from headway.pretrain.objectives import choices
 from headway.pretrain.objectives.base import (
     ALL,
     ChunkedLoss,
@@ -83,6 +85,7 @@ class MaskedLM(Objective):
         self.loss = ChunkedLoss(job.objective, accuracy=True)
         self.settings, self.specials, self.starts = job.objective.masking, specials, starts
         self.isolate = job.data.documents == "isolate"
+        self.level = math.log(inputs.vocab)
 
     @property
     def head_weight(self) -> Tensor:
@@ -115,6 +118,8 @@ class MaskedLM(Objective):
         )
         terms = {"tokens": losses.total}
         metrics = token_metrics(losses, self.loss.options, chosen.sum())
+        each_BS = torch.zeros_like(labels_BS, dtype=losses.each.dtype).masked_scatter(chosen, losses.each)
+        self.add_choices(terms, metrics, hidden.sides, each_BS, chosen, choices.here, choices.whole)
         if self.pair is not None:
             terms["pairs"], metrics["pair_accuracy"] = self._pairs(hidden, batch["pair"])
         return self.with_sides(terms, metrics, hidden.sides, batch.get("real"))

@@ -27,10 +27,13 @@ def whole(x, w, labels, z_loss):
 @pytest.mark.parametrize("chunk", [1, 8, 37, 100, None])
 def test_value_and_gradients(z_loss, chunk):
     x, w, labels = sample()
-    total, z, _ = linear_cross_entropy(x, w, labels, Options(z_loss), chunk)
+    total, z, _, each = linear_cross_entropy(x, w, labels, Options(z_loss), chunk)
     expected, expected_z = whole(x, w, labels, z_loss)
     torch.testing.assert_close((total, z), (expected, expected_z), rtol=1e-12, atol=1e-12)
     assert not z.requires_grad
+    rows = [whole(x[i : i + 1], w, labels[i : i + 1], z_loss)[0].detach() for i in range(len(x))]
+    torch.testing.assert_close(each, torch.stack(rows), rtol=1e-12, atol=1e-12)
+    assert not each.requires_grad
     ours, theirs = (torch.autograd.grad(y * 0.37, (x, w)) for y in (total, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
 
@@ -123,6 +126,8 @@ def test_bias_smoothing_and_accuracy(chunk):
     expected = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum", label_smoothing=0.1)
     expected = expected + 0.01 * logits.logsumexp(-1)[valid].square().sum()
     torch.testing.assert_close(found.total, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.each.sum(), found.total.detach(), rtol=1e-12, atol=1e-12)
+    assert not found.each[~valid].any()
     assert found.correct == (logits.argmax(1) == labels)[valid].sum()
     ours, theirs = (torch.autograd.grad(y, (x, w, b)) for y in (found.total, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)

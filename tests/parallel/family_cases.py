@@ -167,11 +167,19 @@ CASES: dict[str, dict[str, Any]] = {
             "dropout": 0.1, "window": 5, "stride": 4, "summaries": 1}},
         "data": {"documents": "isolate"},
     },
+    "choices": {
+        "model": {"layers": 4, "unique_layers": 2, "positions": "alibi", "kv_heads": 1, "attention": {
+            "pattern": ["window+softcap+reinforce", "reinforce"], "window": 5}},
+        "data": {"documents": "isolate"},
+    },
     "linear": {
         "model": {"layers": 5, "attention": {"pattern": ["gla", "delta", "performer", "rfa", "linear"], "features": 8}},
         "data": {"documents": "isolate"},
     },
 }  # fmt: skip
+
+UNCUT = tuple(name for name in CASES if name != "choices")
+"""Those that tensor, pipeline and context parallelism take."""
 
 
 Tree = dict[str, Any]

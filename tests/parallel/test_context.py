@@ -23,7 +23,7 @@ from headway.parallel.planner import traffic as formulas
 from headway.pretrain import config
 from headway.pretrain.errors import JobError
 from headway.pretrain.models.attention import Core
-from headway.tests.parallel.family_cases import CASES, job_of
+from headway.tests.parallel.family_cases import UNCUT, job_of
 from headway.tests.parallel.proof import ROWS, STEPS, Running, prove
 from headway.tests.parallel.test_families import evaluates_alike
 
@@ -232,7 +232,7 @@ def test_few_key_heads_are_repeated_for_their_ranks():
 
 # -- curves ----------------------------------------------------------------------------------------------------
 
-RINGS = [name for name in CASES if name not in ("content", "composed", "linear")]
+RINGS = [name for name in UNCUT if name not in ("content", "composed", "linear")]
 """What passes keys around: other mechanisms than dense and window attention trade columns for heads instead."""
 OTHERS = [name for name in RINGS if name not in ("t5", "experts", "mae")]
 
@@ -258,7 +258,7 @@ def test_rings_draw_the_curves_of_one_process(pool, parallel, names):
 @pytest.mark.parametrize(("parallel", "names"), [
     pytest.param(ULYSSES, ["mae", "content", "composed", "linear"], id="ulysses"),
     pytest.param(ULYSSES, [*OTHERS, "t5", "experts"], id="ulysses of the others", marks=long),
-    *(pytest.param(ULYSSES | FOUR, [name], id=f"ulysses of four, {name}", marks=long) for name in CASES),
+    *(pytest.param(ULYSSES | FOUR, [name], id=f"ulysses of four, {name}", marks=long) for name in UNCUT),
     pytest.param(ULYSSES | {"shard": 2, "micro_batch": 2}, ["t5", "experts", "spectral"], id="with shards",
                  marks=long),
     pytest.param(ULYSSES | {"replicate": 2, "shard": 1}, ["roberta", "vit"], id="with replicas", marks=long),

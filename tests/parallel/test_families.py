@@ -11,6 +11,7 @@ import torch
 from headway.parallel import mesh
 from headway.parallel.checkpoint.load import load
 from headway.parallel.checkpoint.save import Checkpointer
+from headway.parallel.engines.capabilities import check
 from headway.pretrain.errors import JobError
 from headway.pretrain.evaluate import Evaluator
 from headway.tests.parallel.family_cases import CASES, job_of
@@ -129,3 +130,22 @@ def test_a_ramp_that_ranks_cannot_share_is_refused():
     with pytest.raises(JobError, match=r"train\.ramp\.start = 4: .* 3 ranks"):
         mesh.rows_per_micro_batch(job, 3)
     assert mesh.rows_per_micro_batch(job, 4) == 3
+
+
+@pytest.mark.parametrize(
+    ("parallel", "said"),
+    [
+        ({"tensor": 3}, r"parallel\.tensor = 3: .* not cut by heads"),
+        ({"pipeline": 2}, r"parallel\.pipeline = 2: .* not sent from stage to stage.*: 1\."),
+        ({"context": 2}, r"parallel\.context = 2: .* needs whole rows of all heads"),
+        (
+            {"context": 3, "context_method": "ulysses"},
+            r"parallel\.context = 3: .* needs whole rows of all heads",
+        ),
+        ({"recompute": "budget", "recompute_budget": 1.0}, r"parallel\.recompute = .* not known by formula"),
+    ],
+)
+def test_layouts_that_would_lose_what_was_drawn_are_refused(parallel, said):
+    job = job_of("choices", parallel, STEPS, ROWS)
+    with pytest.raises(JobError, match=said):
+        check(job, mesh.lay_out(job.parallel, ranks_of(parallel)), "cpu")

@@ -8,13 +8,13 @@ from headway.parallel.mesh import Layout
 from headway.parallel.pipeline.plan import place_stages, split_evenly, stages_of
 from headway.parallel.pipeline.rules import micro_rows
 from headway.pretrain.errors import JobError
-from headway.tests.parallel.family_cases import CASES, job_of
+from headway.tests.parallel.family_cases import UNCUT, job_of
 from headway.tests.parallel.proof import prove
 from headway.tests.parallel.test_families import evaluates_alike, resumed, saved
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in ("t5", "vit") else pytest.param(n, marks=pytest.mark.long) for n in CASES]
+    "name", [n if n in ("t5", "vit") else pytest.param(n, marks=pytest.mark.long) for n in UNCUT]
 )
 def test_every_family_draws_the_curve_of_one_process(pool, name):
     """Among them three blocks on two stages (vit), a tied table (t5, bert), experts with balancing biases."""

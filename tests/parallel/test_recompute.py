@@ -28,7 +28,7 @@ SETTINGS = {
     "offload": {"offload": True},
     "products, offload": {"recompute": "products", "offload": True},
 }
-QUICK = ["t5"]
+QUICK = ["t5", "choices"]
 BRIEFLY = [
     s if s in ("full", "products, offload") else pytest.param(s, marks=pytest.mark.long) for s in SETTINGS
 ]

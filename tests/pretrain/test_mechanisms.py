@@ -50,6 +50,25 @@ def test_models_are_refused_that_a_mechanism_does_not_suit():
     refused("has the kernels reference, blocks", attention={"mechanism": "sparsemax", "kernel": "sdpa"})
 
 
+def test_choices_that_learn_by_the_loss_are_refused_where_it_is_not_told():
+    for family, objective in (
+        ("t5", {"name": "spans"}),
+        ("t5", {"name": "prefix"}),
+        ("vit", {"name": "mae"}),
+        ("bert", {"name": "masked", "masking": {"pairs": "next"}}),
+    ):
+        facts = {"family": family, "objective": objective, "attention": {"mechanism": "window+reinforce"}}
+        facts |= {"t5": {"positions": "relative"}, "bert": {"segments": 2}}.get(family, {})
+        error = refused("does not tell", **facts)
+        assert (error.field, error.nearest) == ("model.attention.mechanism", "window+hard")
+    refused("balances experts", experts={"count": 4}, attention={"pattern": ["dense", "reinforce"]})
+    refused("drops weights", attention={"mechanism": "reinforce", "dropout": 0.1})
+    refused("entropy of weights", attention={"pattern": ["dense", "reinforce"], "entropy_penalty": 0.1})
+    refused("has the kernels reference, blocks", attention={"mechanism": "reinforce", "kernel": "sdpa"})
+    refused("one product of queries and keys", attention={"mechanism": "additive+reinforce"})
+    job(family="gpt", objective={"name": "prefix"}, attention={"mechanism": "reinforce"})
+
+
 def test_settings_that_no_word_reads_have_no_effect():
     idle = inert(resolve(["gpt/tiny"], ["model.attention.window=64", "model.attention.mechanism=bigbird"]))
     assert "no mechanism of the model reads it" in idle["model.attention.window"]

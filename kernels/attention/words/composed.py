@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
-from headway.kernels.attention import blocks, dense, entropy
+from headway.kernels.attention import blocks, dense, entropy, reinforce
 from headway.kernels.attention.compose import Form
 from headway.kernels.attention.registry import ALL, SPREAD, Kernel, Kind, Mechanism, Shape
 
@@ -97,8 +97,19 @@ def word(name: str, kind: Kind, part: Form, formula: str, source: str, **facts: 
         weights=dense.attention_weights if part == Form() else part.weights,
         entropy=entropy.row_entropy if part == Form() else _entropy(part),
         part=part,
+        drawn=_drawn(part),
         **({"order": "n^2", "supports": EVERYTHING} | facts),
     )
+
+
+def _drawn(form: Form) -> dict[str, Any]:
+    """What gives the log-probability of what is drawn, by kernel, where scores learn by it."""
+    if not form.weighting.scored:
+        return {}
+    return {
+        "reference": partial(reinforce.reference, form),
+        "blocks": partial(reinforce.in_blocks, form),
+    }
 
 
 def _entropy(form: Form) -> Any:

@@ -29,4 +29,10 @@ ROWS = (
         "Jang et al. 2017, section 2.2 (straight-through Gumbel)", settings={"temperature": 1.0}, draws=True,
         estimated=True, supports=EVERYTHING - {"cross"},
     ),
+    word(
+        "reinforce", "weights", Form(weighting=weights.Reinforced()),
+        "v_j, j drawn from softmax(Q K^T / sqrt(D)); scores learn by (loss - baseline) grad log p_j",
+        "Williams 1992; Mnih et al. 2014, equation 2; Xu et al. 2015, section 4.1", draws=True, estimated=True,
+        supports=EVERYTHING - {"cross", "dropout", "tensor", "context_ulysses"},
+    ),
 )  # fmt: skip

@@ -32,6 +32,7 @@ TOGETHER = (
     "dilated+cosine+sparsemax",
     "fixed+softcap+sigmoid",
     "strided+additive",
+    "window+softcap+reinforce",
 )
 """Some compositions."""
 NAMES = (*words(), *TOGETHER)
@@ -104,11 +105,13 @@ def run(layer, x, mask, noise=None):
 
 
 def value_and_gradients(layer, x, mask, noise=None):
+    """Output, and gradients of it and of what the layer gives the loss beside."""
     x = x.clone().requires_grad_()
-    y = run(layer, x, mask, noise)
-    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    y, beside = layer(x, mask, None, noise)
+    outputs, generator = [y, *(beside or ())], torch.Generator().manual_seed(2)
+    upstream = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in outputs]
     parameters = dict(layer.named_parameters())
-    found = torch.autograd.grad(y, [x, *parameters.values()], upstream.to(y), allow_unused=True)
+    found = torch.autograd.grad(outputs, [x, *parameters.values()], upstream, allow_unused=True)
     return y, dict(zip(("x", *parameters), found, strict=True))
 
 
@@ -131,6 +134,7 @@ def test_it_says_what_it_is(name):
     assert "reference" in row.kernels
     assert {"causal", "bidirectional"} & row.supports
     assert ("maps" in row.supports) == (row.weights is not None)
+    assert set(row.drawn) in (set(), set(row.kernels))
 
 
 @pytest.mark.parametrize(("name", "kernel", "mask"), KERNELS)
@@ -148,7 +152,8 @@ def test_kernels_compute_the_reference(name, kernel, mask):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_learns(name):
     layer = layer_of(name)
-    _, slopes = value_and_gradients(layer, inputs(name), Mask(seat_of(name).causal))
+    noise = Noise.at(3, 7, torch.arange(ROWS)) if mechanism(name).draws else None
+    _, slopes = value_and_gradients(layer, inputs(name), Mask(seat_of(name).causal), noise)
     idle = [key for key, slope in slopes.items() if slope is None or not slope.any()]
     assert idle in ([], ["k.bias"])  # a bias of all keys shifts a row's scores alike
 
@@ -264,7 +269,7 @@ def test_bf16_is_near(name):
     assert (ours - theirs).norm() / theirs.norm() < DISCRETE.get(name, 0.1)
 
 
-DISCRETE: dict[str, float] = {"hard": 1.0}
+DISCRETE: dict[str, float] = {"hard": 1.0, "reinforce": 1.0, "window+softcap+reinforce": 1.0}
 """Where a rounding may change what is selected: the bound is another."""
 
 
