@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from headway.kernels.attention import cpp
+from headway.kernels.attention import cpp, flash
 from headway.kernels.attention.registry import Kernel, Mechanism
 from headway.kernels.attention.registry import mechanism as by_name
 
@@ -57,31 +57,60 @@ def choose(
         KernelUnavailable: the request is unknown or cannot do what is asked.
     """
     row = by_name(mechanism) if isinstance(mechanism, str) else mechanism
-    kernels = row.kernels
     if request == "auto":
-        plain, generated = _dense(row), (described or not bias) and dtype != torch.float64
-        if device == "cuda" and "flex" in kernels and generated and not dropout and (described or not plain):
-            return kernels["flex"]
-        if device == "cpu" and "cpp" in kernels and generated and cpp.unavailable(dtype) is None:
-            return kernels["cpp"]
-        if plain:
-            return kernels[_fastest(dropout, bias or row.narrow, device, dtype, compiled, keys)]
-        return [kernel for kernel in row.kernels_on("cpu").values() if kernel.name != "cpp"][-1]
-    if request not in kernels:
-        raise KernelUnavailable(request, f"{row.name} attention has the kernels {', '.join(kernels)}", "auto")
-    if device not in (*kernels[request].devices, ANYWHERE):
-        rule = f"it runs on {' and '.join(kernels[request].devices)}, forward and backward, not on {device}"
+        name = _best(row, dropout, bias, device, dtype, compiled, keys, described)
+        return row.kernels[name]
+    if request not in row.kernels:
+        rule = f"{row.name} attention has the kernels {', '.join(row.kernels)}"
         raise KernelUnavailable(request, rule, "auto")
-    if request == "cpp" and (reason := cpp.unavailable(dtype)):
-        raise KernelUnavailable(request, reason, "blocks")
-    if dropout and not kernels[request].dropout:
-        nearest = next(k.name for k in reversed(kernels.values()) if k.dropout)
+    _check(row.kernels[request], row, dropout, bias and not described, bias, device, dtype)
+    return row.kernels[request]
+
+
+def _check(
+    kernel: Kernel, row: Mechanism, dropout: bool, learned: bool, bias: bool, device: str, dtype: torch.dtype
+) -> None:
+    """Refuse a request that cannot be met."""
+    if device not in (*kernel.devices, ANYWHERE):
+        rule = f"it runs on {' and '.join(kernel.devices)}, forward and backward, not on {device}"
+        raise KernelUnavailable(kernel.name, rule, "auto")
+    if reason := _missing(kernel.name, dtype):
+        raise KernelUnavailable(kernel.name, reason, "auto")
+    anywhere = [k for k in reversed(row.kernels.values()) if len(k.devices) > 1]
+    if dropout and not kernel.dropout:
         rule = "its dropout of attention weights would depend on the layout, so it takes none"
-        raise KernelUnavailable(request, rule, nearest)
-    if bias and not kernels[request].bias and not (described and kernels[request].slopes):
-        nearest = next(k.name for k in reversed(kernels.values()) if k.bias and k.dropout >= dropout)
-        raise KernelUnavailable(request, "it computes no bias of the scores", nearest)
-    return kernels[request]
+        raise KernelUnavailable(kernel.name, rule, next(k.name for k in anywhere if k.dropout))
+    if bias and not kernel.bias and (learned or not kernel.slopes):
+        nearest = next(k.name for k in anywhere if k.bias and k.dropout >= dropout)
+        raise KernelUnavailable(kernel.name, "it computes no bias of the scores", nearest)
+
+
+def _missing(kernel: str, dtype: torch.dtype) -> str | None:
+    """Why a kernel that is not PyTorch's own cannot be had here, or None."""
+    if kernel == "cpp":
+        return cpp.unavailable(dtype)
+    return flash.unavailable(kernel) if kernel in flash.PACKAGES else None
+
+
+def _best(
+    row: Mechanism,
+    dropout: bool,
+    bias: bool,
+    device: str,
+    dtype: torch.dtype,
+    compiled: bool,
+    keys: int | None,
+    described: bool,
+) -> str:
+    """The fastest kernel that is right."""
+    plain, generated = _dense(row), (described or not bias) and dtype != torch.float64
+    if device == "cuda" and "flex" in row.kernels and generated and not dropout and (described or not plain):
+        return "flex"
+    if device == "cpu" and "cpp" in row.kernels and generated and _missing("cpp", dtype) is None:
+        return "cpp"
+    if plain:
+        return _fastest(dropout, bias or row.narrow, device, dtype, compiled, keys)
+    return [name for name in row.kernels_on("cpu") if name != "cpp"][-1]
 
 
 def _dense(row: Mechanism) -> bool:

@@ -290,7 +290,8 @@ def _lowered(what: Description, q: Tensor, k: Tensor) -> list[Any]:
     theirs = what.documents if what.key_documents is None else what.key_documents
     documents = (None if x is None else x.to(torch.int32).contiguous() for x in (what.documents, theirs))
     least = 0 if what.key is None else random.threshold(what.p)
-    by_rows = *documents, what.prefix, what.slopes, queries, keys
+    slopes = None if what.slopes is None else what.slopes.double()
+    by_rows = *documents, what.prefix, slopes, queries, keys
     return [what.scale, what.cap, tiles.tensors, tiles.tile, *by_rows, least, *what[11:]]
 
 

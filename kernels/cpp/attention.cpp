@@ -282,7 +282,7 @@ struct Task {
   const bool* patterns;                                        // [kinds, key_block, query_block]
   const int32_t *documents, *key_documents;                    // [B, Q], [B, S] or null
   const int64_t* prefix;                                       // [B] or null
-  const float* slopes;                                         // [H] or null, with the places below
+  const double* slopes;                                        // [H] or null, with the places below
   const int64_t *query_places, *key_places;                    // [Q], [S]
   int64_t least, random_key;                                   // dropout: see keep() of random.py; least 0 drops nothing
   const int64_t *slots, *positions;                            // [B], [Q]
@@ -665,7 +665,7 @@ Task described(const Tensor& q, const Tensor& k, const Tensor& v, double scale, 
   t.kinds = plan[2].const_data_ptr<int32_t>(), t.patterns = plan[3].const_data_ptr<bool>();
   t.documents = ints(documents), t.key_documents = ints(key_documents);
   t.prefix = longs(prefix);
-  t.slopes = slopes ? slopes->const_data_ptr<float>() : nullptr;
+  t.slopes = slopes ? slopes->const_data_ptr<double>() : nullptr;
   t.query_places = longs(query_places), t.key_places = longs(key_places);
   t.least = least, t.random_key = random_key ? *random_key->const_data_ptr<int64_t>() : 0;
   t.slots = longs(slots), t.positions = longs(positions), t.first_head = first_head, t.first_key = first_key;

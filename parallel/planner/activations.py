@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 
 from headway.pretrain.config import Model
 
-Kernel = Literal["sdpa", "blocks", "reference"]
+Kernel = Literal["sdpa", "blocks", "cpp", "reference"]
 Policy = Literal["none", "attention", "products", "full"]
 
 
@@ -190,7 +190,10 @@ def _attention(p: Place, keys: int, seen: int, *, cross: bool) -> list[Term]:
     terms.append(Term("log-sum-exp of scores", p.wide * t * m.heads, "attention", product=fused))
     if ring:
         return [*terms, by_heads]
-    if m.positions == "rotary" or (p.kernel == "blocks" and not _plain(p)) or p.context > 1:
+    turned = (
+        m.positions == "rotary" and p.kernel != "cpp"
+    )  # which writes its output by places, as `o` reads it
+    if turned or (p.kernel == "blocks" and not _plain(p)) or p.context > 1:
         terms.append(by_heads)
     if p.kernel == "blocks" and group > 1:
         terms.append(Term("keys and values, repeated", 2 * n * keys * (queries - thin), "attention"))

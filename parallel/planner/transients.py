@@ -59,7 +59,7 @@ def _core(p: Place) -> float:
     pairs = p.rows * m.heads * seen
     if p.context > 1 and p.ring:
         return _ring(p)
-    if p.kernel == "sdpa":
+    if p.kernel in ("sdpa", "cpp"):
         return n * 3 * flow
     if p.kernel == "reference":
         square = pairs * length

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial, reduce
 from typing import Any
 
-from headway.kernels.attention import blocks, dense, entropy, reinforce
+from headway.kernels.attention import blocks, dense, entropy, flash, reinforce
 from headway.kernels.attention.compose import Form
 from headway.kernels.attention.registry import ALL, SPREAD, Kernel, Kind, Mechanism, Shape
 
@@ -80,6 +80,13 @@ def _kernels(form: Form) -> dict[str, Kernel]:
         found.append(
             Kernel("flex", form.flex, dropout=False, bias=False, slopes=True, memory="S", devices=("cuda",))
         )
+    if form.fused and form.score.even and form.scope is None:
+        found += [
+            Kernel(
+                name, form.by(flash.attention(name)), dropout=False, bias=False, memory="S", devices=("cuda",)
+            )
+            for name in flash.PACKAGES
+        ]
     return {kernel.name: kernel for kernel in found}
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from headway.kernels import random
+from headway.kernels.attention import choose as choices
 from headway.kernels.attention.choose import KernelUnavailable, choose
 from headway.kernels.attention.dense import WeightDropout, reference
 from headway.kernels.attention.masks import Mask, lower
@@ -295,25 +296,33 @@ def test_weights_are_what_the_output_averages():
     torch.testing.assert_close(weights @ v.repeat_interleave(3, 1), out)
 
 
-def test_choice():
+def test_choice_without_cpp_kernels(monkeypatch):
+    """`test_cpp.py` has the choice where they are."""
+    monkeypatch.setattr(choices.cpp, "unavailable", lambda dtype=None: "no compiler")
     assert choose("dense").name == "sdpa"
     assert choose("dense", dropout=True).name == "blocks"
     assert choose("dense", dtype=torch.bfloat16, compiled=True).name == "blocks"
     assert choose("dense", dtype=torch.bfloat16, keys=65).name == "blocks"
     assert choose("dense", dtype=torch.bfloat16, keys=512).name == "sdpa"
     assert choose("dense", bias=True).name == "blocks"
+    for word in ("window", "softcap", "sink", "bigbird+sink", "sparsemax"):
+        assert choose(word).name == "blocks"
+    with pytest.raises(KernelUnavailable, match=r"cpp.*no compiler.*auto"):
+        choose("dense", "cpp")
+
+
+def test_choice():
     assert choose("dense", bias=True, device="cuda").name == "sdpa"
     for name in MECHANISMS["dense"].kernels_on("cpu"):
         assert choose("dense", name).name == name
-    with pytest.raises(KernelUnavailable, match=r"'flash'.*reference, sdpa, blocks, flex"):
+    with pytest.raises(KernelUnavailable, match=r"'flash'.*reference, sdpa, blocks, cpp, flex, fa3, fa4"):
         choose("dense", "flash")
-    with pytest.raises(KernelUnavailable, match=r"flex.*backward.*cpu"):
+    with pytest.raises(KernelUnavailable, match=r"flex.*runs on cuda.*not on cpu"):
         choose("dense", "flex")
     for word in ("window", "softcap", "sink", "bigbird+sink"):
         assert choose(word, device="cuda", dtype=torch.bfloat16).name == "flex"
         assert choose(word, device="cuda", dtype=torch.float64).name == "blocks"
         assert choose(word, device="cuda", dropout=True).name == "blocks"
-        assert choose(word).name == "blocks"
     assert choose("sparsemax", device="cuda").name == "blocks"
     assert choose("dense", device="cuda", bias=True, described=True).name == "flex"
     with pytest.raises(KernelUnavailable, match=r"sdpa.*dropout.*blocks"):

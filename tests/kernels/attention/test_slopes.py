@@ -42,7 +42,7 @@ def test_parts_are_parts_of_the_whole():
 
 
 SELF = [name for name in MASKS if name not in QUERIES]
-WORDS = ["dense", "sparsemax", "dilated", "bigbird+sink", "softcap"]
+WORDS = ["dense", "sparsemax", "dilated", "strided", "fixed", "bigbird+sink", "softcap"]
 
 
 def described(length=303):
@@ -72,7 +72,7 @@ def test_a_description_is_its_bias(mask):
 @pytest.mark.parametrize("word", WORDS)
 def test_other_mechanisms_take_descriptions(word):
     row = mechanism(word)
-    x = {name: 16 if callable(value) else value for name, value in row.settings.items()}
+    x = {name: 16 if callable(value) or name == "stride" else value for name, value in row.settings.items()}
     if row.own:
         x["sink"] = torch.randn(6, dtype=torch.float64)
     expected = value_and_gradients(row.kernels["reference"].compute, Mask(), described().block(), **x)
