@@ -103,10 +103,14 @@ def _best(
     described: bool,
 ) -> str:
     """The fastest kernel that is right."""
-    plain, generated = _dense(row), (described or not bias) and dtype != torch.float64
-    if device == "cuda" and "flex" in row.kernels and generated and not dropout and (described or not plain):
+    plain, wide = (
+        _dense(row),
+        dtype == torch.float64,
+    )  # generated code is tested in what models are trained in
+    flexible = not dropout and (described or not bias) and (described or not plain)
+    if device == "cuda" and "flex" in row.kernels and flexible and not wide:
         return "flex"
-    if device == "cpu" and "cpp" in row.kernels and generated and _missing("cpp", dtype) is None:
+    if device == "cpu" and "cpp" in row.kernels and not wide and _missing("cpp", dtype) is None:
         return "cpp"
     if plain:
         return _fastest(dropout, bias or row.narrow, device, dtype, compiled, keys)

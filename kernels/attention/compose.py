@@ -133,7 +133,7 @@ class Form(NamedTuple):
         bias: Bias | None = None,
         **x: Any,
     ) -> Tensor:
-        """The C++ kernel of CPUs, without a bias that learns."""
+        """The C++ kernel of CPUs."""
         q, k, v, factor = self.score.prepare(q, k, v, score_scale(scale, q), x)
         own, mask = None if self.own is None else x[self.own], self.narrowed(mask, x)
         if mask.scope is None or (mask.scope.phases() == (mask.scope,) and not mask.scope.scattered):

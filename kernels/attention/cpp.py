@@ -20,7 +20,7 @@ from headway.kernels import random
 from headway.kernels.attention.dense import WeightDropout, score_scale
 from headway.kernels.attention.masks import Mask, lower
 from headway.kernels.attention.scopes import Scope, Window, joined
-from headway.kernels.attention.slopes import Bias, Slopes, flat
+from headway.kernels.attention.slopes import Bias, flat, learned
 from headway.kernels.cpp import build
 
 TILE = 128
@@ -143,13 +143,12 @@ def attention(
     """Softmax attention, [B, H, Q, D] of v's width; see `compose.Form.reference`.
 
     Args:
-        bias_HQK: one that is described (`Slopes`), if any.
+        bias_HQK: added to the scores; gets a gradient, if it is a tensor.
         cap: bound of the scores, applied before slopes.
         sink_H: score of a key without a value.
     """
-    assert bias_HQK is None or isinstance(bias_HQK, Slopes)
     what = described(q_BHQD, mask, dropout, scale, bias_HQK, cap)
-    out: Tensor = _attention(q_BHQD, k_BKSD, v_BKSD, sink_H, *what)[0]
+    out: Tensor = _attention(q_BHQD, k_BKSD, v_BKSD, sink_H, learned(bias_HQK), *what)[0]
     return out
 
 
@@ -187,14 +186,14 @@ def described(
     mask: Mask,
     dropout: WeightDropout | None,
     scale: float | None,
-    slopes: Slopes | None,
+    bias_HQK: Bias | None,
     cap: float | None,
 ) -> Description:
     """What the operators take beside queries, keys and values."""
     assert mask.shift is None, "parts of a sequence are for row blocks"
     given: list[Any] = [score_scale(scale, q_BHQD), cap or 0.0, mask.triangular, mask.window or 0]
     given += ["" if mask.strip or mask.scope is None else _called(mask.scope)]
-    given += [mask.documents, mask.key_documents, mask.prefix, *flat(slopes)]
+    given += [mask.documents, mask.key_documents, mask.prefix, *flat(bias_HQK)]
     given += (0.0, None, None, None, 0, 0) if dropout is None else dropout
     return Description(*given)
 
@@ -212,21 +211,24 @@ _WHAT = (
     "int first_head, int first_key"
 )
 torch.library.define(
-    "headway::attention_cpp", f"(Tensor q, Tensor k, Tensor v, Tensor? sink, {_WHAT}) -> (Tensor, Tensor)"
+    "headway::attention_cpp",
+    f"(Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor? bias, {_WHAT}) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "headway::attention_cpp_backward",
-    f"(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? sink, {_WHAT}) -> "
-    "(Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? sink, "
+    f"Tensor? bias, bool wants_bias, {_WHAT}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 _attention = torch.ops.headway.attention_cpp
 _backward = torch.ops.headway.attention_cpp_backward
 
 
 @torch.library.impl("headway::attention_cpp", "cpu")
-def _(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *what: Any) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, bias: Tensor | None, *what: Any
+) -> tuple[Tensor, Tensor]:
     """Output [B, H, Q, D], and log-sum-exp of the scores [B, H, Q], a sink's among them."""
-    out, lse = outputs(q, k, v, Description(*what))
+    out, lse = outputs(q, k, v, bias, Description(*what))
     if sink is not None:
         both = torch.logaddexp(lse, sink.unsqueeze(-1).to(lse.dtype))
         out.mul_((lse - both).exp_().unsqueeze(-1))
@@ -243,35 +245,45 @@ def _(
     out: Tensor,
     lse: Tensor,
     sink: Tensor | None,
+    bias: Tensor | None,
+    wants_bias: bool,
     *what: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and of the sink, [0] where there is none."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, the sink and the bias; the last two are [0] where there is none, or none is wanted."""
     d_sink = lse.new_empty(0)
     if sink is not None:  # it takes what the weights leave
         delta = (d_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
         d_sink = -((sink.unsqueeze(-1).to(lse.dtype) - lse).exp_() * delta).sum((0, 2)).to(sink.dtype)
-    return *gradients(d_out, q, k, v, out, lse, Description(*what)), d_sink
+    d_q, d_k, d_v, d_bias = gradients(d_out, q, k, v, out, lse, bias, wants_bias, Description(*what))
+    return d_q, d_k, d_v, d_sink, d_bias
 
 
-def outputs(q: Tensor, k: Tensor, v: Tensor, what: Description) -> tuple[Tensor, Tensor]:
+def outputs(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, what: Description) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, -inf where nothing is seen."""
     build.load()
-    operands = _rows(q, k, v)
-    out, lse = torch.ops.headway_cpp.attention(*operands, *_lowered(what, q, k))
+    out, lse = torch.ops.headway_cpp.attention(*_rows(q, k, v), *_lowered(what, q, k, bias))
     return out[..., : v.shape[-1]], lse
 
 
 def gradients(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, what: Description
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v. Where these keys are a part of those that a query sees, `out` and `lse` are those of
-    all of them."""
-    operands = *_rows(d_out, q, k, v, out), lse.contiguous()
-    found = torch.ops.headway_cpp.attention_backward(*operands, *_lowered(what, q, k))
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    wants_bias: bool,
+    what: Description,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and the bias, [0] if it is not wanted. Where these keys are a part of those that a query
+    sees, `out` and `lse` are those of all of them."""
+    operands = *_rows(d_out, q, k, v, out), lse.contiguous(), wants_bias
+    *found, d_bias = torch.ops.headway_cpp.attention_backward(*operands, *_lowered(what, q, k, bias))
     d_q, d_k, d_v = (d[..., : x.shape[-1]] for d, x in zip(found, (q, k, v), strict=True))
     if k.shape[1] != q.shape[1]:
         d_k, d_v = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (d_k, d_v))
-    return d_q, d_k, d_v
+    return d_q, d_k, d_v, d_bias if bias is None else d_bias.to(bias.dtype)
 
 
 def _rows(*tensors: Tensor) -> list[Tensor]:
@@ -281,7 +293,7 @@ def _rows(*tensors: Tensor) -> list[Tensor]:
     return [x if x.stride(-1) == 1 else x.contiguous() for x in even]
 
 
-def _lowered(what: Description, q: Tensor, k: Tensor) -> list[Any]:
+def _lowered(what: Description, q: Tensor, k: Tensor, bias: Tensor | None) -> list[Any]:
     """A description as the C++ operators take it."""
     lengths = q.shape[2], k.shape[2]
     scope = Window(what.window) if what.window else _SCOPES.get(what.scope)
@@ -291,7 +303,9 @@ def _lowered(what: Description, q: Tensor, k: Tensor) -> list[Any]:
     documents = (None if x is None else x.to(torch.int32).contiguous() for x in (what.documents, theirs))
     least = 0 if what.key is None else random.threshold(what.p)
     slopes = None if what.slopes is None else what.slopes.double()
-    by_rows = *documents, what.prefix, slopes, queries, keys
+    if bias is not None:
+        bias = bias.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
+    by_rows = *documents, what.prefix, bias, slopes, queries, keys
     return [what.scale, what.cap, tiles.tensors, tiles.tile, *by_rows, least, *what[11:]]
 
 
@@ -307,26 +321,34 @@ def _(q, k, v, *rest):
 
 
 @torch.library.register_fake("headway::attention_cpp_backward")
-def _(d_out, q, k, v, out, lse, sink, *what):
+def _(d_out, q, k, v, out, lse, sink, bias, wants_bias, *what):
     found = [_by_place(x, x.shape[1], x.shape[2], x.shape[3]) for x in (q, k, v)]
     if k.shape[1] != q.shape[1]:
         found[1:] = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in found[1:]]
-    return *found, lse.new_empty(0) if sink is None else torch.empty_like(sink)
+    none = lse.new_empty(0)
+    d_sink = none if sink is None else torch.empty_like(sink)
+    return (
+        *found,
+        d_sink,
+        torch.empty_like(bias, memory_format=torch.contiguous_format) if wants_bias else none.clone(),
+    )
 
 
 def _setup(ctx, inputs, output):
-    q, k, v, sink, *what = inputs
+    q, k, v, sink, bias, *what = inputs
     tensors = [x if isinstance(x, Tensor) else None for x in what]
-    ctx.save_for_backward(q, k, v, *output, sink, *tensors)
+    ctx.save_for_backward(q, k, v, *output, sink, bias, *tensors)
     ctx.numbers = [x if t is None else None for x, t in zip(what, tensors, strict=True)]
     ctx.mark_non_differentiable(output[1])
 
 
 def _pull(ctx, d_out, _):
-    q, k, v, out, lse, sink, *tensors = ctx.saved_tensors
+    q, k, v, out, lse, sink, bias, *tensors = ctx.saved_tensors  # once: a checkpoint unpacks nothing twice
     what = [x if t is None else t for x, t in zip(ctx.numbers, tensors, strict=True)]
-    d_q, d_k, d_v, d_sink = _backward(d_out, q, k, v, out, lse, sink, *what)
-    return d_q, d_k, d_v, None if sink is None else d_sink, *[None] * len(what)
+    wants_bias = ctx.needs_input_grad[4]
+    d_q, d_k, d_v, d_sink, d_bias = _backward(d_out, q, k, v, out, lse, sink, bias, wants_bias, *what)
+    d_own = None if sink is None else d_sink, d_bias if wants_bias else None
+    return d_q, d_k, d_v, *d_own, *[None] * len(what)
 
 
 torch.library.register_autograd("headway::attention_cpp", _pull, setup_context=_setup)

@@ -168,7 +168,7 @@ def outputs(task: Task, x: Operands) -> tuple[Tensor, Tensor]:
 def _outputs(task: Task, x: Operands) -> tuple[Tensor, Tensor]:
     """Output and thresholds of a phase."""
     if task.tiles:
-        return cpp.outputs(x.q, x.k, x.v, _described(task, x))
+        return cpp.outputs(x.q, x.k, x.v, x.bias, _described(task, x))
     shape = x.q.shape[:3]
     out = torch.zeros(*shape, x.v.shape[-1], dtype=x.v.dtype, device=x.q.device)
     threshold = torch.full(shape, -torch.inf, dtype=x.wide, device=x.q.device)
@@ -234,10 +234,12 @@ def gradients(task: Task, x: Operands, out: Tensor, threshold: Tensor, d_out: Te
         total["own"] -= (share * delta).sum((0, 2))
     for phase, move in _phases(task, x):
         if phase.tiles or move.apart:
-            d_q, d_k, d_v = _of_phase(phase, _operands(x, move), *map(move.rows, (out, threshold, d_out)))
-            total["q"] += move.back(d_q)
-            move.add(total["k"], d_k)
-            move.add(total["v"], d_v)
+            found = _of_phase(phase, _operands(x, move), *map(move.rows, (out, threshold, d_out)))
+            total["q"] += move.back(found[0])
+            move.add(total["k"], found[1])
+            move.add(total["v"], found[2])
+            if x.bias is not None:
+                total["bias"] += found[3]
             continue
         scaled = d_out if task.dropout is None else d_out * random.kept_scale(task.dropout.p)
         for piece in pieces(phase, x):
@@ -246,10 +248,11 @@ def gradients(task: Task, x: Operands, out: Tensor, threshold: Tensor, d_out: Te
 
 
 def _of_phase(task: Task, x: Operands, out: Tensor, threshold: Tensor, d_out: Tensor) -> list[Any]:
-    """Gradients of queries, keys and values of a phase that is computed apart."""
-    if task.tiles:
-        return list(cpp.gradients(d_out, x.q, x.k, x.v, out, threshold, _described(task, x)))
-    return gradients(task, x, out, threshold, d_out)[:3]
+    """Gradients of queries, keys, values and the bias of a phase that is computed apart."""
+    if not task.tiles:
+        return gradients(task, x, out, threshold, d_out)[:4]
+    wants_bias = x.bias is not None
+    return list(cpp.gradients(d_out, x.q, x.k, x.v, out, threshold, x.bias, wants_bias, _described(task, x)))
 
 
 def _pull(

@@ -282,6 +282,7 @@ struct Task {
   const bool* patterns;                                        // [kinds, key_block, query_block]
   const int32_t *documents, *key_documents;                    // [B, Q], [B, S] or null
   const int64_t* prefix;                                       // [B] or null
+  const void* bias;                                            // [H, Q, S] of the scores' type, or null
   const double* slopes;                                        // [H] or null, with the places below
   const int64_t *query_places, *key_places;                    // [Q], [S]
   int64_t least, random_key;                                   // dropout: see keep() of random.py; least 0 drops nothing
@@ -291,7 +292,7 @@ struct Task {
 
   int64_t query_blocks() const { return (queries + query_block - 1) / query_block; }
   int64_t key_blocks() const { return (keys + key_block - 1) / key_block; }
-  bool plain() const { return cap == 0 && !slopes && scale > 0; }  // scores are scaled products
+  bool plain() const { return cap == 0 && !slopes && !bias && scale > 0; }  // scores are scaled products
 };
 
 struct Tile {
@@ -359,11 +360,15 @@ template <typename A> void hide(const Task& t, const Tile& tile, A* scores) {
   }
 }
 
-// Makes scores of products, in place; `bent` gets the slope of the cap.
-template <typename A> void bend(const Task& t, const Tile& tile, A* scores, A* bent) {
+// Makes scores of products, in place; `bent` gets the slope of the cap, `added` is room for a tile.
+template <typename A> void bend(const Task& t, const Tile& tile, A* scores, A* bent, A* added) {
   using V = Vector<A>;
   const int64_t M = t.query_block;
   const A scale = t.scale, cap = t.cap, slope = t.slopes ? t.slopes[tile.h] : 0;
+  if (t.bias) {
+    const A* bias = static_cast<const A*>(t.bias) + (tile.h * t.queries + tile.query) * t.keys + tile.key;
+    transpose<A>(bias, t.keys, added, M, tile.m, tile.n);
+  }
   for (int64_t j = 0; j < tile.n; ++j) {
     A* row = scores + j * M;
     for (int64_t i = 0; i < M; i += WIDTH<A>) {
@@ -375,6 +380,8 @@ template <typename A> void bend(const Task& t, const Tile& tile, A* scores, A* b
       }
       store(row + i, s);
     }
+    if (t.bias)
+      for (int64_t i = 0; i < tile.m; ++i) row[i] += added[j * M + i];
     if (t.slopes) {
       const int64_t place = t.key_places[tile.key + j];
       const int64_t* places = t.query_places + tile.query;
@@ -468,12 +475,12 @@ template <typename T> struct Forward {
   using V = Vector<A>;
   const Task& t;
   const int64_t M, N;
-  std::vector<A> scores, out, top, sum;
+  std::vector<A> scores, added, out, top, sum;
   std::vector<T> query, weights;
   Dropout dropout;
 
   explicit Forward(const Task& t)
-      : t(t), M(t.query_block), N(t.key_block), scores(M * N), out(t.width * M), top(M), sum(M), query(t.dim * M), weights(M * N) {}
+      : t(t), M(t.query_block), N(t.key_block), scores(M * N), added(t.bias ? M * N : 0), out(t.width * M), top(M), sum(M), query(t.dim * M), weights(M * N) {}
 
   // q, k: this head's; values: V' of it [width, padded keys]. Writes out [m, width] and lse [m].
   void block(int64_t b, int64_t h, int64_t i, const T* q, int64_t q_row, const T* k, int64_t k_row, const T* values, int64_t padded,
@@ -499,7 +506,7 @@ template <typename T> struct Forward {
   // Scores to weights, by the largest score so far; scales what was summed by an earlier one.
   void weigh(const Tile& tile, bool first) {
     const bool masked = tile.kind >= 0 || tile.documents || t.prefix, plain = t.plain();
-    if (!plain) bend<A>(t, tile, scores.data(), nullptr);
+    if (!plain) bend<A>(t, tile, scores.data(), nullptr, added.data());
     if (masked) hide<A>(t, tile, scores.data());
     if (t.least) dropout.draw(t, tile);
     if (tile.n % 2)
@@ -556,16 +563,17 @@ template <typename T> struct Backward {
   using V = Vector<A>;
   const Task& t;
   const int64_t M, N, blocks;
-  std::vector<A> scores, slopes, bent, d_q, d_k, d_v, lse, delta;
+  std::vector<A> scores, d_weights, added, bent, d_q, d_k, d_v, lse, delta;
   std::vector<T> q_turned, q_packed, d_turned, d_packed, k_flipped, weights, d_rows, d_pairs;
   std::vector<uint32_t> pairs;
   Dropout dropout;
+  A* d_bias;  // [H, Q, S] or null; of a head only one thread adds to it
 
-  explicit Backward(const Task& t)
-      : t(t), M(t.query_block), N(t.key_block), blocks(t.query_blocks()), scores(M * N), slopes(M * N), bent(t.cap != 0 ? M * N : 0),
+  explicit Backward(const Task& t, A* d_bias)
+      : t(t), M(t.query_block), N(t.key_block), blocks(t.query_blocks()), scores(M * N), d_weights(M * N), added(t.bias ? M * N : 0), bent(t.cap != 0 ? M * N : 0),
         d_q(blocks * M * t.dim), d_k(N * t.dim), d_v(N * t.width), lse(blocks * M), delta(blocks * M), q_turned(blocks * M * t.dim),
         q_packed(blocks * M * t.dim), d_turned(blocks * M * t.width), d_packed(blocks * M * t.width), k_flipped(N * t.dim),
-        weights(M * N), d_rows(M * N), d_pairs(M * N) {}
+        weights(M * N), d_rows(M * N), d_pairs(M * N), d_bias(d_bias) {}
 
   void prepare(const T* q, int64_t q_row, const T* d_out, int64_t d_row, const T* out, int64_t out_row, const A* lses) {
     for (int64_t i = 0; i < blocks; ++i) {
@@ -595,7 +603,7 @@ template <typename T> struct Backward {
       if (documents.apart(i, j)) continue;
       const Tile tile{b, h, i * M, j * N, std::min(M, t.queries - i * M), n, kind, documents.mixed(i, j)};
       product<T>(n, M, t.dim, k, k_row, &q_turned[tile.query * t.dim], scores.data(), M, false);
-      product<T>(n, M, t.width, v, v_row, &d_turned[tile.query * t.width], slopes.data(), M, false);
+      product<T>(n, M, t.width, v, v_row, &d_turned[tile.query * t.width], d_weights.data(), M, false);
       pull(tile);
       product<T>(n, t.width, M, weights.data(), M, &d_packed[tile.query * t.width], d_v.data(), t.width, !first);
       product<T>(n, t.dim, M, d_rows.data(), M, &q_packed[tile.query * t.dim], d_k.data(), t.dim, !first);
@@ -608,13 +616,13 @@ template <typename T> struct Backward {
   // Scores and gradients of weights to weights and gradients of scores, as operands.
   void pull(const Tile& tile) {
     const bool masked = tile.kind >= 0 || tile.documents || t.prefix, plain = t.plain(), drops = t.least != 0;
-    if (!plain) bend<A>(t, tile, scores.data(), bent.empty() ? nullptr : bent.data());
+    if (!plain) bend<A>(t, tile, scores.data(), bent.empty() ? nullptr : bent.data(), added.data());
     if (masked) hide<A>(t, tile, scores.data());
     if (drops) dropout.draw(t, tile);
     const A scale = plain ? A(t.scale) : A(1), kept_scale = t.kept_scale;
     if (tile.n % 2) {
       std::fill_n(scores.begin() + tile.n * M, M, -std::numeric_limits<A>::infinity());
-      std::fill_n(slopes.begin() + tile.n * M, M, A(0));
+      std::fill_n(d_weights.begin() + tile.n * M, M, A(0));
       if (!bent.empty()) std::fill_n(bent.begin() + tile.n * M, M, A(0));
       if (drops) std::fill_n(dropout.kept.begin() + tile.n * M, M, 0);
     }
@@ -625,7 +633,7 @@ template <typename T> struct Backward {
         for (int64_t r = 0; r < 2; ++r) {
           const int64_t at = (j + r) * M + i;
           p[r] = exp_of(load<V>(&scores[at]) * scale - less);
-          V slope = load<V>(&slopes[at]);
+          V slope = load<V>(&d_weights[at]);
           V used = p[r];
           if (drops) {
             const V kept = kept_of<A>(&dropout.kept[at]) * kept_scale;
@@ -633,12 +641,20 @@ template <typename T> struct Backward {
             used *= kept;
           }
           d[r] = p[r] * (slope - shift);
+          if (d_bias) store(&d_weights[at], d[r]);
           if (!bent.empty()) d[r] *= load<V>(&bent[at]);
           p[r] = used;
         }
         write_pair<T>(p[0], p[1], nullptr, weights.data(), j, i, M);
         write_pair<T>(d[0], d[1], d_pairs.data(), d_rows.data(), j, i, M);
       }
+    }
+    if (d_bias) {
+      transpose<A>(d_weights.data(), M, added.data(), N, tile.n, tile.m);
+      A* to = d_bias + (tile.h * t.queries + tile.query) * t.keys + tile.key;
+      for (int64_t i = 0; i < tile.m; ++i)
+#pragma omp simd
+        for (int64_t j = 0; j < tile.n; ++j) to[i * t.keys + j] += added[i * N + j];
     }
   }
 };
@@ -654,8 +670,8 @@ const int32_t* ints(const Maybe& x) { return x ? x->const_data_ptr<int32_t>() : 
 const int64_t* longs(const Maybe& x) { return x ? x->const_data_ptr<int64_t>() : nullptr; }
 
 Task described(const Tensor& q, const Tensor& k, const Tensor& v, double scale, double cap, at::TensorList plan, at::IntArrayRef tile,
-               const Maybe& documents, const Maybe& key_documents, const Maybe& prefix, const Maybe& slopes, const Maybe& query_places,
-               const Maybe& key_places, int64_t least, const Maybe& random_key, const Maybe& slots, const Maybe& positions,
+               const Maybe& documents, const Maybe& key_documents, const Maybe& prefix, const Maybe& bias, const Maybe& slopes,
+               const Maybe& query_places, const Maybe& key_places, int64_t least, const Maybe& random_key, const Maybe& slots, const Maybe& positions,
                int64_t first_head, int64_t first_key) {
   Task t{};
   t.batch = q.size(0), t.heads = q.size(1), t.kv_heads = k.size(1), t.queries = q.size(2), t.keys = k.size(2);
@@ -665,6 +681,7 @@ Task described(const Tensor& q, const Tensor& k, const Tensor& v, double scale, 
   t.kinds = plan[2].const_data_ptr<int32_t>(), t.patterns = plan[3].const_data_ptr<bool>();
   t.documents = ints(documents), t.key_documents = ints(key_documents);
   t.prefix = longs(prefix);
+  t.bias = bias ? bias->const_data_ptr() : nullptr;
   t.slopes = slopes ? slopes->const_data_ptr<double>() : nullptr;
   t.query_places = longs(query_places), t.key_places = longs(key_places);
   t.least = least, t.random_key = random_key ? *random_key->const_data_ptr<int64_t>() : 0;
@@ -697,16 +714,20 @@ template <typename T> void forward_of(const Task& t, const Tensor& q, const Tens
 
 template <typename T>
 void backward_of(const Task& t, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& d_out, const Tensor& out,
-                 const Tensor& lse, Tensor& d_q, Tensor& d_k, Tensor& d_v) {
+                 const Tensor& lse, Tensor& d_q, Tensor& d_k, Tensor& d_v, Tensor& d_bias) {
   using A = Wide<T>;
   const int64_t group = t.heads / t.kv_heads, M = t.query_block, N = t.key_block;
   std::vector<std::vector<std::pair<int32_t, int32_t>>> asking(t.key_blocks());
   for (int64_t i = 0; i < t.query_blocks(); ++i)
     for (int32_t at = t.starts[i]; at < t.starts[i + 1]; ++at) asking[t.columns[at]].emplace_back(i, t.kinds[at]);
-  at::parallel_for(0, t.batch * t.heads, 1, [&](int64_t begin, int64_t end) {
-    Backward<T> work(t);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / t.heads, h = task % t.heads;
+  // A bias is the same for all rows of the batch: one thread adds up what they give for a head.
+  const bool biased = d_bias.numel() > 0;
+  const int64_t rows = biased ? t.batch : 1;
+  at::parallel_for(0, t.batch * t.heads / rows, 1, [&](int64_t begin, int64_t end) {
+    Backward<T> work(t, biased ? d_bias.data_ptr<A>() : nullptr);
+    for (int64_t unit = begin * rows; unit < end * rows; ++unit) {
+      const int64_t b = biased ? unit % rows : unit / t.heads, h = biased ? unit / rows : unit % t.heads;
+      const int64_t task = b * t.heads + h;
       const Documents documents(t, b);
       work.prepare(head<T>(q, b, h), q.stride(2), head<T>(d_out, b, h), d_out.stride(2), head<T>(out, b, h), out.stride(2),
                    lse.const_data_ptr<A>() + task * t.queries);
@@ -736,10 +757,11 @@ Tensor empty_heads(const Tensor& like, int64_t heads, int64_t length, int64_t wi
 
 #define DESCRIPTION                                                                                                            \
   double scale, double cap, at::TensorList plan, at::IntArrayRef tile, const Maybe &documents, const Maybe &key_documents,     \
-      const Maybe &prefix, const Maybe &slopes, const Maybe &query_places, const Maybe &key_places, int64_t least,             \
+      const Maybe &prefix, const Maybe &bias, const Maybe &slopes, const Maybe &query_places, const Maybe &key_places,          \
+      int64_t least,                                                                                                           \
       const Maybe &random_key, const Maybe &slots, const Maybe &positions, int64_t first_head, int64_t first_key
 #define DESCRIBED                                                                                                              \
-  described(q, k, v, scale, cap, plan, tile, documents, key_documents, prefix, slopes, query_places, key_places, least,        \
+  described(q, k, v, scale, cap, plan, tile, documents, key_documents, prefix, bias, slopes, query_places, key_places, least,  \
             random_key, slots, positions, first_head, first_key)
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, DESCRIPTION) {
@@ -753,16 +775,17 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   return {out, lse};
 }
 
-// Gradients of keys and values are of every query head.
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                                            const Tensor& lse, DESCRIPTION) {
+// Gradients of keys and values are of every query head; that of the bias is [0] if it is not wanted.
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                                            const Tensor& lse, bool wants_bias, DESCRIPTION) {
   const Task t = DESCRIBED;
+  Tensor d_bias = at::zeros(wants_bias ? bias->sizes() : at::IntArrayRef{0}, lse.options());
   Tensor d_q = empty_heads(q, t.heads, t.queries, t.dim), d_k = empty_heads(q, t.heads, t.keys, t.dim),
          d_v = empty_heads(q, t.heads, t.keys, t.width);
-  if (q.scalar_type() == at::kBFloat16) backward_of<BFloat16>(t, q, k, v, d_out, out, lse, d_q, d_k, d_v);
-  else if (q.scalar_type() == at::kFloat) backward_of<float>(t, q, k, v, d_out, out, lse, d_q, d_k, d_v);
-  else backward_of<double>(t, q, k, v, d_out, out, lse, d_q, d_k, d_v);
-  return {d_q, d_k, d_v};
+  if (q.scalar_type() == at::kBFloat16) backward_of<BFloat16>(t, q, k, v, d_out, out, lse, d_q, d_k, d_v, d_bias);
+  else if (q.scalar_type() == at::kFloat) backward_of<float>(t, q, k, v, d_out, out, lse, d_q, d_k, d_v, d_bias);
+  else backward_of<double>(t, q, k, v, d_out, out, lse, d_q, d_k, d_v, d_bias);
+  return {d_q, d_k, d_v, d_bias};
 }
 
 bool bf16_products() { return blas::could_pack(at::kBFloat16); }
@@ -771,13 +794,13 @@ bool bf16_products() { return blas::could_pack(at::kBFloat16); }
 
 #define SCHEMA                                                                                                                 \
   "float scale, float cap, Tensor[] plan, int[] tile, Tensor? documents, Tensor? key_documents, Tensor? prefix, "              \
-  "Tensor? slopes, Tensor? query_places, Tensor? key_places, int least, Tensor? random_key, Tensor? slots, "                   \
+  "Tensor? bias, Tensor? slopes, Tensor? query_places, Tensor? key_places, int least, Tensor? random_key, Tensor? slots, "                   \
   "Tensor? positions, int first_head, int first_key"
 
 TORCH_LIBRARY(headway_cpp, library) {
   library.def("attention(Tensor q, Tensor k, Tensor v, " SCHEMA ") -> (Tensor, Tensor)", &forward);
-  library.def("attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " SCHEMA
-              ") -> (Tensor, Tensor, Tensor)",
+  library.def("attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool wants_bias, " SCHEMA
+              ") -> (Tensor, Tensor, Tensor, Tensor)",
               &backward);
   library.def("bf16_products() -> bool", &bf16_products);
 }

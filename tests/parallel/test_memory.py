@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from headway.kernels.attention.choose import choose
 from headway.parallel import mesh
 from headway.parallel.engines.native import NativeEngine
 from headway.parallel.planner.memory import peak
@@ -16,23 +17,31 @@ VOCAB, ROWS = 300, 4
 POLICIES = ("none", "products", "attention", "full")
 LLAMA = {"activation": "swiglu", "norm": "rmsnorm", "bias": False, "positions": "rotary", "kv_heads": 2}
 DROPOUT = {"dropout": 0.1, "attention": {"dropout": 0.1}}
+BLOCKS_DROPOUT = {"dropout": 0.1, "attention": {"dropout": 0.1, "kernel": "blocks"}}
 REFERENCE = {"attention": {"kernel": "reference"}}
 
+FAST = choose("dense").name
 GPTS = {  # model, precision, what computes attention
-    "gelu": ({}, "fp32", "sdpa"),
-    "swiglu": (LLAMA, "fp32", "sdpa"),
-    "gelu bf16": ({}, "bf16", "blocks"),
-    "swiglu bf16": (LLAMA, "bf16", "blocks"),
+    "gelu": ({}, "fp32", FAST),
+    "swiglu": (LLAMA, "fp32", FAST),
+    "gelu bf16": ({}, "bf16", FAST),
+    "swiglu bf16": (LLAMA, "bf16", FAST),
+    "sdpa": ({"attention": {"kernel": "sdpa"}}, "fp32", "sdpa"),
+    "sdpa, swiglu": (LLAMA | {"attention": {"kernel": "sdpa"}}, "fp32", "sdpa"),
+    "blocks bf16": ({"attention": {"kernel": "blocks"}}, "bf16", "blocks"),
+    "blocks, swiglu bf16": (LLAMA | {"attention": {"kernel": "blocks"}}, "bf16", "blocks"),
+    "blocks, dropout": (BLOCKS_DROPOUT, "fp32", "blocks"),
+    "blocks, dropout bf16": (BLOCKS_DROPOUT, "bf16", "blocks"),
     "sdpa bf16": ({"attention": {"kernel": "sdpa"}}, "bf16", "sdpa"),
-    "dropout": (DROPOUT, "fp32", "blocks"),
-    "dropout bf16": (DROPOUT, "bf16", "blocks"),
+    "dropout": (DROPOUT, "fp32", FAST),
+    "dropout bf16": (DROPOUT, "bf16", FAST),
     "reference": (REFERENCE, "fp32", "reference"),
     "reference bf16": (REFERENCE, "bf16", "reference"),
     "reference, dropout": ({"dropout": 0.1, "attention": {"kernel": "reference", "dropout": 0.1}}, "fp32", "reference"),
     "blocks": ({"attention": {"kernel": "blocks"}}, "fp32", "blocks"),
-    "relu2, layer scale": ({"activation": "relu2", "layer_scale": 0.1}, "fp32", "sdpa"),
-    "post-norm, untied": ({"norm_position": "post", "tied": False}, "fp32", "sdpa"),
-    "experts": ({"experts": {"count": 4}}, "fp32", "sdpa"),
+    "relu2, layer scale": ({"activation": "relu2", "layer_scale": 0.1}, "fp32", FAST),
+    "post-norm, untied": ({"norm_position": "post", "tied": False}, "fp32", FAST),
+    "experts": ({"experts": {"count": 4}}, "fp32", FAST),
     "fp64": ({}, "fp64", "sdpa"),
 }  # fmt: skip
 QUICK = ("swiglu bf16",)
@@ -102,10 +111,9 @@ def test_what_is_computed_again_is_not_kept(name):
 
 @pytest.mark.long
 @pytest.mark.parametrize("length", [256, 384])
-@pytest.mark.parametrize("name", ["gelu", "blocks", "dropout bf16"])
+@pytest.mark.parametrize("name", ["gelu", "sdpa", "blocks", "dropout bf16", "blocks, dropout bf16"])
 def test_longer_rows_take_the_bytes_of_the_formulas(name, length):
     model, precision, kernel = GPTS[name]
-    kernel = "sdpa" if name == "gelu" else "blocks"
     job = job_of(model, {"recompute": "none"}, precision)
     job = job.model_copy(update={"data": job.data.model_copy(update={"seq_len": length})})
     assert predicted(job, kernel).bytes == pytest.approx(measured(job).peak, rel=0.05)

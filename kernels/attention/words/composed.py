@@ -65,18 +65,8 @@ def _kernels(form: Form) -> dict[str, Kernel]:
             Kernel("blocks", form.in_blocks, dropout=True, bias=True, memory="S", traced=True),
         ]
     if form.flexible:
-        found.append(
-            Kernel(
-                "cpp",
-                form.in_cpp,
-                dropout=True,
-                bias=False,
-                slopes=True,
-                memory="S",
-                traced=True,
-                devices=("cpu",),
-            )
-        )
+        facts: Any = {"memory": "S", "traced": True, "devices": ("cpu",)}
+        found.append(Kernel("cpp", form.in_cpp, dropout=True, bias=True, **facts))
         found.append(
             Kernel("flex", form.flex, dropout=False, bias=False, slopes=True, memory="S", devices=("cuda",))
         )

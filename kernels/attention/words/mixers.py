@@ -42,7 +42,7 @@ def dense_kernels(*others: Kernel) -> dict[str, Kernel]:
         ),
         *others,
         Kernel("blocks", _plain(blocks.attention), dropout=True, bias=True, memory="S"),
-        Kernel("cpp", _plain(cpp.attention), dropout=True, bias=False, memory="S", devices=("cpu",)),
+        Kernel("cpp", _plain(cpp.attention), dropout=True, bias=True, memory="S", devices=("cpu",)),
     )
     return {kernel.name: kernel for kernel in kernels}
 

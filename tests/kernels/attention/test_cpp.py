@@ -4,9 +4,11 @@ reference is tested where all kernels are."""
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from headway.kernels import random
 from headway.kernels.attention import choose as choice
@@ -88,11 +90,11 @@ def test_the_operator_is_a_proper_one():
     places = torch.arange(40)
     drop = WeightDropout(0.25, torch.tensor(5), torch.arange(2), places)
     slopes = Slopes(torch.tensor(geometric(6)), places, places)
-    sink = torch.randn(6, requires_grad=True)
+    sink, bias = torch.randn(6, requires_grad=True), torch.randn(6, 40, 40, requires_grad=True)
     for mask in (Mask(), Mask(False, DOCUMENTS[:, :40].contiguous())):
         for options in ((None, None, None), (drop, slopes, 2.0)):
             what = cpp.described(q, mask, options[0], None, options[1], options[2])
-            torch.library.opcheck(torch.ops.headway.attention_cpp, (q, k, v, sink, *what))
+            torch.library.opcheck(torch.ops.headway.attention_cpp, (q, k, v, sink, bias, *what))
 
 
 @pytest.mark.parametrize("mask", ["causal", "padded prefix", "cross padded", "window"])
@@ -101,6 +103,13 @@ def test_it_compiles_without_a_break(mask):
     inputs = inputs_of(mask, False, torch.float32)
     compiled = torch.compile(cpp.attention, fullgraph=True, backend="aot_eager")
     ours, theirs = (value_and_gradients(f, inputs, MASKS[mask]) for f in (compiled, cpp.attention))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_it_is_computed_again():
+    inputs = heads(dtype=torch.float32)
+    again = partial(checkpoint, cpp.attention, use_reentrant=False)
+    ours, theirs = (value_and_gradients(f, inputs, Mask()) for f in (again, cpp.attention))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -153,7 +162,7 @@ PHASED = {
 }
 
 
-@pytest.mark.parametrize("what", ["plain", "sink", "slopes", "dropout", "documents"])
+@pytest.mark.parametrize("what", ["plain", "sink", "slopes", "bias", "dropout", "documents"])
 @pytest.mark.parametrize("word", PHASED)
 def test_phases_are_merged(word, what):
     """Scopes that are computed in parts: all that goes by places must stay with them."""
@@ -165,6 +174,10 @@ def test_phases_are_merged(word, what):
     bias = (
         Slopes(torch.tensor(geometric(6), dtype=torch.float64), places, places) if what == "slopes" else None
     )
+    learned = None
+    if what == "bias":
+        learned = torch.randn(6, 303, 303, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+        learned.requires_grad_()
     drop = None
     if what == "dropout":
         drop = WeightDropout(0.25, torch.tensor(random.key(0, "x")), torch.tensor([7, 3]), places)
@@ -173,8 +186,9 @@ def test_phases_are_merged(word, what):
 
         def of(kernel, mask=mask):
             compute = row.kernels[kernel].compute
-            given = lambda q, k, v, m, d, s: compute(q, k, v, m, d, s, bias, **x)  # noqa: E731
-            return value_and_gradients(given, heads(), mask, drop)
+            given = lambda q, k, v, m, d, s, b=bias: compute(q, k, v, m, d, s, b, **x)  # noqa: E731
+            more = [] if learned is None else [learned]
+            return value_and_gradients(given, [*heads(), *more], mask, drop)
 
         for kernel in ("blocks", "cpp"):
             torch.testing.assert_close(of(kernel), of("reference"), rtol=1e-10, atol=1e-10)
@@ -210,7 +224,7 @@ def test_choice(monkeypatch):
             assert choose(word, dtype=dtype).name == "cpp"
         assert choose("dense", dtype=dtype, dropout=True).name == "cpp"
         assert choose("dense", dtype=dtype, bias=True, described=True).name == "cpp"
-        assert choose("dense", dtype=dtype, bias=True).name == "blocks"
+        assert choose("dense", dtype=dtype, bias=True).name == "cpp"
     assert choose("sparsemax").name == "blocks"
     assert choose("dense", dtype=torch.float64).name == "sdpa"
     assert choose("dense", dtype=torch.float16).name == "sdpa"

@@ -58,7 +58,7 @@ def test_a_compiler_that_fails_is_named_with_its_error(compiler):
 def test_no_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
-    with pytest.raises(build.CannotBuild, match="none: .*No such file"):
+    with pytest.raises(build.CannotBuild, match=r"none: .*No such file"):
         build._compile(build._command(), build._folder() / "attention-x.so")
 
 

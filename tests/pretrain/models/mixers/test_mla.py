@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from headway.kernels.attention import choose as choices
 from headway.kernels.attention.choose import choose
 from headway.kernels.attention.masks import Mask, lower
 from headway.kernels.rotary import rotation
@@ -197,7 +198,8 @@ def test_a_rotary_width_that_cannot_be():
         build_mixer(model_of(qk_norm=True), Seat())
 
 
-def test_row_blocks_are_chosen_where_torch_has_no_kernel():
+def test_row_blocks_are_chosen_where_torch_has_no_kernel(monkeypatch):
+    monkeypatch.setattr(choices.cpp, "unavailable", lambda dtype=None: "no compiler")
     assert choose("mla").name == "blocks"
     assert choose("mla", device="cuda").name == "sdpa"
     assert choose("mla", "absorbed").name == "absorbed"
