@@ -37,8 +37,11 @@ def check(recipes: Sequence[str], sets: Sequence[str], ranks: int) -> None:
     compare_with_saved(run_folder(resolved.job), resolved)
 
 
-def train(recipes: Sequence[str], sets: Sequence[str], *, fresh: bool = False) -> None:
-    """Train a job, or go on with it where its run folder stands."""
+def train(
+    recipes: Sequence[str], sets: Sequence[str], *, fresh: bool = False, stop: StopRequest | None = None
+) -> None:
+    """Train a job, or go on with it where its run folder stands. `stop` notes a request to stop, also one that comes
+    when all is trained and is no longer heeded here."""
     resolved = resolve(recipes, sets)
     refuse_inert(resolved)
     folder = run_folder(resolved.job)
@@ -55,8 +58,7 @@ def train(recipes: Sequence[str], sets: Sequence[str], *, fresh: bool = False) -
         if world.main:
             tell(parts, notes)
         # From here on there is state to save; before, an interrupt simply ends the process.
-        stop = stack.enter_context(StopRequest())
-        run(parts, folder, stop)
+        run(parts, folder, stack.enter_context(stop or StopRequest()))
 
 
 def compare_with_saved(folder: Path, resolved: Resolved) -> tuple[Resolved, list[str]]:

@@ -18,7 +18,8 @@ from rich.table import Table
 from headway.kernels.attention.registry import mechanism, words
 from headway.launch import run
 from headway.launch.console import console
-from headway.pretrain.errors import JobError
+from headway.launch.signals import StopRequest
+from headway.pretrain.errors import Interrupted, JobError
 
 COMMON = (
     "train.steps=200", "schedule.warmup=20", "optimizer.name=adamw", "optimizer.lr=2e-3", "train.compile=false",
@@ -33,6 +34,26 @@ RECIPES = {
 """Recipe -> what is its own. Images are for mechanisms that need a grid of patches."""
 COMPOSED = ("window+sink", "bigbird+entmax15")
 """Compositions that are trained beside the words."""
+SIZES: dict[str, dict[str, int]] = {
+    "window": {"window": 64},
+    "dilated": {"window": 32},
+    "local": {"block": 32},
+    "strided": {"stride": 16},
+    "fixed": {"stride": 16, "summaries": 2},
+    "longformer": {"window": 64, "global_tokens": 8},
+    "streaming": {"window": 64},
+    "bigbird": {"block": 16, "global_tokens": 16},
+    "performer": {"features": 64},
+    "linformer": {"rank": 64},
+    "topk": {"selected": 16},
+    "routing": {"clusters": 8, "window": 32},
+    "nsa": {"block": 16, "selected": 4, "window": 64},
+    "moba": {"block": 32, "selected": 2},
+    "span": {"span": 128},
+    "hierarchical": {"block": 16},
+    "logtime": {"block": 16},
+}
+"""Settings that suit rows of 128 and 256 tokens, of which the mechanisms' own would see all."""
 
 
 ATTEMPTS: tuple[tuple[str, ...], ...] = (
@@ -66,14 +87,24 @@ def pairs(recipes: Sequence[str], names: Sequence[str]) -> Iterator[tuple[str, s
                 yield recipe, word
 
 
+def sizes(word: str) -> list[str]:
+    """Settings of a mechanism, or of several."""
+    found = {key: value for part in word.split("+") for key, value in SIZES.get(part, {}).items()}
+    return [f"model.attention.{key}={value}" for key, value in found.items()]
+
+
 def train(recipe: str, word: str, place: Path, more: Sequence[str] = ()) -> Member:
-    """Train a recipe with a mechanism, changed as little as it takes; or say why it cannot be."""
-    reason = ""
+    """Train a recipe with a mechanism, changed as little as it takes; or say why it cannot be.
+
+    Raises:
+        Interrupted: a signal asked to stop.
+    """
+    reason, stop = "", StopRequest()
     for changed in ATTEMPTS:
         member = Member(recipe, word, changed)
-        sets = [*COMMON, *RECIPES[recipe], f"model.attention.mechanism={word}", *changed, *more]
+        sets = [*COMMON, *RECIPES[recipe], f"model.attention.mechanism={word}", *sizes(word), *changed, *more]
         try:
-            run.train([recipe], [*sets, f"run.dir={place}", f"run.name={member.name}"])
+            run.train([recipe], [*sets, f"run.dir={place}", f"run.name={member.name}"], stop=stop)
         except JobError as e:
             reason = reason or str(e)
             if not (
@@ -81,6 +112,8 @@ def train(recipe: str, word: str, place: Path, more: Sequence[str] = ()) -> Memb
             ).exists():  # what it began with would stand in the way
                 shutil.rmtree(place / member.name, ignore_errors=True)
         else:
+            if stop.asked:
+                raise Interrupted("the zoo stopped after a whole run; start it again to go on")
             return member
     return Member(recipe, word, reason=reason)
 

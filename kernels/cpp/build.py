@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("attention.cpp")
+HEADERS = sorted(SOURCE.parent.glob("*.h"))
 SECONDS = 600
 """That a compiler may take: on a busy machine many times the 20 of an idle one."""
 
@@ -71,7 +72,7 @@ def _command() -> list[str]:
 
 
 def _digest(command: list[str]) -> str:
-    """Of the source, the compiler's command, PyTorch and the processor: a home may be shared by different machines."""
+    """Of the sources, the compiler's command, PyTorch and the processor: a home may be shared by different machines."""
     processor = next(
         (
             line
@@ -80,7 +81,8 @@ def _digest(command: list[str]) -> str:
         ),
         platform.processor(),
     )
-    parts = [SOURCE.read_text(), *command, torch.__version__, platform.machine(), processor]
+    sources = [path.read_text() for path in (SOURCE, *HEADERS)]
+    parts = [*sources, *command, torch.__version__, platform.machine(), processor]
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=10).hexdigest()
 
 

@@ -19,6 +19,7 @@ from headway.kernels.attention.masks import Mask, lower
 from headway.kernels.attention.registry import mechanism
 from headway.kernels.attention.scopes import BigBird, Ends, Global, Local, OtherBlocks, Window
 from headway.kernels.attention.slopes import Slopes, geometric
+from headway.kernels.attention.tiles import block_mask
 
 from .test_kernels import DOCUMENTS, MASKS, heads, inputs_of, value_and_gradients
 
@@ -39,7 +40,7 @@ SCOPES = {
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("scope", SCOPES)
 def test_tiles_hold_what_is_seen(scope, causal, length):
-    tiles = cpp.block_mask(causal, SCOPES[scope], length, length)
+    tiles = block_mask(causal, SCOPES[scope], length, length)
     found = torch.zeros(length, length, dtype=torch.bool)
     rows, width = tiles.tile
     for i in range(len(tiles.starts) - 1):
@@ -58,10 +59,10 @@ def test_tiles_hold_what_is_seen(scope, causal, length):
 
 
 def test_tiles_in_which_nothing_is_seen_are_left_out():
-    tiles = cpp.block_mask(True, Window(256), 8192, 8192)
+    tiles = block_mask(True, Window(256), 8192, 8192)
     assert len(tiles.columns) <= 64 * 3
     assert len(tiles.patterns) == 2  # the diagonal, and the far edge of the window
-    dense = cpp.block_mask(True, None, 8192, 8192)
+    dense = block_mask(True, None, 8192, 8192)
     assert len(dense.columns) == 64 * 65 // 2
     assert len(dense.patterns) == 1
 
