@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from headway.kernels.attention.choose import ANYWHERE, KernelUnavailable, choose
+from headway.kernels.attention.content.span import spans
 from headway.kernels.attention.dense import WeightDropout
 from headway.kernels.attention.draw import Draw
 from headway.kernels.attention.masks import Mask
@@ -18,7 +19,6 @@ from headway.kernels.attention.registry import Mechanism, Shape, mechanism
 from headway.kernels.attention.reinforce import Drawn
 from headway.kernels.attention.scores import Extras
 from headway.kernels.attention.slopes import Bias, Slopes, part_of
-from headway.kernels.attention.span import spans
 from headway.kernels.rotary import Rotation, rotate
 from headway.pretrain import config
 from headway.pretrain.errors import JobError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from headway.kernels.attention import low_rank
+from headway.kernels.attention.linear import low_rank
 from headway.kernels.attention.registry import Mechanism
 from headway.kernels.attention.words import content, grids, linear, mixers, scopes, scores, weights
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from headway.kernels.attention import hierarchical, logtime, moba, nsa, routing, span, topk
+from headway.kernels.attention.content import hierarchical, logtime, moba, nsa, routing, span, topk
 from headway.kernels.attention.registry import SPREAD, Kernel, Mechanism, Own, Shape
 
 TEXT = frozenset({"causal", "documents", "padding", "grouped"})

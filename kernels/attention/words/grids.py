@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from headway.kernels.attention import deformable, graph, grid
+from headway.kernels.attention.grids import deformable, graph, grid
 from headway.kernels.attention.registry import Kernel, Mechanism, Shape
 from headway.kernels.attention.words.mixers import dense_kernels
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from headway.kernels.attention import delta, featured, features, gated, linear, rfa
+from headway.kernels.attention.linear import delta, featured, features, gated, linear, rfa
 from headway.kernels.attention.registry import ALL, SPREAD, Kernel, Mechanism, Own, Shape
 
 BOTH_WAYS = (ALL | SPREAD | {"maps"}) - {"prefix", "dropout", "bias"}

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from headway.kernels.attention import blocks, convolution, cpp, dense, entropy, latent, monarch
+from headway.kernels.attention import blocks, cpp, dense, entropy
+from headway.kernels.attention.mixers import convolution, latent, monarch
 from headway.kernels.attention.registry import Kernel, Mechanism, Shape
 
 FILTER_FEATURES = 33

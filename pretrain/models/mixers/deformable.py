@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headway.kernels.attention import deformable
 from headway.kernels.attention.choose import choose
+from headway.kernels.attention.grids import deformable
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.slopes import Bias
 from headway.kernels.rotary import Rotation

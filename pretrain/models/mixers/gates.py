@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headway.kernels.attention import grid
+from headway.kernels.attention.grids import grid
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.slopes import Bias
 from headway.kernels.rotary import Rotation

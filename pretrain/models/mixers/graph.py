@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headway.kernels.attention import graph
 from headway.kernels.attention.choose import choose
+from headway.kernels.attention.grids import graph
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.slopes import Bias
 from headway.kernels.attention.words.grids import edges_of_grid, edges_of_row

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headway.kernels.attention import convolution
 from headway.kernels.attention.choose import choose
 from headway.kernels.attention.masks import Mask
+from headway.kernels.attention.mixers import convolution
 from headway.kernels.attention.slopes import Bias
 from headway.kernels.attention.words.mixers import FILTER_FEATURES
 from headway.kernels.rotary import Rotation

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headway.kernels.attention import latent
 from headway.kernels.attention.dense import WeightDropout
 from headway.kernels.attention.masks import Mask
+from headway.kernels.attention.mixers import latent
 from headway.kernels.attention.slopes import Bias, part_of
 from headway.kernels.attention.words.mixers import latent_widths
 from headway.kernels.rotary import Rotation, rotate

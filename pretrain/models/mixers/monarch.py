@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headway.kernels.attention import monarch
 from headway.kernels.attention.choose import choose
 from headway.kernels.attention.masks import Mask
+from headway.kernels.attention.mixers import monarch
 from headway.kernels.attention.slopes import Bias
 from headway.kernels.attention.words.mixers import monarch_block
 from headway.kernels.rotary import Rotation

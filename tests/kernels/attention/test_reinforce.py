@@ -8,7 +8,7 @@ from headway.kernels.attention.masks import Mask, lower
 from headway.kernels.attention.registry import UnknownWord, mechanism
 from headway.kernels.attention.rows import ELEMENTS
 from headway.kernels.attention.slopes import Slopes, geometric
-from headway.tests.kernels.attention.sequences import KEYS, MASKS, heads
+from headway.tests.kernels.attention.linear.sequences import KEYS, MASKS, heads
 from headway.tests.pretrain.models.test_attention_contract import Largest
 
 SEEN = {name: mask for name, mask in MASKS.items() if "cross" not in name}

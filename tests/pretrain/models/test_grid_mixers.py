@@ -124,7 +124,7 @@ def test_deformable_is_transformers(kernel):
         DeformableDetrMultiscaleDeformableAttention,
     )
 
-    from headway.kernels.attention.deformable import ring
+    from headway.kernels.attention.grids.deformable import ring
 
     made, *_ = mixer("deformable", depth=2, points=3, kernel=kernel)
     settings = DeformableDetrConfig(d_model=WIDTH, num_feature_levels=2, disable_custom_kernels=True)

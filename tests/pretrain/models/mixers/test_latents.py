@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from headway.kernels.attention import monarch
 from headway.kernels.attention.masks import Mask
+from headway.kernels.attention.mixers import monarch
 from headway.pretrain import config
 from headway.pretrain.errors import JobError
 from headway.pretrain.models.init import initialise
