@@ -28,7 +28,7 @@ COMMON = (
 """Few tokens a step, for there are many runs; AdamW, whose steps cost less than Muon's at this size."""
 RECIPES = {
     "gpt/tiny": ("train.global_batch=2", "data.heldout=0.01"),
-    "bert/tiny": ("train.global_batch=4", "data.heldout=0.01"),
+    "bert/tiny": ("train.global_batch=3", "data.heldout=0.01"),
     "vit/tiny": ("train.global_batch=16",),
 }
 """Recipe -> what is its own. Images are for mechanisms that need a grid of patches."""
@@ -76,7 +76,7 @@ class Member:
 
     @property
     def name(self) -> str:
-        return f"{self.recipe.split('/')[0]}-{self.word}"
+        return f"{self.recipe.split('/')[0]}-{self.word.replace('+', '-')}"
 
 
 def pairs(recipes: Sequence[str], names: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -105,7 +105,8 @@ def described(
     assert mask.shift is None, "parts of a sequence are for row blocks"
     given: list[Any] = [score_scale(scale, q_BHQD), cap or 0.0, mask.triangular, mask.window or 0]
     given += ["" if mask.strip or mask.scope is None else _called(mask.scope)]
-    given += [mask.documents, mask.key_documents, mask.prefix, *flat(bias_HQK)]
+    prefix = mask.prefix if mask.causal else None
+    given += [mask.documents, mask.key_documents, prefix, *flat(bias_HQK)]
     given += (0.0, None, None, None, 0, 0) if dropout is None else dropout
     return Description(*given)
 
@@ -206,19 +207,24 @@ def _rows(*tensors: Tensor) -> list[Tensor]:
 
 
 def _lowered(what: Description, q: Tensor, k: Tensor, bias: Tensor | None) -> list[Any]:
-    """A description as the C++ operators take it."""
+    """A description as the C++ operators take it: dense, of every row of the batch."""
     lengths = q.shape[2], k.shape[2]
     scope = Window(what.window) if what.window else _SCOPES[what.scope] if what.scope else None
     tiles = block_mask(what.causal, scope, *lengths)
     queries, keys = (None, None) if what.places is None else what.places.split(lengths)
     theirs = what.documents if what.key_documents is None else what.key_documents
-    documents = (None if x is None else x.to(torch.int32).contiguous() for x in (what.documents, theirs))
-    least = 0 if what.key is None else random.threshold(what.p)
+    documents = (
+        None if x is None else x.to(torch.int32).expand(len(q), -1) for x in (what.documents, theirs)
+    )
+    prefix = None if what.prefix is None else what.prefix.expand(len(q))
     slopes = None if what.slopes is None else what.slopes.double()
-    if bias is not None:
-        bias = bias.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
-    by_rows = *documents, what.prefix, bias, slopes, queries, keys
-    return [what.scale, what.cap, tiles.tensors, tiles.tile, *by_rows, least, *what[11:]]
+    bias = None if bias is None else bias.to(torch.promote_types(q.dtype, torch.float32))
+    least = 0 if what.key is None else random.threshold(what.p)
+    masked, added = (*documents, prefix), (bias, slopes, queries, keys)
+    drop = what.key, what.slots, what.positions
+    dense = [None if x is None else x.contiguous() for x in (*masked, *added, *drop)]
+    where = what.first_head, what.first_key
+    return [what.scale, what.cap, tiles.tensors, tiles.tile, *dense[:7], least, *dense[7:], *where]
 
 
 def _by_place(like: Tensor, heads: int, length: int, width: int) -> Tensor:

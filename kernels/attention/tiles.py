@@ -74,7 +74,7 @@ def block_mask(causal: bool, scope: Scope | None, queries: int, keys: int) -> Bl
 
 
 def _side(length: int) -> int:
-    return min(TILE, -(-length // LANES) * LANES)
+    return min(TILE, max(1, -(-length // LANES)) * LANES)
 
 
 def _candidates(mask: Mask, rows: slice, keys: int, width: int) -> list[int]:

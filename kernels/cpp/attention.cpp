@@ -324,6 +324,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   Tensor out = empty_heads(q, t.heads, t.queries, t.width);
   const auto wide = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   Tensor lse = at::empty({t.batch, t.heads, t.queries}, q.options().dtype(wide));
+  if (t.empty()) return {out.zero_(), lse.fill_(-std::numeric_limits<double>::infinity())};
   if (q.scalar_type() == at::kBFloat16) forward_of<BFloat16>(t, q, k, v, out, lse);
   else if (q.scalar_type() == at::kFloat) forward_of<float>(t, q, k, v, out, lse);
   else forward_of<double>(t, q, k, v, out, lse);
@@ -337,6 +338,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& d_out, const T
   Tensor d_bias = at::zeros(wants_bias ? bias->sizes() : at::IntArrayRef{0}, lse.options());
   Tensor d_q = empty_heads(q, t.heads, t.queries, t.dim), d_k = empty_heads(q, t.heads, t.keys, t.dim),
          d_v = empty_heads(q, t.heads, t.keys, t.width);
+  if (t.empty()) return {d_q.zero_(), d_k.zero_(), d_v.zero_(), d_bias};
   if (q.scalar_type() == at::kBFloat16) backward_of<BFloat16>(t, q, k, v, d_out, out, lse, d_q, d_k, d_v, d_bias);
   else if (q.scalar_type() == at::kFloat) backward_of<float>(t, q, k, v, d_out, out, lse, d_q, d_k, d_v, d_bias);
   else backward_of<double>(t, q, k, v, d_out, out, lse, d_q, d_k, d_v, d_bias);

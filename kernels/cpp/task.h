@@ -28,6 +28,7 @@ struct Task {
 
   int64_t query_blocks() const { return (queries + query_block - 1) / query_block; }
   int64_t key_blocks() const { return (keys + key_block - 1) / key_block; }
+  bool empty() const { return batch * heads * queries * keys * dim * width == 0; }
   bool plain() const { return cap == 0 && !slopes && !bias && scale > 0; }  // scores are scaled products
 };
 

@@ -145,6 +145,30 @@ def test_any_width_of_heads_and_values(dim, dtype):
         assert (ours.double() - theirs).norm() <= bound * theirs.norm()
 
 
+@pytest.mark.parametrize("shape", [(0, 4, 5, 5), (2, 4, 0, 5), (2, 4, 5, 0)])
+def test_nothing_gives_nothing(shape):
+    rows, heads_, queries, keys = shape
+    inputs = [torch.randn(rows, heads_, n, 8, requires_grad=True) for n in (queries, keys, keys)]
+    out = cpp.attention(*inputs, Mask(False))
+    assert out.shape == inputs[0].shape
+    assert not out.any()
+    assert all(not g.any() for g in torch.autograd.grad(out.sum(), inputs))
+
+
+def test_descriptions_of_one_row_are_of_all():
+    """Documents, and places, that broadcast or are not dense in memory."""
+    inputs = heads()
+    wide = torch.stack((DOCUMENTS[:1], DOCUMENTS[:1]), -1)
+    slots, places = torch.tensor([7, 0, 3, 0])[::2], torch.arange(606)[::2]
+    drop = WeightDropout(0.25, torch.tensor(random.key(0, "x")), slots, places)
+    mask = Mask(True, wide[..., 0], prefix=torch.tensor([9, 0])[:1])
+    ours, theirs = (value_and_gradients(f, inputs, mask, drop) for f in (cpp.attention, reference))
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+    unheeded = Mask(False, prefix=torch.tensor([9, 0]))  # of a causal mask alone
+    ours, theirs = (value_and_gradients(f, inputs, unheeded) for f in (cpp.attention, reference))
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
 def test_rows_that_are_not_dense():
     """Queries, keys and values as projections give them, and with a last dim that is not dense."""
     q, k, v = (torch.randn(2, 50, 4, 16, dtype=torch.float64) for _ in range(3))
