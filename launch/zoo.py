@@ -171,21 +171,44 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Held-out loss against the time of a step, a point for every mechanism."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     done = [r for r in results if r["reason"] is None]
     recipes = list(dict.fromkeys(r["recipe"] for r in done))
-    figure = Figure(figsize=(8 * max(1, len(recipes)), 8), layout="constrained")
+    figure = Figure(figsize=(9 * max(1, len(recipes)), 8), layout="constrained")
     FigureCanvasAgg(figure)
     for i, recipe in enumerate(recipes):
         panel = figure.add_subplot(1, len(recipes), i + 1)
         mine = [r for r in done if r["recipe"] == recipe]
         panel.scatter([r["step_seconds"] * 1e3 for r in mine], [r["heldout_loss"] for r in mine], s=14)
-        for r in mine:
-            where = (r["step_seconds"] * 1e3, r["heldout_loss"])
-            panel.annotate(r["word"], where, fontsize=7, xytext=(3, 2), textcoords="offset points")
         panel.set_xscale("log")
+        panel.margins(x=0.15)
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        panel.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set_xlabel("milliseconds a step")
         panel.set_ylabel("held-out loss")
         panel.set_title(recipe)
         panel.grid(visible=True, alpha=0.2)
+    figure.draw_without_rendering()  # where points lie is known from here on
+    for panel, recipe in zip(figure.axes, recipes, strict=True):
+        _name(panel, [r for r in done if r["recipe"] == recipe])
     figure.savefig(path, dpi=100)
+
+
+def _name(panel: Any, results: Sequence[dict[str, Any]]) -> None:
+    """Names beside their points, each where it hides no other, as far as there is room."""
+    taken: list[tuple[float, float, float, float]] = []
+    for r in sorted(results, key=lambda r: r["heldout_loss"]):
+        place = (r["step_seconds"] * 1e3, r["heldout_loss"])
+        x, y = panel.transData.transform(place)
+        width, height = 6.0 * len(r["word"]), 11.0  # pixels, about
+        spots = [(dx, dy) for dy in (-4, 6, -14, 16, -24, 26) for dx in (5, -5 - width)]
+        boxes = [(x + dx, y + dy, x + dx + width, y + dy + height) for dx, dy in spots]
+        free = [
+            not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for b in taken) for a in boxes
+        ]
+        best = free.index(True) if True in free else 0
+        taken += [boxes[best], (x - 3, y - 3, x + 3, y + 3)]
+        offset = tuple(d * 0.72 for d in spots[best])  # points
+        panel.annotate(r["word"], place, fontsize=7, xytext=offset, textcoords="offset points")
