@@ -38,13 +38,16 @@ def load() -> None:
     if platform.system() != "Linux":
         raise CannotBuild(f"C++ kernels are built on Linux, and this is {platform.system()}")
     command = _command()
-    path = _folder() / f"attention-{_digest(command)}.so"
-    if not path.exists():
-        _compile(command, path)
+    try:
+        path = _folder() / f"attention-{_digest(command)}.so"
+        if not path.exists():
+            _compile(command, path)
+    except OSError as e:
+        raise CannotBuild(f"{e}") from e
     try:
         torch.ops.load_library(path)
     except OSError as e:
-        raise CannotBuild(f"{path} cannot be loaded: {e.__cause__ or e}") from e
+        raise CannotBuild(f"{path} cannot be loaded (remove it to compile anew): {e.__cause__ or e}") from e
 
 
 @cache
