@@ -10,6 +10,8 @@ import torch
 
 from headway.kernels.attention.choose import choose
 from headway.launch.environment import find_ranks
+from headway.launch.teacher import find_teacher, hire, shape_of
+from headway.launch.teacher_source import TeacherSource
 from headway.parallel import mesh
 from headway.parallel.engines import capabilities
 from headway.parallel.engines.native import NativeEngine
@@ -55,6 +57,7 @@ class Parts:
     engine: NativeEngine
     evaluator: Evaluator
     yardstick: Yardstick
+    teacher: TeacherSource | None = None
 
     def batches(self) -> Iterator[Batch]:
         """This rank's rows of successive global batches, on the device."""
@@ -72,7 +75,8 @@ class Parts:
     def weights(self) -> list[torch.Tensor]:
         """All parameters of the model, of every stage of a pipeline; only their shapes mean anything."""
         there = self.engine.elsewhere().values()
-        return [*self.engine.objective.parameters(), *(t for t in there if isinstance(t, torch.nn.Parameter))]
+        ours = (p for p in self.engine.objective.parameters() if p.requires_grad)
+        return [*ours, *(t for t in there if isinstance(t, torch.nn.Parameter))]
 
     def name_samples(self) -> str:
         """Names of all samples of the last global batch, for error messages."""
@@ -114,7 +118,9 @@ def assemble(resolved: Resolved, world: World) -> Parts:
     job = resolved.job
     dataset = open_dataset(job, progress=world.main)
     inputs = dataset.inputs
-    objective = build_objective(job, inputs, dataset.specials, dataset.starts, device="meta")
+    source = find_teacher(job, dataset)
+    told = dataset.specials, dataset.starts
+    objective = build_objective(job, inputs, *told, device="meta", teacher=source and shape_of(source))
     loader = Loader(
         SampleStream(dataset.train, job.train.seed),
         objective.collate,
@@ -124,11 +130,13 @@ def assemble(resolved: Resolved, world: World) -> Parts:
         pin=world.device.type == "cuda",
     )
     engine = NativeEngine(job, objective, world, precision=hardware.precision, compiled=hardware.compiled)
+    if source is not None:
+        engine.teacher = hire(source, job, engine, dataset, hardware.precision)
     evaluator = Evaluator(
         engine, dataset.heldout, objective.collate, world.device, world.data_rank, world.layout.data
     )
     yardstick = Yardstick(training_flops(job, inputs), hardware.peak * world.size)
-    return Parts(resolved, hardware, dataset, loader, engine, evaluator, yardstick)
+    return Parts(resolved, hardware, dataset, loader, engine, evaluator, yardstick, source)
 
 
 def settled(resolved: Resolved, hardware: Hardware) -> Resolved:

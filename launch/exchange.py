@@ -11,7 +11,7 @@ import yaml
 from torch import Tensor
 
 from headway.launch.companions import find_specials, special_ids, write_companions
-from headway.launch.start_from import WEIGHTS, fill, find_checkpoint
+from headway.launch.start_from import fill, find_checkpoint, is_weight
 from headway.parallel.checkpoint.load import load
 from headway.parallel.checkpoint.manifest import Manifest, read_manifest
 from headway.parallel.checkpoint.save import Checkpointer
@@ -137,8 +137,11 @@ def export_model(place: str, kind: str, to: str, average: bool = False) -> None:
 
 def read_weights(path: Path, manifest: Manifest, prefix: str) -> dict[str, Tensor]:
     """All weights of a checkpoint, or what stands under `prefix` and their names."""
-    wanted = tuple(prefix + name for name in WEIGHTS)
-    found = {name: entry for name, entry in manifest.tensors.items() if name.startswith(wanted)}
+    found = {
+        name: entry
+        for name, entry in manifest.tensors.items()
+        if name.startswith(prefix) and is_weight(name.removeprefix(prefix))
+    }
     tensors = {n: torch.empty(e.shape, dtype=getattr(torch, e.dtype)) for n, e in found.items()}
     load(path, State(tensors), strict=False)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}

@@ -14,6 +14,7 @@ from headway.launch.finish import Finished, finish, heldout_values, report
 from headway.launch.ledger import open_ledger
 from headway.launch.resume import check_resumable, keep_choices, set_aside
 from headway.launch.signals import StopRequest
+from headway.launch.teacher import begin_with
 from headway.parallel import mesh
 from headway.parallel.checkpoint.save import Checkpointer
 from headway.parallel.engines import capabilities
@@ -98,6 +99,9 @@ def run(parts: Parts, folder: Path, stop: StopRequest) -> None:
             print(f"  goes on from {path}")
     elif job.train.start_from:
         saving.weights_only(parts, job.train.start_from)
+    elif job.objective.distill.init is not None and parts.teacher:
+        begin_with(parts.teacher, job, saving.weights_of(parts.engine))
+        parts.engine.weights_changed()
     elif job.model.init.lsuv:
         parts.engine.scale_weights(parts.first_batch())
     if path and done >= job.train.steps and (folder / "report.html").exists():

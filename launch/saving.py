@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from headway.launch.assemble import Parts
-from headway.launch.start_from import WEIGHTS, from_checkpoint, start_from
+from headway.launch.start_from import from_checkpoint, is_weight, start_from
 from headway.parallel.checkpoint.load import load
 from headway.parallel.checkpoint.manifest import read_manifest
 from headway.parallel.checkpoint.retention import folder_name, list_checkpoints, step_of
@@ -99,4 +99,4 @@ def weights_only(parts: Parts, start: str) -> None:
 def weights_of(engine: NativeEngine) -> dict[str, Tensor]:
     """The weights, without moments and averages; those of other stages of a pipeline without values."""
     tensors = engine.elsewhere() | engine.state().tensors
-    return {name: tensor for name, tensor in tensors.items() if name.startswith(WEIGHTS)}
+    return {name: tensor for name, tensor in tensors.items() if is_weight(name)}

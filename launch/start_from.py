@@ -27,6 +27,13 @@ HEADS = ("head.", "pair.", "decoder.", "model.pooler.")
 """What an objective adds to a model: another objective may lack it, or begin with its initial weights."""
 WEIGHTS = ("model.", *HEADS)
 """How names of weights begin; moments of optimizers and averages have other names."""
+
+
+def is_weight(name: str) -> bool:
+    """Whether a tensor of a checkpoint is a weight of the model; what a student learned to compare itself by is none."""
+    return name.startswith(WEIGHTS) and ".tap." not in name
+
+
 TRAINING = (
     "model.dropout",
     "model.attention.dropout",
@@ -64,7 +71,7 @@ def start_from(weights: Mapping[str, Tensor], job: Job, place: str) -> list[str]
 def from_checkpoint(weights: Mapping[str, Tensor], path: Path, job: Job) -> list[str]:
     """Fill weights from a checkpoint of Headway: what has the same shape is read shard by shard."""
     entries = read_manifest(path).tensors
-    there = {name: entry for name, entry in entries.items() if name.startswith(WEIGHTS)}
+    there = {name: entry for name, entry in entries.items() if is_weight(name)}
     other = {n for n in there.keys() & weights.keys() if there[n].shape != tuple(weights[n].shape)}
     same = State({name: t for name, t in weights.items() if name in there and name not in other})
     load(path, same, strict=False)

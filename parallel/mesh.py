@@ -185,16 +185,27 @@ def start(
         if not dist.is_initialized():
             timeout = timedelta(seconds=job.parallel.timeout)
             dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
-        # An axis of one rank gets no group: with NCCL each takes memory of the device, with gloo three threads.
-        axes = tuple(axis for axis in AXES if getattr(layout, axis) > 1 or axis == "shard")
-        shape = tuple(getattr(layout, axis) for axis in axes)
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=axes)
+        mesh = _mesh(device.type, layout)
         if layout.expert > 1:
             shape = (layout.pipeline, layout.replicate, layout.fold // layout.expert, layout.expert)
             names = ("pipeline", "replicate", "copies", "expert")
             experts = init_device_mesh(device.type, shape, mesh_dim_names=names)
             experts["copies", "expert"]._flatten("experts")  # sums along both then take one all-reduce
     return World(rank, size, local_rank, device, backend, layout, mesh, experts)
+
+
+def _mesh(device_type: str, layout: Layout) -> DeviceMesh:
+    """All ranks. An axis of one gets no group: with NCCL each takes memory of the device, with gloo three threads."""
+    axes = tuple(axis for axis in AXES if getattr(layout, axis) > 1 or axis == "shard")
+    return init_device_mesh(device_type, tuple(getattr(layout, a) for a in axes), mesh_dim_names=axes)
+
+
+def beside(world: World, layout: Layout) -> World:
+    """The same processes at another layout, for a second model; collective."""
+    mesh = None
+    if world.size > 1:
+        mesh = _mesh(world.device.type, layout)
+    return replace(world, layout=layout, mesh=mesh, experts=None)
 
 
 def stop() -> None:

@@ -91,7 +91,7 @@ def lower(
     queries: int,
     keys: int,
     device: torch.device,
-    query_slice: slice = _ALL,
+    query_slice: slice | Tensor = _ALL,
     key_slice: slice | Tensor = _ALL,
 ) -> Tensor | None:
     """The mask as bool [1 or B, 1, Q, K], true where a query sees a key; None if everything is seen.
@@ -99,7 +99,7 @@ def lower(
     Args:
         mask: the description.
         queries, keys: how many there are; equal for a causal mask.
-        query_slice, key_slice: the rows and columns that are wanted, all by default; columns also by number.
+        query_slice, key_slice: the rows and columns that are wanted, all by default; also by number.
     """
     assert mask.split is None, "columns of a sequence need a core that knows which they are"
     parts = mask.shift is not None

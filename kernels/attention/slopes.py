@@ -5,7 +5,7 @@ Shapes: H query heads, Q queries, K keys.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class Slopes(NamedTuple):
     queries: Tensor
     keys: Tensor
 
-    def block(self, queries: slice = _ALL, keys: slice | Tensor = _ALL) -> Tensor:
+    def block(self, queries: slice | Tensor = _ALL, keys: slice | Tensor = _ALL) -> Tensor:
         """The bias of some queries and keys, fp32 [H, Q, K]."""
         apart_QK = (self.keys[keys] - self.queries[queries][:, None]).abs()
         return -self.slopes[:, None, None] * apart_QK
@@ -40,8 +40,44 @@ class Slopes(NamedTuple):
         return self._replace(slopes=self.slopes[first : first + count])
 
 
+class Distances(NamedTuple):
+    """A bias that is a table of the distance from query to key, for models that are not trained: it has no gradient.
+
+    Attributes:
+        table: [H, R], of distances (key's place minus query's) from -`zero` on.
+        zero: where distance 0 stands.
+        queries, keys: int64 [Q] and [K], their places.
+    """
+
+    table: Tensor
+    zero: int
+    queries: Tensor
+    keys: Tensor
+
+    @classmethod
+    def whole(cls, table_HR: Tensor, length: int) -> Distances:
+        """Of a sequence to itself."""
+        places = torch.arange(length, device=table_HR.device)
+        return cls(table_HR, table_HR.shape[1] // 2, places, places)
+
+    def block(self, queries: slice | Tensor = _ALL, keys: slice | Tensor = _ALL) -> Tensor:
+        """The bias of some queries and keys, [H, Q, K]."""
+        return self.table[:, self.keys[keys] - self.queries[queries][:, None] + self.zero]
+
+    def of(self, queries: slice | Tensor = _ALL, keys: slice = _ALL) -> Distances:
+        """The description of some queries and keys."""
+        return self._replace(queries=self.queries[queries], keys=self.keys[keys])
+
+    def of_heads(self, first: int, count: int) -> Distances:
+        """The description of some heads."""
+        return self._replace(table=self.table[first : first + count])
+
+
 Bias = Tensor | Slopes
 """[H, Q, K], or what describes it."""
+
+Fixed = Bias | Distances
+"""The same, of a model that is not trained."""
 
 Flat = tuple[Tensor | None, Tensor | None]
 """Slopes and all places, as a function of autograd takes them: the compiler wants no tensor in two of its inputs, and
@@ -70,16 +106,19 @@ def geometric(heads: int) -> list[float]:
     return found + [2 ** (-4 * (2 * i + 1) / below) for i in range(heads - below)]
 
 
-def block_of(bias: Bias, queries: slice = _ALL, keys: slice | Tensor = _ALL) -> Tensor:
+def block_of(bias: Fixed, queries: slice | Tensor = _ALL, keys: slice | Tensor = _ALL) -> Tensor:
     """Some queries and keys of a bias, [H, Q, K]."""
-    if isinstance(bias, Slopes):
+    if not isinstance(bias, Tensor):
         return bias.block(queries, keys)
     return bias[:, queries][:, :, keys]
 
 
-def part_of(bias: Bias, queries: slice = _ALL, keys: slice = _ALL) -> Bias:
+Some = TypeVar("Some", Tensor, Slopes, Distances)
+
+
+def part_of(bias: Some, queries: slice = _ALL, keys: slice = _ALL) -> Some:
     """Some queries and keys of a bias, described as it was."""
-    return bias.of(queries, keys) if isinstance(bias, Slopes) else bias[:, queries, keys]
+    return bias[:, queries, keys] if isinstance(bias, Tensor) else bias.of(queries, keys)
 
 
 def learned(bias: Bias | None) -> Tensor | None:

@@ -20,6 +20,7 @@ from headway.pretrain.models.transformer import Stack
 from headway.pretrain.objectives import LossOutput, Mean, Objective
 from headway.pretrain.objectives.causal import CausalLM
 from headway.pretrain.objectives.classify import Classifier
+from headway.pretrain.objectives.distill.match import LEARNED
 from headway.pretrain.objectives.mae import MaskedAutoencoder
 from headway.pretrain.objectives.masked import MaskedLM
 from headway.pretrain.objectives.seq2seq import Seq2SeqLM
@@ -40,7 +41,7 @@ class Cut:
     own: tuple[str, ...] = ()
 
 
-WORDS = ("tokens", "accuracy", "z_loss")
+WORDS = ("tokens", "accuracy", "z_loss", "task_loss", "soft_loss")
 CUTS: dict[type[Objective], Cut] = {
     CausalLM: Cut({"tokens": ("tokens", "labels")}, WORDS),
     MaskedLM: Cut({"tokens": ("tokens", "labels", "segments")}, WORDS),
@@ -54,7 +55,7 @@ CUTS: dict[type[Objective], Cut] = {
 def lengths(objective: Objective, batch: Batch, cut: Cut) -> dict[str, int]:
     """Columns of every sequence that the objective's blocks read."""
     if isinstance(objective, Classifier):
-        return {"pixels": objective.read}
+        return {"pixels": objective.places}
     if isinstance(objective, MaskedAutoencoder):
         first = objective.first
         return {"visible": first + objective.visible, "pixels": first + objective.patches}
@@ -94,12 +95,16 @@ class Slicer:
     def shared(self, out: LossOutput) -> LossOutput:
         """What all ranks compute alike is divided among them."""
         ranks = self.team.ranks
-        terms = {name: t if name in self.cut.own else t / ranks for name, t in out.terms.items()}
+        terms = {name: t if self._own(name) else t / ranks for name, t in out.terms.items()}
         metrics = {
-            name: mean if name in self.cut.own else Mean(mean.sum / ranks, mean.over / ranks)
+            name: mean if self._own(name) else Mean(mean.sum / ranks, mean.over / ranks)
             for name, mean in out.metrics.items()
         }
         return LossOutput(terms, metrics)
+
+    def _own(self, name: str) -> bool:
+        """Whether a term or metric adds up columns."""
+        return name in self.cut.own or name.startswith(("places.", LEARNED))
 
 
 def gather_columns(team: Team) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -33,6 +33,7 @@ from headway.pretrain.optim.schedules import factor, in_steps
 from headway.pretrain.optim.sharded import reduced
 
 if TYPE_CHECKING:
+    from headway.parallel.distill.teacher import Teacher
     from headway.parallel.pipeline.run import Pipeline
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
@@ -71,6 +72,7 @@ class NativeEngine:
 
             schedule = job.parallel.schedule
             self.pipeline = Pipeline(plan, objective, self.named, world, schedule, self.rows, self._autocast)
+        self.teacher: Teacher | None = None
         self.average: Average | None = None
         self.weights_changed()
         for optimizer in self.optimizers:
@@ -125,15 +127,32 @@ class NativeEngine:
         weight = self.scale.scale if self.scale else 1.0
         sums = Totals(self.world)
         if self.pipeline:
+            taught, kind = self._taught(self.pipeline.cut(batch), step), f"train {self._signature(step)}"
+            seed = self.job.train.seed
             sums.add_told(
-                self.pipeline, "train", self.pipeline.train(batch, self.job.train.seed, step, counts, weight)
+                self.pipeline, kind, self.pipeline.train(list(taught), seed, step, counts, weight, kind)
             )
         else:
             self._accumulate_alone(batch, step, counts, weight, sums)
-        for parameter in self.named.values():
+        for name, parameter in self.named.items():
             if parameter.grad is not None:
-                parameter.grad = reduced(parameter.grad)
+                parameter.grad = None if self._frozen(name, step) else reduced(parameter.grad)
         return sums
+
+    def _taught(self, micros: list[Batch], step: int | None) -> Iterator[Batch]:
+        """Micro-batches with what a teacher gives for them."""
+        if self.teacher is None:
+            return iter(micros)
+        return (m | found for m, found in zip(micros, self.teacher.teach(micros, step), strict=True))
+
+    def _signature(self, step: int | None) -> str:
+        """What a teacher gives at a step; equal on all ranks."""
+        return "" if self.teacher is None else self.teacher.signature(step)
+
+    def _frozen(self, name: str, step: int) -> bool:
+        """Whether a parameter rests at a step."""
+        distillation = self.objective.distillation
+        return distillation is not None and distillation.frozen(name, step)
 
     def _means(self, sums: Totals, counts: dict[str, float]) -> tuple[float, dict[str, Tensor]]:
         """Loss and metrics of the global batch; waits for the device."""
@@ -151,7 +170,7 @@ class NativeEngine:
         ]
         if isinstance(self.call, DistributedDataParallel):
             weight *= self.world.layout.data  # DDP averages; the sum is wanted
-        for i, micro in enumerate(micros):
+        for i, micro in enumerate(self._taught(micros, step)):
             with self._sync(last=i == len(micros) - 1):
                 with self._autocast():
                     out = self.call(micro, Noise.at(self.job.train.seed, step, micro["slot"]))
@@ -184,9 +203,10 @@ class NativeEngine:
         sums = Totals(self.world)
         with self._autocast(), self.average.swapped() if self.average else nullcontext():
             if self.pipeline:
-                sums.add_told(self.pipeline, "evaluate", self.pipeline.evaluate(batch))
+                taught, kind = self._taught(self.pipeline.cut(batch), None), f"evaluate {self._signature(None)}"
+                sums.add_told(self.pipeline, kind, self.pipeline.evaluate(list(taught), kind))
             else:
-                sums.add(self.objective(batch))
+                sums.add(self.objective(next(self._taught([batch], None))))
         self.objective.train()
         terms, metrics = sums.over_ranks()
         scored = self.objective.scored
@@ -207,7 +227,7 @@ class NativeEngine:
     def state(self) -> State:
         """Weights and optimizer state under canonical names; the tensors are the live ones."""
         names = {id(p): n for n, p in self.named.items()}
-        tensors = {name: p.detach() for name, p in self.named.items()}
+        tensors = {name: p.detach() for name, p in self.named.items() if p.requires_grad}
         tensors |= persistent_buffers(self.objective)
         if self.average:
             tensors |= {f"ema.{name}": tensor for name, tensor in self.average.state().items()}

@@ -22,6 +22,7 @@ from headway.parallel.pipeline.stages import StageModule, Work
 from headway.pretrain.engine import Batch
 from headway.pretrain.models.layers import Noise
 from headway.pretrain.objectives import LossOutput, Mean, Objective
+from headway.pretrain.objectives.distill import names
 from headway.pretrain.optim.clipping import global_norm
 
 TORCH = {
@@ -112,16 +113,24 @@ class Pipeline:
     # -- a step --------------------------------------------------------------------------------------------
 
     def train(
-        self, batch: Batch, seed: int, step: int, counts: dict[str, float], weight: float
+        self,
+        micros: list[Batch],
+        seed: int,
+        step: int,
+        counts: dict[str, float],
+        weight: float,
+        kind: str = "",
     ) -> list[LossOutput]:
-        """Forward and backward of a batch; gradients are whole afterwards, but for clipping.
+        """Forward and backward of micro-batches; gradients are whole afterwards, but for clipping.
+
+        Args:
+            kind: names what the batches hold and the loss is made of, equal on all ranks.
 
         Returns: sums of each micro-batch, on the rank of the last stage; nothing elsewhere.
         """
-        micros = self._cut(batch)
         noises: list[Noise | None] = [Noise.at(seed, step, micro["slot"]) for micro in micros]
         with self._gathered(reduce=True):
-            shapes = self._shapes(micros[0])
+            shapes = self._shapes(micros[0], kind)
             work = self._give(self._work(micros, noises, counts, weight))
             schedule = self._schedule(len(micros), rows_of(micros[0]), shapes)
             for stage in getattr(schedule, "_stages", None) or [schedule._stage]:
@@ -171,11 +180,10 @@ class Pipeline:
     # -- evaluation ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> list[LossOutput]:
-        """Forward of a batch without noise; sums on the rank of the last stage, nothing elsewhere."""
-        micros = self._cut(batch)
+    def evaluate(self, micros: list[Batch], kind: str = "") -> list[LossOutput]:
+        """Forward of micro-batches without noise; sums on the rank of the last stage, nothing elsewhere."""
         with self._gathered(reduce=False):
-            shapes = self._shapes(micros[0])
+            shapes = self._shapes(micros[0], kind)
             work = self._give(self._work(micros, [None] * len(micros)))
             kept: dict[tuple[int, int], Any] = {}
             for module, around in zip(self.stages, shapes, strict=True):
@@ -241,7 +249,8 @@ class Pipeline:
 
     # -- pieces --------------------------------------------------------------------------------------------
 
-    def _cut(self, batch: Batch) -> list[Batch]:
+    def cut(self, batch: Batch) -> list[Batch]:
+        """A batch in micro-batches."""
         count = rows_of(batch)
         return [{k: v[i : i + self.rows] for k, v in batch.items()} for i in range(0, count, self.rows)]
 
@@ -268,9 +277,11 @@ class Pipeline:
             module.work = work
         return work
 
-    def _shapes(self, micro: Batch) -> list[Shapes]:
+    def _shapes(self, micro: Batch, kind: str) -> list[Shapes]:
         """What goes into and out of this rank's stages, for batches like this one."""
-        key = tuple((name, tuple(value.shape[1:]), value.dtype) for name, value in sorted(micro.items()))
+        # Stages are taught different things: `kind` speaks for that, so that all ranks explore, or none.
+        own = sorted((name, value) for name, value in micro.items() if not name.startswith(names.PREFIX))
+        key = (kind, *((name, tuple(value.shape[1:]), value.dtype) for name, value in own))
         if key not in self.shapes:
             self._give(self._work([{name: value[:1] for name, value in micro.items()}], [None]))
             with torch.enable_grad(), torch.compiler.set_stance("force_eager"):

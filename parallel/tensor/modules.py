@@ -153,14 +153,33 @@ class Heads(Local):
         if noise is not None and self.columns is not None:
             noise = noise._replace(positions_S=self.columns.positions)
         inputs = self.into(x_BSE), mask, turn, noise, bias_HSM, memory_BME, queries
-        y_BSE, entropy_B = super().forward(*inputs)  # type: ignore[misc]
-        if entropy_B is not None:  # a mean over heads
-            entropy_B = leave(entropy_B / self.ranks, self.group)
-        return y_BSE, entropy_B
+        y_BSE, beside = super().forward(*inputs)  # type: ignore[misc]
+        if beside.entropy_B is not None:  # a mean over heads
+            beside = beside._replace(entropy_B=leave(beside.entropy_B / self.ranks, self.group))
+        return y_BSE, beside
 
     def mean_span(self):
         span = super().mean_span()  # type: ignore[misc]
         return None if span is None else leave(span / self.ranks, self.group)
+
+
+class Streams(Local):
+    """A tap: it sees this rank's heads, and of the residual stream what all ranks hold together."""
+
+    def states(self, before_BSE, after_BSE, mask, taught):
+        if self.columns is not None:
+            before_BSE, after_BSE = whole(before_BSE, self.columns), whole(after_BSE, self.columns)
+        return super().states(before_BSE, after_BSE, mask, taught)  # type: ignore[misc]
+
+
+class Compared(Streams):
+    """A tap whose findings about attention are means over heads."""
+
+    ranks: int
+
+    def attention(self, shown, taught, across=False):
+        side = super().attention(shown, taught, across)  # type: ignore[misc]
+        return {name: leave(value / self.ranks, self.group) for name, value in side.items()}
 
 
 class Words(Local):

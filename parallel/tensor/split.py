@@ -20,9 +20,11 @@ from headway.pretrain.models.layers import MLP
 from headway.pretrain.models.moe import MoE
 from headway.pretrain.models.plan import cut_of, per_head
 from headway.pretrain.models.spectral import SpectralLinear
+from headway.pretrain.models.taps import Tap
 from headway.pretrain.models.transformer import Stack
 from headway.pretrain.objectives import Objective
 from headway.pretrain.objectives.base import ChunkedLoss
+from headway.pretrain.objectives.distill.match import Match
 
 
 def split(objective: Objective, job: Job, world: World) -> None:
@@ -67,7 +69,9 @@ class Cutter:
             experts = {
                 m for moe in stack.modules() if isinstance(moe, MoE) for m in moe.modules() if m is not moe
             }
-            self.columns |= {m: columns for m in stack.modules() if m not in experts}
+            taps = [m for m in stack.modules() if isinstance(m, Tap)]
+            alike = {m for tap in taps for m in tap.modules() if m is not tap}  # they read whole streams
+            self.columns |= {m: columns for m in stack.modules() if m not in experts | alike}
 
     def parameters(self, module: nn.Module, prefix: str, words: bool) -> None:
         """Make a module's own parameters DTensors, and the module one that reads its parts."""
@@ -92,6 +96,11 @@ class Cutter:
         elif isinstance(module, MLP):
             self._become(module, roles.Inner)
             self._linears(module.gate, module.up, rows=module.down)
+        elif isinstance(module, Match):
+            self._become(module, roles.Compared, ranks=self.ranks)
+            module.heads //= self.ranks
+        elif isinstance(module, Tap):
+            self._become(module, roles.Streams)
         elif isinstance(module, Stack) and module in self.columns:
             self._become(module, roles.Cut)
         elif isinstance(module, MoE):

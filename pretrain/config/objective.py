@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from headway.pretrain.config.base import AboveZero, Fraction, NotNegative, Positive, Section, Share
+from headway.pretrain.config.distill import Distill
 
 
 class Infill(Section):
@@ -123,3 +124,4 @@ class Objective(Section):
     denoisers: Annotated[list[Annotated[Denoiser, BeforeValidator(_denoiser)]], Field(min_length=1)] = UL2
     augment: Augment = Augment()
     mae: Reconstruct = Reconstruct()
+    distill: Distill = Distill()

@@ -18,6 +18,18 @@ class Run(Section):
     """Folder that holds the run folders."""
 
 
+class TeacherLayout(Section):
+    """How the teacher of a distillation is spread over the run's ranks; the student's layout if nothing is given."""
+
+    tensor: Positive | None = None
+    """As the student's if not given."""
+    context: Positive | None = None
+    """As the student's if not given."""
+    replicate: Positive = 1
+    shard: AxisSize = -1
+    """Ranks over which the teacher's weights are sharded; what the other axes leave if -1."""
+
+
 class Parallel(Section):
     """How the run is spread. One axis of size -1 takes what the others leave."""
 
@@ -60,6 +72,7 @@ class Parallel(Section):
     """Steps between checks that replicas hold the same bits; 0 makes none."""
     timeout: Positive = 600
     """Seconds that a collective may take."""
+    teacher: TeacherLayout = TeacherLayout()
 
 
 class Ramp(Section):

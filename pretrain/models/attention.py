@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from headway.kernels.attention.choose import ANYWHERE, KernelUnavailable, choose
 from headway.kernels.attention.content.span import spans
-from headway.kernels.attention.dense import WeightDropout
+from headway.kernels.attention.dense import WeightDropout, score_scale
 from headway.kernels.attention.draw import Draw
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.registry import Mechanism, Shape, mechanism
@@ -113,6 +113,24 @@ class Core(nn.Module):
         return compute(q_BHSD, k_BKMD, mask, self.scale, bias_HSM, **self.settings, **(own or {}))
 
 
+    def shown(
+        self,
+        q_BHSD: Tensor,
+        k_BKMD: Tensor,
+        v_BKMD: Tensor,
+        mask: Mask,
+        bias_HSM: Bias | None = None,
+        own: Extras | None = None,
+    ) -> Shown:
+        """What weights follow from, as `scale q k^T + bias` where they are a softmax of that."""
+        scale, form = score_scale(self.scale, q_BHSD), self.row.part
+        if form is not None and form.fused:
+            extras = {**self.settings, **(own or {})}
+            q_BHSD, k_BKMD, _, scale = form.score.prepare(q_BHSD, k_BKMD, k_BKMD, scale, extras)
+            mask = form.narrowed(mask, extras)
+        return Shown(q_BHSD, k_BKMD, v_BKMD, mask, scale, bias_HSM)
+
+
 class Own(nn.Module):
     """A mechanism's parameters, by name; cut by heads where tensor parallelism cuts attention."""
 
@@ -126,6 +144,24 @@ class Own(nn.Module):
         return {name: getattr(self, name) for name in self.names}
 
 
+class Shown(NamedTuple):
+    """What attention computes with, for who compares it with another model's.
+
+    Attributes:
+        q_BHSD, k_BKMD, v_BKMD: as scores and outputs are made of them: turned by positions and normalised.
+        mask: with the mechanism's scope.
+        scale: of q k^T.
+        bias_HSM: added to scores, or None.
+    """
+
+    q_BHSD: Tensor
+    k_BKMD: Tensor
+    v_BKMD: Tensor
+    mask: Mask
+    scale: float
+    bias_HSM: Bias | None
+
+
 class Choice(NamedTuple):
     """What was drawn at every place in training, for the loss.
 
@@ -136,6 +172,20 @@ class Choice(NamedTuple):
 
     log_BS: Tensor
     baseline_BS: Tensor
+
+
+class Beside(NamedTuple):
+    """What attention gives beside its output, as far as somebody wants it.
+
+    Attributes:
+        entropy_B: mean entropy of rows of weights, in nats.
+        choice: what was drawn, of mechanisms that learn by it.
+        shown: what it computed with.
+    """
+
+    entropy_B: Tensor | None = None
+    choice: Choice | None = None
+    shown: Shown | None = None
 
 
 class Baseline(nn.Module):
@@ -195,6 +245,7 @@ class Attention(nn.Module):
         self.every_query = row.kind == "heads" and "cross" not in row.supports
         self.longest = self.core.settings["span"] if row.name == "span" else None
         self.wants_entropy = model.attention.entropy_penalty != 0 and not seat.cross
+        self.shows = False  # a tap of the block sets it
 
     def forward(
         self,
@@ -205,9 +256,9 @@ class Attention(nn.Module):
         bias_HSM: Bias | None = None,
         memory_BME: Tensor | None = None,
         queries: int | None = None,
-    ) -> tuple[Tensor, Tensor | Choice | None]:
-        """Returns [B, S, E], and the mean entropy of attention rows [B] in nats if the loss wants it; in training what
-        was drawn, of mechanisms that learn by it.
+    ) -> tuple[Tensor, Beside]:
+        """Returns [B, S, E], and what is wanted beside: entropy by the loss; what was drawn, in training; what a tap
+        reads.
 
         `queries`: how many places ask, from the first on; all if None. Then S is their number, and the mask has no
         documents.
@@ -234,14 +285,17 @@ class Attention(nn.Module):
             asking = turn if queries is None else Rotation(*(t[..., :queries, :] for t in turn))
             q_BHSD, k_BKMD = rotate(q_BHSD, asking), rotate(k_BKMD, turn)
         dropout, own = self._weight_dropout(noise, x_BSE.shape[1]), self._own(x_BSE, noise)
-        beside: Tensor | Choice | None = None
+        entropy = choice = shown = None
         if self.baseline is not None and noise is not None:
             y_BHSD, log_BHS = self.core.drawn(q_BHSD, k_BKMD, v_BKMD, mask, bias_HSM, own)
-            beside = Choice(log_BHS.sum(1), self.baseline(x_BSE))
+            choice = Choice(log_BHS.sum(1), self.baseline(x_BSE))
         else:
             y_BHSD = self.core(q_BHSD, k_BKMD, v_BKMD, mask, dropout, bias_HSM, own)
             if self.wants_entropy:
-                beside = self.core.entropy(q_BHSD, k_BKMD, mask, bias_HSM, own)
+                entropy = self.core.entropy(q_BHSD, k_BKMD, mask, bias_HSM, own)
+        if self.shows:
+            shown = self.core.shown(q_BHSD, k_BKMD, v_BKMD, mask, bias_HSM, own)
+        beside = Beside(entropy, choice, shown)
         return self.o(y_BHSD[:, :, :first].transpose(1, 2).flatten(2)), beside
 
     def mean_span(self) -> Tensor | None:

@@ -16,6 +16,7 @@ from headway.pretrain.models.embeddings import TokenEmbedding
 from headway.pretrain.models.hidden import Hidden
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Linear, Noise
+from headway.pretrain.models.taps import Taught
 from headway.pretrain.models.transformer import Tower
 
 
@@ -36,6 +37,7 @@ class BERT(Tower):
         noise: Noise | None = None,
         embedded_BSE: Tensor | None = None,
         columns: Columns | None = None,
+        taught: Taught | None = None,
     ) -> Hidden:
         """
         Args:
@@ -46,6 +48,7 @@ class BERT(Tower):
             noise: what dropout depends on; None drops nothing.
             embedded_BSE: what goes into the first block, where something else has embedded the tokens.
             columns: which columns of the row the tokens are; all if None.
+            taught: what a teacher gave, for taps of blocks.
         """
         columns = Columns.of(columns, tokens_BS)
         x_BSE = (
@@ -53,6 +56,6 @@ class BERT(Tower):
             if embedded_BSE is None
             else embedded_BSE
         )
-        final, sides = self.run(x_BSE, columns, Mask(False, documents_BS), noise)
+        final, sides = self.run(x_BSE, columns, Mask(False, documents_BS), noise, taught=taught)
         pooled = None if self.pooler is None else torch.tanh(self.pooler(final[:, 0]))
         return Hidden(final, sides, pooled)

@@ -14,6 +14,7 @@ from headway.pretrain.models.embeddings import TokenEmbedding
 from headway.pretrain.models.hidden import Hidden
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Noise
+from headway.pretrain.models.taps import Taught
 from headway.pretrain.models.transformer import Tower
 
 
@@ -33,6 +34,7 @@ class GPT(Tower):
         noise: Noise | None = None,
         prefix_B: Tensor | None = None,
         embedded_BSE: Tensor | None = None,
+        taught: Taught | None = None,
     ) -> Hidden:
         """
         Args:
@@ -42,8 +44,9 @@ class GPT(Tower):
             noise: what dropout depends on; None drops nothing.
             prefix_B: int64; so many first tokens of a row are seen by all of it (prefix LM).
             embedded_BSE: what goes into the first block, where something else has embedded the tokens.
+            taught: what a teacher gave, for taps of blocks.
         """
         columns = Columns.of(columns, tokens_BS)
         x_BSE = self.embed(tokens_BS, columns.places_S, noise) if embedded_BSE is None else embedded_BSE
         mask = Mask(True, documents_BS, prefix=prefix_B)
-        return Hidden(*self.run(x_BSE, columns, mask, noise))
+        return Hidden(*self.run(x_BSE, columns, mask, noise, taught=taught))

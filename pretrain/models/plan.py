@@ -28,8 +28,8 @@ PER_HEAD = (r"(q|k)_norm\.weight",)
 """Whole everywhere, but every rank applies them to its own heads: gradients are sums over ranks."""
 
 
-WORDS = re.compile(r"head\.(weight|bias)")
-"""The head's own parameters, of objectives that predict words: rows are cut."""
+WORDS = re.compile(r"(distillation\.)?head\.(weight|bias)")
+"""The head's own parameters, and those of a teacher's, of objectives that predict words: rows are cut."""
 
 
 def cut_of(name: str, words: bool) -> int | None:

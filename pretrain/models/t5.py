@@ -14,6 +14,7 @@ from headway.pretrain.models.embeddings import TokenEmbedding
 from headway.pretrain.models.hidden import Hidden
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Noise
+from headway.pretrain.models.taps import Taught
 from headway.pretrain.models.transformer import Tower
 
 
@@ -62,15 +63,17 @@ class T5(nn.Module):
         embedded_BTE: Tensor | None = None,
         columns: Columns | None = None,
         target_columns: Columns | None = None,
+        taught: Taught | None = None,
     ) -> tuple[Tensor, list]:
         """The decoder's output [B, T, E], and what its blocks give beside; `embedded_BTE` goes into the first block,
-        where something else has embedded the targets."""
+        where something else has embedded the targets; `taught` is for taps."""
         columns, asking = Columns.of(columns, memory_BSE), Columns.of(target_columns, targets_BT)
         x_BTE = self.embed(targets_BT, asking.places_S, noise) if embedded_BTE is None else embedded_BTE
         split = asking.total and columns.total and (asking.total, columns.total)
         documents_BT = _zeros(target_documents_BT, len(targets_BT), len(asking.all_S), documents_BS)
         across = Mask(False, documents_BT, key_documents=documents_BS, split=split or None)
-        return self.decoder.run(x_BTE, asking, Mask(True, target_documents_BT), noise, memory_BSE, across)
+        mask = Mask(True, target_documents_BT)
+        return self.decoder.run(x_BTE, asking, mask, noise, memory_BSE, across, taught=taught)
 
     def encode(
         self,
@@ -79,12 +82,13 @@ class T5(nn.Module):
         noise: Noise | None = None,
         embedded_BSE: Tensor | None = None,
         columns: Columns | None = None,
+        taught: Taught | None = None,
     ) -> tuple[Tensor, list]:
         """The encoder's output [B, S, E], and what its blocks give beside; `embedded_BSE` goes into the first block,
-        where something else has embedded the tokens."""
+        where something else has embedded the tokens; `taught` is for taps."""
         columns = Columns.of(columns, tokens_BS)
         x_BSE = self.embed(tokens_BS, columns.places_S, noise) if embedded_BSE is None else embedded_BSE
-        return self.encoder.run(x_BSE, columns, Mask(False, documents_BS), noise)
+        return self.encoder.run(x_BSE, columns, Mask(False, documents_BS), noise, taught=taught)
 
 
 def _zeros(documents: Tensor | None, rows: int, length: int, keys: Tensor | None) -> Tensor | None:

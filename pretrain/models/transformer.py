@@ -15,7 +15,7 @@ from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.slopes import Bias
 from headway.kernels.rotary import Rotation
 from headway.pretrain import config
-from headway.pretrain.models.attention import Attention, Choice
+from headway.pretrain.models.attention import Attention, Beside
 from headway.pretrain.models.columns import Columns
 from headway.pretrain.models.layers import MLP, Dropout, Noise, StochasticDepth, build_norm
 from headway.pretrain.models.mixers import build_mixer
@@ -23,6 +23,7 @@ from headway.pretrain.models.moe import MoE
 from headway.pretrain.models.positions import LinearBias, RelativeBias, RotaryPositions, stretch_of
 from headway.pretrain.models.routing import Side
 from headway.pretrain.models.seat import Seat
+from headway.pretrain.models.taps import Tap, Taught
 
 
 class Context(NamedTuple):
@@ -36,6 +37,7 @@ class Context(NamedTuple):
         memory_BME: the encoder's output, for decoders of an encoder-decoder.
         memory_mask: which of its places a query sees.
         outputs: how many places, from the first on, anything reads after this block; None for all.
+        taught: what a teacher gave, for taps.
     """
 
     mask: Mask = Mask()
@@ -45,6 +47,7 @@ class Context(NamedTuple):
     memory_BME: Tensor | None = None
     memory_mask: Mask = Mask(causal=False)
     outputs: int | None = None
+    taught: Taught = {}
 
 
 class Block(nn.Module):
@@ -87,6 +90,7 @@ class Block(nn.Module):
         scaled = model.layer_scale is not None
         self.attention_scale = nn.Parameter(torch.empty(model.hidden)) if scaled else None
         self.mlp_scale = nn.Parameter(torch.empty(model.hidden)) if scaled else None
+        self.tap: Tap | None = None
 
     def forward(self, x_BSE: Tensor, context: Context) -> tuple[Tensor, Side]:
         """Returns [B, S, E] in the residual stream's dtype, and what the loss or the records want of this block.
@@ -94,10 +98,14 @@ class Block(nn.Module):
         Where the context asks for fewer `outputs`, S is their number: every place is still a key and a value.
         """
         side: Side = {}
+        before_BSE = x_BSE
         x_BSE = self._attend(x_BSE, context, side)
         if context.memory_BME is not None:
-            x_BSE = self._attend_to_encoder(x_BSE, context)
-        return self._feed_forward(x_BSE, context, side), side
+            x_BSE = self._attend_to_encoder(x_BSE, context, side)
+        x_BSE = self._feed_forward(x_BSE, context, side)
+        if self.tap is not None:
+            side.update(self.tap.states(before_BSE, x_BSE, context.mask, context.taught))
+        return x_BSE, side
 
     def _attend(self, x_BSE: Tensor, context: Context, side: Side) -> Tensor:
         noise = context.noise
@@ -106,20 +114,29 @@ class Block(nn.Module):
             inputs, context.mask, context.turn, noise, context.bias_HSS, queries=context.outputs
         )
         x_BSE = x_BSE[:, : context.outputs]
-        if isinstance(beside, Choice):
-            side["log_chosen"], side["baseline"] = beside
-        elif beside is not None:
-            side["attention_entropy"] = beside
+        self._note(beside, context, side)
         span = self.attention.mean_span() if isinstance(self.attention, Attention) else None
         if span is not None:
             side["attention_span"] = span.expand(len(x_BSE))
         added = self._finish("attention", added, self.attention_scale, self.attention_dropout, noise)
         return x_BSE + added if self.pre else self.attention_norm(x_BSE + added)
 
-    def _attend_to_encoder(self, x_BSE: Tensor, context: Context) -> Tensor:
+    def _note(self, beside: Beside | None, context: Context, side: Side, across: bool = False) -> None:
+        """Put what attention gives beside where the loss and the records find it."""
+        if beside is None:
+            return
+        if beside.entropy_B is not None:
+            side["attention_entropy"] = beside.entropy_B
+        if beside.choice is not None:
+            side["log_chosen"], side["baseline"] = beside.choice
+        if beside.shown is not None and self.tap is not None:
+            side.update(self.tap.attention(beside.shown, context.taught, across))
+
+    def _attend_to_encoder(self, x_BSE: Tensor, context: Context, side: Side) -> Tensor:
         inputs = self.cross_norm(x_BSE) if self.pre else x_BSE
         mask, noise = context.memory_mask, context.noise
-        added, _ = self.cross(inputs, mask, None, noise, memory_BME=context.memory_BME)
+        added, beside = self.cross(inputs, mask, None, noise, memory_BME=context.memory_BME)
+        self._note(beside, context, side, across=True)
         added = self.cross_dropout(added, noise)
         return x_BSE + added if self.pre else self.cross_norm(x_BSE + added)
 
@@ -228,6 +245,7 @@ class Tower(nn.Module):
         memory_BME: Tensor | None = None,
         memory_mask: Mask | None = None,
         outputs: int | None = None,
+        taught: Taught | None = None,
     ) -> tuple[Tensor, list[Side]]:
         """Blocks and final norm: [B, S, E], or of the first `outputs` places; and what the blocks give beside.
 
@@ -235,6 +253,7 @@ class Tower(nn.Module):
             x_BSE: the columns that are here.
             columns: which they are.
             mask: of the whole sequence; `memory_mask` is of the whole of both.
+            taught: what a teacher gave, for taps.
         """
         places_S, mask = columns.places_S, mask._replace(split=columns.split)
         noise = noise and noise.over(places_S)
@@ -244,6 +263,7 @@ class Tower(nn.Module):
             bias = self.relative(places_S, columns.all_S, not self.causal)
         elif self.slopes is not None:
             bias = self.slopes(places_S, columns.all_S, x_BSE.dtype)
-        context = Context(mask, turn, noise, bias, memory_BME, memory_mask or Mask(causal=False), outputs)
+        across = memory_mask or Mask(causal=False)
+        context = Context(mask, turn, noise, bias, memory_BME, across, outputs, taught or {})
         x_BSE, sides = self.blocks(x_BSE, context)
         return self.norm(x_BSE), sides

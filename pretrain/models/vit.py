@@ -14,6 +14,7 @@ from headway.pretrain.models.embeddings import PatchEmbedding
 from headway.pretrain.models.hidden import Hidden
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Noise
+from headway.pretrain.models.taps import Taught
 from headway.pretrain.models.transformer import Tower
 
 
@@ -31,6 +32,7 @@ class ViT(Tower):
         outputs: int | None = None,
         embedded_BNE: Tensor | None = None,
         columns: Columns | None = None,
+        taught: Taught | None = None,
     ) -> Hidden:
         """
         Args:
@@ -41,6 +43,7 @@ class ViT(Tower):
             embedded_BNE: what goes into the first block (the columns that are here), where something else has
                 embedded the patches.
             columns: which of the places (class token first) blocks compute here; all if None.
+            taught: what a teacher gave, for taps of blocks.
 
         Returns:
             `final` [B, 1 + N, E]: the class token, if there is one, and the patches that are read, in their order;
@@ -51,4 +54,4 @@ class ViT(Tower):
             x_BNE = self.embed(pixels_BCHW, noise, visible_BK)
             x_BNE = x_BNE if columns is None else columns.cut(x_BNE)
         here = Columns.of(columns, x_BNE)
-        return Hidden(*self.run(x_BNE, here, Mask(False), noise, outputs=outputs))
+        return Hidden(*self.run(x_BNE, here, Mask(False), noise, outputs=outputs, taught=taught))

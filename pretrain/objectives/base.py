@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from headway.kernels.cross_entropy import IGNORE, Losses, Options, linear_cross_entropy, row_loss
+from headway.kernels.soft_targets import FullTeacher, TopTeacher
 from headway.pretrain import config
 from headway.pretrain.data.samples import Rows
 from headway.pretrain.engine import Batch
@@ -24,6 +25,8 @@ from headway.pretrain.models.spectral import SpectralLinear
 from headway.pretrain.models.transformer import Stack
 from headway.pretrain.objectives import choices
 from headway.pretrain.objectives.choices import ReachOf
+from headway.pretrain.objectives.distill.distillation import Distillation
+from headway.pretrain.objectives.distill.match import LEARNED
 from headway.pretrain.optim.sharded import local, whole
 
 
@@ -61,6 +64,7 @@ class Objective(nn.Module):
         remembered: whether every block of a later tower reads what the tower before it gave, and not the first alone.
         weights: weight in the loss of what blocks give beside, by name.
         level: loss of a label where nothing is known, a constant of baselines (see `choices`).
+        distillation: what it has beside when it learns from a teacher.
     """
 
     scored = "tokens"
@@ -71,6 +75,7 @@ class Objective(nn.Module):
     def __init__(self, model: nn.Module, shape: config.Model) -> None:
         super().__init__()
         self.model = model
+        self.distillation: Distillation | None = None
         self.weights = {
             "balance": shape.experts.balance,
             "router_z": shape.experts.z_loss,
@@ -122,6 +127,19 @@ class Objective(nn.Module):
         """Heads and loss, from the last tower's hidden states with the sides of all towers."""
         raise NotImplementedError
 
+    def read(self, final: Tensor) -> Tensor:
+        """What the head multiplies, of last hidden states; of objectives that predict words."""
+        return final
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        """[V], of objectives that predict words."""
+        return None
+
+    def taught_words(self, batch: Batch, chosen: Tensor | None = None) -> FullTeacher | TopTeacher | None:
+        """The teacher's soft targets, if the batch has some; of the chosen places alone, bool [B, S]."""
+        return None if self.distillation is None else self.distillation.words(batch, chosen)
+
     def collate(self, rows: Rows) -> Batch:
         """A batch from rows of samples; `scored` bool [n] or [n, S], if it is there, says what counts."""
         raise NotImplementedError
@@ -134,19 +152,18 @@ class Objective(nn.Module):
         """Attention weights of every layer and head, [layers, B, H, S, S]."""
         raise NotImplementedError
 
-    def with_sides(
+    def output(
         self,
         terms: dict[str, Tensor],
         metrics: dict[str, Mean],
-        sides: list[Side],
-        real_B: Tensor | None = None,
+        batch: Batch,
+        hidden: Hidden,
+        noise: Noise | None,
     ) -> LossOutput:
-        """The output with the losses and statistics of routing and attention: means over rows and layers.
-
-        Args:
-            real_B: bool, false for rows that statistics leave out; all rows if not given.
-        """
-        named = [(i, name) for i, side in enumerate(sides) for name in side if name not in choices.SIDES]
+        """The output with the losses and statistics of routing and attention, means over rows and layers, and with what
+        is learned from a teacher. Of the batch's rows statistics leave out those that are not `real`."""
+        sides, real_B = hidden.sides, batch.get("real")
+        named = [(i, name) for i, side in enumerate(sides) for name in side if not _of_others(name)]
         for name in dict.fromkeys(name for _, name in named):
             layers = [i for i, other in named if other == name]
             if name in self.weights:
@@ -157,7 +174,23 @@ class Objective(nn.Module):
                 continue
             for i in layers:
                 metrics[f"{name}/{i}"] = _mean(sides[i][name], real_B)
+        if self.distillation is not None:
+            learned: dict[str, Any] = {}
+            self.distillation.add(terms, learned, batch, hidden, noise)
+            metrics |= {name: Mean(*found) for name, found in learned.items()}
         return LossOutput(terms, metrics)
+
+    def with_counts(self, batch: Batch, counts: dict[str, int]) -> dict[str, int]:
+        """The counts with those of what is learned from a teacher."""
+        return counts if self.distillation is None else counts | self.distillation.counts(batch)
+
+    def word_terms(self, losses: Losses, noise: Noise | None, count: Tensor) -> tuple[dict, dict[str, Mean]]:
+        """Terms and metrics of a loss over words; what is told of an evaluation is the objective's own loss."""
+        loss: ChunkedLoss = self.loss  # type: ignore[assignment]
+        metrics = token_metrics(losses, loss.options, count)
+        if loss.soft is not None:
+            metrics |= {"task_loss": Mean(losses.task, count), "soft_loss": Mean(losses.soft, count)}
+        return {"tokens": losses.total if noise is not None else losses.task}, metrics
 
     def add_choices(
         self,
@@ -198,6 +231,8 @@ class Objective(nn.Module):
                 load_X, loads = torch.stack(loads[: stack.repeats]).sum(0), loads[stack.repeats :]
                 moe.rebalance(load_X.to(moe.router.weight.device))
         self.iterate(1)
+        if self.distillation is not None:
+            self.distillation.after_update()
 
     def iterate(self, times: int) -> None:
         """Power iterations of spectral norms: one a step, some more before the first."""
@@ -264,6 +299,11 @@ def passed(rows: Rows) -> Batch:
     some may not count."""
     kept: Batch = {name: torch.from_numpy(rows[name]) for name in ("sample", "slot") if name in rows}
     return kept | {"real": real_rows(rows)} if "scored" in rows else kept
+
+
+def _of_others(name: str) -> bool:
+    """Whether something else than `output` reads what a block gives beside."""
+    return name in choices.SIDES or name.startswith(LEARNED)
 
 
 def _mean(values: Tensor, real_B: Tensor | None) -> Mean:

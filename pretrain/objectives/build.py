@@ -12,6 +12,7 @@ from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.objectives.base import Objective
 from headway.pretrain.objectives.causal import CausalLM
 from headway.pretrain.objectives.classify import Classifier
+from headway.pretrain.objectives.distill import TeacherShape, learn_from
 from headway.pretrain.objectives.mae import MaskedAutoencoder
 from headway.pretrain.objectives.masked import MaskedLM
 from headway.pretrain.objectives.seq2seq import Seq2SeqLM
@@ -23,6 +24,7 @@ def build_objective(
     specials: Specials | None = None,
     starts: np.ndarray | None = None,
     device: torch.device | str = "cpu",
+    teacher: TeacherShape | None = None,
 ) -> Objective:
     """The job's objective with initial weights, fp32 (fp64 for precision fp64).
 
@@ -33,12 +35,15 @@ def build_objective(
         starts: bool [V], pieces that begin a word; needed for whole-word masking.
         device: where it is built. On "meta" nothing is filled: materialise with `to_empty`, then call
             `headway.pretrain.models.init.initialise(objective, job.model, job.train.seed)`.
+        teacher: what it learns from (`objective.distill`).
 
     Raises:
         JobError: the attention kernel that was asked for cannot do what the job asks.
     """
     with torch.device(device):
         objective = _build(job, inputs, specials, starts)
+        if teacher is not None:
+            learn_from(objective, job, inputs, teacher)
     if job.precision == "fp64":
         objective.double()
     if torch.device(device).type != "meta":

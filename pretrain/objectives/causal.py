@@ -32,7 +32,6 @@ from headway.pretrain.objectives.base import (
     LossOutput,
     Objective,
     passed,
-    token_metrics,
     valid,
 )
 
@@ -78,23 +77,26 @@ class CausalLM(Objective):
         """Of a batch: `tokens` and `labels` int64 [B, S] (IGNORE where not scored); `documents` [B, S] and `prefix` [B]
         where they are needed."""
         documents, here = batch.get("documents"), columns.get("tokens")
-        hidden: Hidden = self.model(batch["tokens"], documents, here, noise, batch.get("prefix"), embedded)
+        asked = documents, here, noise, batch.get("prefix"), embedded, batch
+        hidden: Hidden = self.model(batch["tokens"], *asked)
         return hidden
 
     def score(self, batch: Batch, hidden: Hidden, noise: Noise | None = None) -> LossOutput:
         labels_BS = batch["labels"]
-        losses = self.loss(self._scaled(hidden.final), self.head_weight, labels_BS)
-        terms, metrics = {"tokens": losses.total}, token_metrics(losses, self.loss.options, valid(labels_BS))
+        losses = self.loss(
+            self.read(hidden.final), self.head_weight, labels_BS, teacher=self.taught_words(batch)
+        )
+        terms, metrics = self.word_terms(losses, noise, valid(labels_BS))
         each_BS, reaches = losses.each.view_as(labels_BS), (choices.here, choices.onward)
         self.add_choices(terms, metrics, hidden.sides, each_BS, labels_BS != IGNORE, *reaches)
-        return self.with_sides(terms, metrics, hidden.sides, batch.get("real"))
+        return self.output(terms, metrics, batch, hidden, noise)
 
-    def _scaled(self, final: Tensor) -> Tensor:
+    def read(self, final: Tensor) -> Tensor:
         return final if self.head_scale == 1 else final * self.head_scale
 
     def logits(self, tokens_BS: Tensor, at: int | None = None) -> Tensor:
         """Logits in the dtype of matrix products, [B, S, V], or [B, V] after the token at place `at` alone."""
-        final = narrowed(self._scaled(self.model(tokens_BS).final))
+        final = narrowed(self.read(self.model(tokens_BS).final))
         return nn.functional.linear(final if at is None else final[:, at], self.head_weight)
 
     def attention_maps(self, batch: Batch) -> Tensor:
@@ -124,4 +126,5 @@ class CausalLM(Objective):
 
     def counts(self, batch: Batch) -> dict[str, int]:
         tokens = batch["tokens"]
-        return {"tokens": int(valid(batch["labels"])), "rows": len(tokens), "read": tokens.numel()}
+        counts = {"tokens": int(valid(batch["labels"])), "rows": len(tokens), "read": tokens.numel()}
+        return self.with_counts(batch, counts)

@@ -43,7 +43,7 @@ class Classifier(Objective):
         self.head = Linear(shape.hidden, inputs.classes)
         self.pool, self.first = job.objective.pool, int(shape.vision.class_token)
         self.smoothing = job.objective.label_smoothing
-        self.read = inputs.length
+        self.places = inputs.length
         self.level = math.log(inputs.classes)
         # Only the class token is read, so the last block computes nothing else; what balances experts or holds
         # entropies is about all patches.
@@ -62,13 +62,13 @@ class Classifier(Objective):
     ) -> Hidden:
         """Of a batch: `pixels` [B, C, H, W], `labels` int64 [B]; `partner` [B] and `share` [B] if mixed."""
         hidden: Hidden = self.model(
-            batch["pixels"], None, noise, self.outputs, embedded, columns.get("pixels")
+            batch["pixels"], None, noise, self.outputs, embedded, columns.get("pixels"), batch
         )
         return hidden
 
     def score(self, batch: Batch, hidden: Hidden, noise: Noise | None = None) -> LossOutput:
         labels_B = batch["labels"]
-        logits_BY = self._logits(hidden.final)
+        logits_BY = self.of(hidden.final)
         smoothing = self.smoothing if noise is not None else 0.0
         loss_B = F.cross_entropy(
             logits_BY, labels_B, ignore_index=IGNORE, reduction="none", label_smoothing=smoothing
@@ -83,13 +83,14 @@ class Classifier(Objective):
         terms = {"rows": loss_B.sum()}
         each = loss_B.detach()[:, None], (labels_B != IGNORE)[:, None]
         self.add_choices(terms, metrics, hidden.sides, *each, choices.whole, choices.whole)
-        return self.with_sides(terms, metrics, hidden.sides, batch.get("real"))
+        return self.output(terms, metrics, batch, hidden, noise)
 
     def logits(self, pixels_BCHW: Tensor) -> Tensor:
         """[B, Y], fp32 or fp64."""
-        return self._logits(self.model(pixels_BCHW, outputs=self.outputs).final)
+        return self.of(self.model(pixels_BCHW, outputs=self.outputs).final)
 
-    def _logits(self, final: Tensor) -> Tensor:
+    def of(self, final: Tensor) -> Tensor:
+        """Logits of classes, of last hidden states: [B, Y], fp32 or fp64."""
         pooled_BE = final[:, 0] if self.pool == "first" else final[:, self.first :].mean(1)
         logits = self.head(pooled_BE)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -108,4 +109,5 @@ class Classifier(Objective):
         return batch
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        return {"rows": int(valid(batch["labels"])), "read": len(batch["labels"]) * self.read}
+        counts = {"rows": int(valid(batch["labels"])), "read": len(batch["labels"]) * self.places}
+        return self.with_counts(batch, counts)

@@ -75,7 +75,7 @@ class MaskedAutoencoder(Objective):
         target_BNP = self.target(pixels.to(torch.promote_types(pixels.dtype, painted_BNP.dtype)))
         error_BN = (painted_BNP.to(target_BNP.dtype) - target_BNP).square().mean(-1)
         total = torch.where(batch["scored"], error_BN, 0).sum()
-        return self.with_sides({"patches": total}, {}, hidden.sides, batch.get("real"))
+        return self.output({"patches": total}, {}, batch, hidden, noise)
 
     def target(self, pixels_BCHW: Tensor) -> Tensor:
         """What is predicted, [B, N, P]."""

@@ -36,7 +36,6 @@ from headway.pretrain.objectives.base import (
     Objective,
     passed,
     real_rows,
-    token_metrics,
     valid,
 )
 
@@ -105,7 +104,7 @@ class MaskedLM(Objective):
         needed."""
         documents, segments = batch.get("documents"), batch.get("segments")
         hidden: Hidden = self.model(
-            batch["tokens"], documents, segments, noise, embedded, columns.get("tokens")
+            batch["tokens"], documents, segments, noise, embedded, columns.get("tokens"), batch
         )
         return hidden
 
@@ -114,15 +113,26 @@ class MaskedLM(Objective):
         labels_BS = batch["labels"]
         chosen = labels_BS != IGNORE
         losses = self.loss(
-            self.head(hidden.final[chosen]), self.head_weight, labels_BS[chosen], self.head.bias
+            self.head(hidden.final[chosen]),
+            self.head_weight,
+            labels_BS[chosen],
+            self.head.bias,
+            self.taught_words(batch, chosen),
         )
-        terms = {"tokens": losses.total}
-        metrics = token_metrics(losses, self.loss.options, chosen.sum())
+        terms, metrics = self.word_terms(losses, noise, chosen.sum())
         each_BS = torch.zeros_like(labels_BS, dtype=losses.each.dtype).masked_scatter(chosen, losses.each)
         self.add_choices(terms, metrics, hidden.sides, each_BS, chosen, choices.here, choices.whole)
         if self.pair is not None:
             terms["pairs"], metrics["pair_accuracy"] = self._pairs(hidden, batch["pair"])
-        return self.with_sides(terms, metrics, hidden.sides, batch.get("real"))
+        return self.output(terms, metrics, batch, hidden, noise)
+
+    def read(self, final: Tensor) -> Tensor:
+        read: Tensor = self.head(final)
+        return read
+
+    @property
+    def head_bias(self) -> Tensor:
+        return self.head.bias
 
     def _pairs(self, hidden: Hidden, labels_B: Tensor) -> tuple[Tensor, Mean]:
         assert self.pair is not None
@@ -166,7 +176,8 @@ class MaskedLM(Objective):
     def counts(self, batch: Batch) -> dict[str, int]:
         tokens = batch["tokens"]
         counts = {"tokens": int(valid(batch["labels"])), "rows": len(tokens), "read": tokens.numel()}
-        return counts if self.pair is None else counts | {"pairs": int(valid(batch["pair"]))}
+        counts = counts if self.pair is None else counts | {"pairs": int(valid(batch["pair"]))}
+        return self.with_counts(batch, counts)
 
 
 def framed(rows: Rows, specials: Specials) -> Rows:

@@ -31,7 +31,6 @@ from headway.pretrain.objectives.base import (
     Objective,
     passed,
     real_rows,
-    token_metrics,
     valid,
 )
 
@@ -77,23 +76,24 @@ class Seq2SeqLM(Objective):
         [B, S] and `target_documents` [B, T], -1 at padding, where rows are padded."""
         documents, read = batch.get("documents"), columns.get("tokens")
         if tower == 0:
-            return Hidden(*self.model.encode(batch["tokens"], documents, noise, embedded, read))
+            return Hidden(*self.model.encode(batch["tokens"], documents, noise, embedded, read, batch))
         assert before is not None
-        asked = batch.get("target_documents"), noise, embedded, read, columns.get("targets")
+        asked = batch.get("target_documents"), noise, embedded, read, columns.get("targets"), batch
         return Hidden(*self.model.decode(before, batch["targets"], documents, *asked))
 
     def score(self, batch: Batch, hidden: Hidden, noise: Noise | None = None) -> LossOutput:
         labels_BT = batch["labels"]
-        losses = self.loss(self._scaled(hidden.final), self.head_weight, labels_BT)
-        metrics = token_metrics(losses, self.loss.options, valid(labels_BT))
-        return self.with_sides({"tokens": losses.total}, metrics, hidden.sides, batch.get("real"))
+        losses = self.loss(
+            self.read(hidden.final), self.head_weight, labels_BT, teacher=self.taught_words(batch)
+        )
+        return self.output(*self.word_terms(losses, noise, valid(labels_BT)), batch, hidden, noise)
 
-    def _scaled(self, final: Tensor) -> Tensor:
+    def read(self, final: Tensor) -> Tensor:
         return final if self.head_scale == 1 else final * self.head_scale
 
     def logits(self, tokens_BS: Tensor, targets_BT: Tensor, documents_BS: Tensor | None = None) -> Tensor:
         """Logits after every token that the decoder reads, [B, T, V]."""
-        final = self._scaled(self.model(tokens_BS, targets_BT, documents_BS).final)
+        final = self.read(self.model(tokens_BS, targets_BT, documents_BS).final)
         return nn.functional.linear(narrowed(final), self.head_weight)
 
     def attention_maps(self, batch: Batch) -> Tensor:

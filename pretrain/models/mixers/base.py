@@ -15,6 +15,7 @@ from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.slopes import Bias
 from headway.kernels.rotary import Rotation
 from headway.pretrain import config
+from headway.pretrain.models.attention import Beside
 from headway.pretrain.models.cost import Cost
 from headway.pretrain.models.layers import Noise
 from headway.pretrain.models.seat import Seat
@@ -42,8 +43,9 @@ class Mixer(nn.Module):
         bias_HSM: Bias | None = None,
         memory_BME: Tensor | None = None,
         queries: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Returns [B, S, E], of the first `queries` places if given, and None. See `Attention.forward`."""
+    ) -> tuple[Tensor, Beside | None]:
+        """Returns [B, S, E], of the first `queries` places if given, and what is wanted beside. See
+        `Attention.forward`."""
 
     @staticmethod
     @abstractmethod

@@ -55,7 +55,7 @@ class CvT(Mixer):
         bias_HSM: Bias | None = None,
         memory_BME: Tensor | None = None,
         queries: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, None]:
         x_BSE = narrowed(x_BSE)
         q_BHSD = self._heads(self.q(grid.convolved(x_BSE, self.first, self.q_conv)[:, :queries]))
         k_BKTD = self._heads(self.k(grid.convolved(x_BSE, self.first, self.k_conv, self.stride)))

@@ -56,7 +56,7 @@ class Deformable(Mixer):
         bias_HSM: Bias | None = None,
         memory_BME: Tensor | None = None,
         queries: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, None]:
         x_BSE = narrowed(x_BSE)
         v_BHDN = self.v(x_BSE[:, self.first :]).unflatten(-1, (-1, self.head_dim)).permute(0, 2, 3, 1)
         side = math.isqrt(v_BHDN.shape[3])

@@ -55,7 +55,7 @@ class SqueezeExcite(Mixer):
         bias_HSM: Bias | None = None,
         memory_BME: Tensor | None = None,
         queries: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, None]:
         return grid.squeeze_excite(narrowed(x_BSE), self.first, self.excite)[:, :queries], None
 
     @staticmethod
@@ -88,7 +88,7 @@ class CBAM(SqueezeExcite):
         bias_HSM: Bias | None = None,
         memory_BME: Tensor | None = None,
         queries: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, None]:
         weight, bias = self.spatial.weight, self.spatial.bias
         return grid.cbam(narrowed(x_BSE), self.first, self.excite, weight, bias)[:, :queries], None
 

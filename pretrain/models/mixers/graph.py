@@ -63,7 +63,7 @@ class GAT(Mixer):
         bias_HSM: Bias | None = None,
         memory_BME: Tensor | None = None,
         queries: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, None]:
         x_BSE = narrowed(x_BSE)
         edges_2A, seen_BA = self.edges(x_BSE.shape[1], x_BSE.device), None
         if mask.documents is not None:

@@ -61,7 +61,7 @@ class Hyena(Mixer):
         bias_HSM: Bias | None = None,
         memory_BME: Tensor | None = None,
         queries: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, None]:
         """Returns [B, S, E] and None. Places after the first `queries` are not read: nothing before sees them."""
         x_BSE, real_BS = narrowed(x_BSE[:, :queries]), real(mask)
         projected = (without_padding(layer(x_BSE), real_BS) for layer in (self.q, self.k, self.v))

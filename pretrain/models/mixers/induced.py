@@ -50,7 +50,7 @@ class Induced(Mixer):
         bias_HSM: Bias | None = None,
         memory_BME: Tensor | None = None,
         queries: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, None]:
         """Returns [B, S, E], of the first `queries` places if given, and None."""
         points_BME = self.points(x_BSE, mask, noise)
         y_BSE, _ = self.write(x_BSE[:, :queries], Mask(causal=False), None, noise, memory_BME=points_BME)

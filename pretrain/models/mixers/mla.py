@@ -28,7 +28,7 @@ from headway.kernels.attention.words.mixers import latent_widths
 from headway.kernels.rotary import Rotation, rotate
 from headway.pretrain import config
 from headway.pretrain.errors import JobError
-from headway.pretrain.models.attention import Core
+from headway.pretrain.models.attention import Beside, Core
 from headway.pretrain.models.cost import Cost, linear
 from headway.pretrain.models.layers import Dropout, Noise, RMSNorm, build_linear, matrix, narrowed
 from headway.pretrain.models.mixers.base import Mixer
@@ -72,7 +72,7 @@ class MLA(Mixer):
         bias_HSM: Bias | None = None,
         memory_BME: Tensor | None = None,
         queries: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Beside]:
         """As `Attention.forward`, of a sequence to itself."""
         x_BSE = narrowed(x_BSE)
         bias_HSM = None if bias_HSM is None else part_of(bias_HSM, slice(0, queries))
@@ -90,7 +90,7 @@ class MLA(Mixer):
         if self.absorbs:
             y_BHSD = torch.einsum("bhsc,hdc->bhsd", y_BHSD, self._up(self.v))
         entropy = self.core.entropy(q_BHSD, k_BHMD, mask, bias_HSM) if self.wants_entropy else None
-        return self.o(y_BHSD.transpose(1, 2).flatten(2)), entropy
+        return self.o(y_BHSD.transpose(1, 2).flatten(2)), Beside(entropy)
 
     def _queries(self, x_BSE: Tensor, turn: Rotation | None) -> tuple[Tensor, Tensor]:
         """[B, H, S, D] and, turned, [B, H, S, R]."""

@@ -56,7 +56,7 @@ class Monarch(Mixer):
         bias_HSM: Bias | None = None,
         memory_BME: Tensor | None = None,
         queries: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, None]:
         """Returns [B, S, E], of the first `queries` places if given, and None.
 
         Raises JobError for rows that are longer than the model was built for.

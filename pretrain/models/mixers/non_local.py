@@ -48,7 +48,7 @@ class NonLocal(Mixer):
         bias_HSM: Bias | None = None,
         memory_BME: Tensor | None = None,
         queries: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, None]:
         x_BSE = narrowed(x_BSE)
         asking, asked = x_BSE[:, :queries], x_BSE
         heads = [f(x).unsqueeze(1) for f, x in ((self.theta, asking), (self.phi, asked), (self.g, asked))]

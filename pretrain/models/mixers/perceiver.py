@@ -55,7 +55,7 @@ class Perceiver(Mixer):
         bias_HSM: Bias | None = None,
         memory_BME: Tensor | None = None,
         queries: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, None]:
         """Returns [B, S, E], of the first `queries` places if given, and None."""
         z_BME = self.norm(self.encoded(x_BSE, mask, noise))
         y_BSE, _ = self.write(x_BSE[:, :queries], Mask(causal=False), None, noise, memory_BME=z_BME)
