@@ -5,16 +5,23 @@ a row's loss is a sum over keys of what its log-sum-exp and two scores say, and 
 scores (scale q k^T + bias) of teacher and student over the n keys that a row sees, LT and LS their log-sum-exps,
 p_j = exp(t_j - LT), q_j = exp(s_j - LS), m = (p + q) / 2. Losses of a row (weights in [0, 1], logarithms in nats):
 
-    kl          KL(p || q) = sum_j p_j (log p_j - log q_j)             Hinton et al. 2015; MiniLM, Wang et al. 2020, eq. 5
-    reverse_kl  KL(q || p) = sum_j q_j (log q_j - log p_j)             Gu et al. 2024, eq. 2
-    js          (KL(p || m) + KL(q || m)) / 2                          Lin 1991, eq. 4.1
-    mse         sum_j (q_j - p_j)^2 / n                                Jiao et al. 2020, of weights
-    scores      sum_j (s_j - t_j)^2 / n                                TinyBERT, Jiao et al. 2020, eq. 7
+    kl          KL(p || q) = sum_j p_j (log p_j - log q_j)      Hinton et al. 2015; MiniLM, Wang et al. 2020, eq. 5
+    reverse_kl  KL(q || p) = sum_j q_j (log q_j - log p_j)      Gu et al. 2024, eq. 2
+    js          (KL(p || m) + KL(q || m)) / 2                   Lin 1991, eq. 4.1
+    mse         sum_j (q_j - p_j)^2 / n                         of weights
+    scores      sum_j (s_j - t_j)^2 / n                         TinyBERT, Jiao et al. 2020, eq. 7
 
 For D = sum_j f(p_j, q_j) and g = df/dq, the softmax gives dD/ds_j = q_j (g_j - sum_k q_k g_k): a second sum, the
-*centre*, and no more. kl: g = -p/q with centre -1, hence q - p; reverse_kl: g = log(q/p) with centre D; js: g = log(q/m)
-/ 2; mse: g = 2 (q - p) / n; scores has 2 (s - t) / n itself. dq = scale ds k and dk = scale ds^T q then take the block
-of ds away as it comes. Scores, sums and gradients are fp32 (fp64 for fp64), products are in the operands' dtype.
+*centre*, and no more.
+
+    kl          g = -p / q            centre -1, hence dD/ds = q - p
+    reverse_kl  g = log(q / p)        centre D; of g + 1, the 1 cancels
+    js          g = log(q / m) / 2
+    mse         g = 2 (q - p) / n
+    scores      dD/ds = 2 (s - t) / n itself
+
+With ds = dD/ds, dq = scale ds k and dk = scale ds^T q take a block of ds away as it comes. Scores, sums and gradients
+are fp32 (fp64 for fp64); products are in autocast's dtype where it is on, else in the operands'.
 
 A teacher with G times the student's heads is averaged: p is the mean of the maps of heads h G to h G + G - 1 (`scores`:
 of their scores). Nothing ever flows to the teacher.
@@ -36,7 +43,8 @@ from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.slopes import Bias, Slopes
 from headway.kernels.maps import chunked, reference
 from headway.kernels.maps.checks import check_operands, described
-from headway.kernels.maps.operands import Scores, Seen, Sums
+from headway.kernels.maps.operands import Scores, Sums
+from headway.kernels.precision import product_dtype
 
 KERNELS = ("reference", "chunked", "triton")
 
@@ -114,17 +122,21 @@ def map_distillation_sums(
 ) -> MapSums:
     """Sums of every sample and the rows that they are of. Arguments: see `map_distillation_loss`."""
     teacher_scale = scale if teacher_scale is None else teacher_scale
-    fixed = teacher_bias if teacher_bias is None or isinstance(teacher_bias, Slopes) else teacher_bias.detach()
-    teacher = Scores(
-        q_teacher.detach(), k_teacher.detach(), score_scale(teacher_scale, q_teacher), fixed
+    fixed = (
+        teacher_bias if teacher_bias is None or isinstance(teacher_bias, Slopes) else teacher_bias.detach()
     )
+    q_teacher, k_teacher = (x.detach().to(product_dtype(x)) for x in (q_teacher, k_teacher))
+    q_student, k_student = (x.to(product_dtype(x)) for x in (q_student, k_student))
+    teacher = Scores(q_teacher, k_teacher, score_scale(teacher_scale, q_teacher), fixed)
     student = Scores(q_student, k_student, score_scale(scale, q_student), student_bias)
     check_operands(teacher, student, loss)
     seen = described(mask, causal, student)
     rows_BQ = seen.rows(student)
     batch, _, queries, _ = q_student.shape
     rows_B = torch.full((batch,), queries, device=q_student.device) if rows_BQ is None else rows_BQ.sum(1)
-    return MapSums(choose(kernel, q_student)(teacher, student, loss, seen, rows_BQ), rows_B)
+    compute = choose(kernel, q_student)
+    with torch.autocast(q_student.device.type, enabled=False):
+        return MapSums(compute(teacher, student, loss, seen, rows_BQ), rows_B)
 
 
 def choose(kernel: str, q: Tensor) -> Sums:
@@ -156,7 +168,7 @@ def relation_loss(
     mask: Mask | Tensor | None = None,
     kernel: str = "auto",
 ) -> Tensor:
-    """Loss of self-attention relations, 0-dim (MiniLM, Wang et al. 2020, section 3.2; v2, Wang et al. 2021, section 3.1).
+    """Loss of self-attention relations, 0-dim (MiniLM, Wang et al. 2020, 3.2; v2, Wang et al. 2021, 3.1).
 
     A relation is softmax(a a^T / sqrt(d)) of queries, keys or values a, split anew into as many heads for both models.
 

@@ -28,11 +28,13 @@ def check_operands(teacher: Scores, student: Scores, loss: str) -> None:
     theirs = teacher.q.shape[0], teacher.q.shape[2], teacher.k.shape[2]
     if theirs != (batch, queries, keys):
         ours = batch, queries, keys
-        raise ValueError(f"q_teacher, k_teacher: batch, queries and keys are {theirs}, must be the student's, {ours}")
+        raise ValueError(
+            f"q_teacher, k_teacher: batch, queries and keys are {theirs}, must be the student's, {ours}"
+        )
     if teacher.q.shape[1] % heads:
         raise ValueError(
-            f"q_teacher has {teacher.q.shape[1]} heads: they must be a multiple of the student's {heads}, whose maps are "
-            "compared with means of theirs; else give a mapping of heads: index_select the teacher's heads"
+            f"q_teacher has {teacher.q.shape[1]} heads: they must be a multiple of the student's {heads}, whose maps "
+            "are compared with means of theirs; else give a mapping of heads: index_select the teacher's heads"
         )
 
 

@@ -54,6 +54,18 @@ class Seen(NamedTuple):
         pairs = self.pairs[:, :, queries, keys]
         return pairs if seen is None else seen & pairs
 
+    def of(self, samples: slice) -> Seen:
+        """Of some samples."""
+        tensors = "documents", "key_documents", "prefix"
+        found = {name: value[samples] for name in tensors if (value := getattr(self.mask, name)) is not None}
+        pairs = self.pairs if self.pairs is None or len(self.pairs) == 1 else self.pairs[samples]
+        return Seen(self.mask._replace(**found), pairs)
+
+    def sure(self, queries: slice, keys: slice) -> int:
+        """How many of the first of these keys are known to be seen by all of these rows."""
+        only = self.mask.triangular and self.mask.documents is None and self.mask.scope is None
+        return queries.start if only and self.pairs is None and keys.start == 0 else 0
+
     def rows(self, scores: Scores) -> Tensor | None:
         """The rows that count, bool [B, Q]: those that see a key and are no padding (a document below 0); None if all
         do."""
