@@ -40,7 +40,7 @@ from torch import Tensor
 from headway.kernels.attention.choose import KernelUnavailable
 from headway.kernels.attention.dense import score_scale
 from headway.kernels.attention.masks import Mask
-from headway.kernels.attention.slopes import Bias, Slopes
+from headway.kernels.attention.slopes import Bias, Fixed
 from headway.kernels.maps import chunked, reference
 from headway.kernels.maps.checks import check_operands, described
 from headway.kernels.maps.operands import Scores, Sums
@@ -73,7 +73,7 @@ def map_distillation_loss(
     mask: Mask | Tensor | None = None,
     scale: float | None = None,
     teacher_scale: float | None = None,
-    teacher_bias: Bias | None = None,
+    teacher_bias: Fixed | None = None,
     student_bias: Bias | None = None,
     kernel: str = "auto",
 ) -> Tensor:
@@ -116,7 +116,7 @@ def map_distillation_sums(
     mask: Mask | Tensor | None = None,
     scale: float | None = None,
     teacher_scale: float | None = None,
-    teacher_bias: Bias | None = None,
+    teacher_bias: Fixed | None = None,
     student_bias: Bias | None = None,
     kernel: str = "auto",
 ) -> MapSums:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headway.kernels.attention.blocks import block_rows
 from headway.kernels.attention.masks import Mask, lower
-from headway.kernels.attention.slopes import Bias
+from headway.kernels.attention.slopes import Fixed
 
 _ALL = slice(None)
 
@@ -31,7 +31,7 @@ class Scores(NamedTuple):
     q: Tensor
     k: Tensor
     scale: float
-    bias: Bias | None = None
+    bias: Fixed | None = None
 
 
 class Seen(NamedTuple):

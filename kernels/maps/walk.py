@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from headway.kernels.attention.dense import per_query_head
-from headway.kernels.attention.slopes import Bias, Slopes, block_of
+from headway.kernels.attention.slopes import Distances, Fixed, Slopes, block_of
 from headway.kernels.maps.divergences import Divergence, Spare
 from headway.kernels.maps.operands import Scores, Seen
 
@@ -199,12 +199,14 @@ def _laid_out(scores: Scores) -> Scores:
     return Scores(scores.q.detach().contiguous(), k.contiguous(), scores.scale, bias)
 
 
-def _every(bias: Bias | None, first: int, step: int) -> Bias | None:
+def _every(bias: Fixed | None, first: int, step: int) -> Fixed | None:
     """Of some heads."""
     if isinstance(bias, Slopes):
         return bias._replace(slopes=bias.slopes[first::step])
+    if isinstance(bias, Distances):
+        return bias._replace(table=bias.table[first::step])
     return None if bias is None else bias[first::step]
 
 
-def _heads(bias: Bias, heads: slice) -> Bias:
-    return bias.of_heads(heads.start, heads.stop - heads.start) if isinstance(bias, Slopes) else bias[heads]
+def _heads(bias: Fixed, heads: slice) -> Fixed:
+    return bias[heads] if isinstance(bias, Tensor) else bias.of_heads(heads.start, heads.stop - heads.start)

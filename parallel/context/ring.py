@@ -145,7 +145,7 @@ def _wait(pending: list[Any]) -> None:
         work.wait()
 
 
-def _travel(kv: Tensor, task: Task) -> Iterator[tuple[int, Tensor]]:
+def travel(kv: Tensor, task: Task) -> Iterator[tuple[int, Tensor]]:
     """Ranks and their keys and values [2, B, K, M, D], as they come by; the next are under way meanwhile."""
     team, stops, asked = task.team, task.stops(), task.lengths()[1]
     sizes = team.sizes(asked)
@@ -168,7 +168,7 @@ class _Ring(torch.autograd.Function):
         least = torch.finfo(wide).min
         out = torch.zeros(q.shape, dtype=wide, device=q.device)
         lse = torch.full(q.shape[:3], least, dtype=wide, device=q.device)
-        for source, kv in _travel(torch.stack((k, v)), task):
+        for source, kv in travel(torch.stack((k, v)), task):
             for part in task.parts(source):
                 here = part.queries
                 operands: Any = _operands(part, q, kv, bias if task.slopes is None else task.slopes)
@@ -189,8 +189,8 @@ class _Ring(torch.autograd.Function):
         task: Task = ctx.task
         dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
         d_bias = torch.zeros_like(bias, dtype=lse.dtype) if ctx.needs_input_grad[3] else None
-        homeward = _Homeward(task, lse.dtype)
-        for source, kv in _travel(torch.stack((k, v)), task):
+        homeward = Homeward(task, lse.dtype)
+        for source, kv in travel(torch.stack((k, v)), task):
             d_kv = torch.zeros(kv.shape, dtype=lse.dtype, device=kv.device)
             for part in task.parts(source):
                 here, there = part.queries, part.keys
@@ -209,7 +209,7 @@ class _Ring(torch.autograd.Function):
         return dq.to(q.dtype), *d_kv.to(k.dtype), None if d_bias is None else d_bias.to(bias.dtype), None
 
 
-class _Homeward:
+class Homeward:
     """Gradients of keys and values on their way: from stop to stop as these were, then home."""
 
     def __init__(self, task: Task, dtype: torch.dtype) -> None:
