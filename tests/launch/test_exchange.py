@@ -238,14 +238,14 @@ def test_images_are_normalised_as_the_job_says():
     assert found["size"] == {"height": 32, "width": 32}
 
 
-def vision(classes: int, name: str = "classify"):
+def vision(classes: int, name: str = "classify", distill_token: bool = False):
     shape = {
         "family": "vit",
         "layers": 1,
         "hidden": 12,
         "heads": 3,
         "positions": "sinusoidal",
-        "vision": {"patch": 4},
+        "vision": {"patch": 4, "distill_token": distill_token},
     }
     objective = {"name": name, "mae": {"layers": 1, "hidden": 8, "heads": 2}}
     job = validate({"model": shape, "data": {"images": {"size": 8}}, "objective": objective})
@@ -265,6 +265,25 @@ def test_a_classifier_begins_with_the_encoder_of_mae_and_a_head_of_its_own():
     _, other = vision(7)
     notes = fill(target, other.items(), "there", job)
     assert any("head.weight has 7 rows for 5 classes" in note for note in notes)
+
+
+@torch.no_grad()
+def test_a_distilled_classifier_takes_both_heads_or_begins_them_anew():
+    job, target = vision(5, distill_token=True)
+    begun = target["head_distill.weight"].clone()
+    _, same = vision(5, distill_token=True)
+    same = {name: weight + 1 for name, weight in same.items()}
+    assert fill(dict(target), same.items(), "there", job) == []
+    assert torch.equal(target["head_distill.weight"], same["head_distill.weight"])
+    assert torch.equal(target["model.embed.distill_token"], same["model.embed.distill_token"])
+    job, target = vision(5, distill_token=True)
+    _, other = vision(7, distill_token=True)
+    notes = fill(target, other.items(), "there", job)
+    assert any("head_distill.weight has 7 rows for 5 classes" in note for note in notes)
+    assert torch.equal(target["head_distill.weight"], begun)
+    _, plain = vision(5)
+    with pytest.raises(CheckpointError, match=r"model\.embed\.distill_token is missing"):
+        fill(target, plain.items(), "there", job)
 
 
 @pytest.mark.parametrize("command", [["checkpoint", "import"], ["export"]])
