@@ -54,7 +54,7 @@ class Classifier(Objective):
         self.pool, self.first = job.objective.pool, shape.vision.prefix_tokens
         self.smoothing = job.objective.label_smoothing
         self.read = inputs.length
-        self.level = math.log(inputs.classes)
+        self.level = math.log(max(1, inputs.classes))  # an encoder that comes without a head has no classes
         # Only the tokens before the patches are read, so the last block computes nothing else; what balances experts or
         # holds entropies is about all patches.
         last: Any = self.model.blocks[-1]

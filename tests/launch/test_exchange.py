@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from headway.launch import companions, run
 from headway.launch.cli import app
+from headway.launch.exchange import imported_weights
 from headway.launch.start_from import fill, find_checkpoint
 from headway.parallel.checkpoint.load import load
 from headway.parallel.checkpoint.manifest import read_manifest
@@ -284,6 +285,34 @@ def test_a_distilled_classifier_takes_both_heads_or_begins_them_anew():
     _, plain = vision(5)
     with pytest.raises(CheckpointError, match=r"model\.embed\.distill_token is missing"):
         fill(target, plain.items(), "there", job)
+
+
+BARE = {
+    "hidden_size": 24, "intermediate_size": 50, "num_hidden_layers": 1, "num_attention_heads": 3,
+    "image_size": 12, "patch_size": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "left"),
+    [
+        ("ViTModel", set()),
+        ("DeiTModel", set()),
+        ("DeiTForImageClassification", {"classifier.bias", "classifier.weight"}),
+    ],
+)
+def test_an_encoder_without_our_heads_is_read_and_begins_them_with_no_classes(kind, left, tmp_path):
+    import transformers as hf
+
+    settings = hf.ViTConfig(**BARE) if kind == "ViTModel" else hf.DeiTConfig(**BARE)
+    more = {} if "For" in kind else {"add_pooling_layer": False}
+    getattr(hf, kind)(settings, **more).save_pretrained(tmp_path)
+    folder = open_folder(tmp_path)
+    assert set(folder.left_over()) == left
+    found, notes = imported_weights(folder, folder.job)
+    assert found["head.weight"].shape == (0, 24)
+    assert ("head_distill.weight" in found) == (kind != "ViTModel")
+    assert any("head.weight" in note for note in notes)
 
 
 @pytest.mark.parametrize("command", [["checkpoint", "import"], ["export"]])
