@@ -88,7 +88,7 @@ class PatchEmbedding(nn.Module):
             x_BNE = x_BNE + positions_NE[self.first :]
         if visible_BK is not None:
             x_BNE = x_BNE.gather(1, visible_BK.unsqueeze(-1).expand(-1, -1, x_BNE.shape[-1]))
-        tokens = [token for token in (self.class_token, self.distill_token) if token is not None]
+        tokens: list[Tensor] = [t for t in (self.class_token, self.distill_token) if t is not None]
         if tokens:
             first_TE = torch.cat(tokens)
             first_TE = first_TE if positions_NE is None else first_TE + positions_NE[: self.first]
