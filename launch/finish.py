@@ -184,8 +184,8 @@ def draw_maps(parts: Parts, objective: Objective) -> AttentionMaps | None:
     if len(maps) == 0:
         return None
     if tokenizer is None:
-        first = int(parts.job.model.vision.class_token)
-        names = ["<class>"] * first + [f"patch {i} " for i in range(maps.shape[-1] - first)]
+        first = parts.job.model.vision.prefix_tokens
+        names = ["<class>", "<distill>"][:first] + [f"patch {i} " for i in range(maps.shape[-1] - first)]
         return AttentionMaps(names, maps)
     return AttentionMaps([spell(parts, int(token)) for token in batch["tokens"][0]], maps)
 

@@ -23,7 +23,7 @@ from headway.pretrain.hf.folder import Folder, is_folder, open_folder
 
 VOCABULARY = ("model.embed.tokens.weight", "head.weight", "head.bias")
 """Tensors with a row for every piece. Published ones may have more rows than the tokenizer has pieces."""
-HEADS = ("head.", "pair.", "decoder.", "model.pooler.")
+HEADS = ("head.", "head_distill.", "pair.", "decoder.", "model.pooler.")
 """What an objective adds to a model: another objective may lack it, or begin with its initial weights."""
 WEIGHTS = ("model.", *HEADS)
 """How names of weights begin; moments of optimizers and averages have other names."""
@@ -99,7 +99,7 @@ def fill(
             continue
         wanted = tuple(weights[name].shape)
         if wanted != tuple(tensor.shape):
-            if name.startswith("head.") and job.model.family == "vit":
+            if name.startswith(("head.", "head_distill.")) and job.model.family == "vit":
                 notes.append(f"{name} has {len(tensor)} rows for {wanted[0]} classes: it begins anew")
                 found.add(name)
                 continue

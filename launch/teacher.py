@@ -25,7 +25,7 @@ from headway.pretrain.errors import JobError
 from headway.pretrain.hf.writing import inputs_of
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.objectives import build_objective
-from headway.pretrain.objectives.distill import TeacherShape
+from headway.pretrain.objectives.distill.attach import TeacherShape
 from headway.pretrain.objectives.distill.layers import layer_map
 
 PRECISIONS = {"fp32": "fp32", "bf16": "bf16", "fp16": "bf16", "fp8": "bf16", "fp64": "fp64"}

@@ -51,9 +51,8 @@ def job_and_inputs(name):
     """A recipe's job, and the sizes that its paper's data would give."""
     job = recipe.resolve([name]).job
     if job.model.family == "vit":
-        size = job.data.images.size
-        tokens = (size // job.model.vision.patch) ** 2 + int(job.model.vision.class_token)
-        return job, Inputs(length=tokens, image=size, channels=job.data.images.channels, classes=1000)
+        images = job.data.images
+        return job, Inputs(length=job.row_tokens, image=images.size, channels=images.channels, classes=1000)
     target = 114 if job.model.family == "t5" else 0  # 512 tokens, 15% of them in spans of 3 (T5's code)
     return job, Inputs(vocab=PUBLISHED[name].vocab, length=job.data.seq_len, target_length=target)
 

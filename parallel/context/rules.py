@@ -18,8 +18,8 @@ def check(job: Job, layout: Layout) -> None:
         _check_heads(job, layout)
     if job.model.init.lsuv and job.objective.name == "classify" and job.objective.pool == "first":
         rule = (
-            "with parallel.context > 1 the last block computes all patches, not the class token alone, and their "
-            "variance would be another"
+            "with parallel.context > 1 the last block computes all patches too, not the tokens before them alone, and "
+            "their variance would be another"
         )
         raise JobError("model.init.lsuv", True, rule, False)
 
@@ -30,7 +30,7 @@ def _check_lengths(job: Job, layout: Layout) -> None:
     if job.model.family == "vit":
         lengths = {"data.images.size": job.row_tokens}
         if job.objective.name == "mae":
-            first = int(job.model.vision.class_token)
+            first = job.model.vision.prefix_tokens
             patches = job.row_tokens - first
             lengths["objective.mae.rate"] = first + max(1, int(patches * (1 - job.objective.mae.rate)))
     if job.model.family == "t5":

@@ -148,7 +148,7 @@ def towers(run: Run) -> list[list[Place]]:
             _tower(run, m, m.decoder_depth, t, memory=s, separated=padded),
         ]
     patches = (inputs.image // m.vision.patch) ** 2
-    first = int(m.vision.class_token)
+    first = m.vision.prefix_tokens
     if job.objective.name == "mae":
         small, seen = decoder_shape(m, job.objective.mae), max(1, int(patches * (1 - job.objective.mae.rate)))
         return [
@@ -159,8 +159,8 @@ def towers(run: Run) -> list[list[Place]]:
     whole = m.has_experts(m.layers - 1) or m.attention.entropy_penalty or job.objective.pool != "first"
     if (
         not whole and run.cut == 1 and run.layout.context == 1
-    ):  # a classifier's last block computes the class token alone
-        found[-1] = replace(found[-1], outputs=1)
+    ):  # a classifier's last block computes the tokens before the patches alone
+        found[-1] = replace(found[-1], outputs=first)
     return [found]
 
 

@@ -73,11 +73,11 @@ class Job(Section):
 
     @property
     def row_tokens(self) -> int:
-        """Tokens that the model reads in a row: of text, or patches and the class token."""
+        """Tokens that the model reads in a row: of text, or patches and the tokens before them."""
         if self.model.family != "vit":
             return self.data.seq_len
         vision = self.model.vision
-        return (self.data.images.size // vision.patch) ** 2 + int(vision.class_token)
+        return (self.data.images.size // vision.patch) ** 2 + vision.prefix_tokens
 
     def model_post_init(self, _: Any) -> None:
         rules.check(self)

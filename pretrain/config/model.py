@@ -52,6 +52,13 @@ class Vision(Section):
     """Side of a patch in pixels."""
     class_token: bool = True
     """A learned token stands before the patches."""
+    distill_token: bool = False
+    """A second learned token, after the class token, whose head learns from a teacher (DeiT, Touvron et al. 2021)."""
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens before the patches, which have no place on the grid."""
+        return int(self.class_token) + int(self.distill_token)
 
 
 class RotaryScaling(Section):

@@ -161,6 +161,19 @@ def check_vision(job: Job) -> None:
             raise JobError(f"data.images.{name}", values, rule, values[:1])
     if job.objective.name == "classify" and job.objective.pool == "first" and not m.vision.class_token:
         raise JobError("objective.pool", "first", "the model has no class token (model.vision)", "mean")
+    if m.vision.distill_token:
+        _check_distill_token(job)
+
+
+def _check_distill_token(job: Job) -> None:
+    """The token has its place, and a head that reads it."""
+    rule = None
+    if not job.model.vision.class_token:
+        rule = "stands after the class token, which this model lacks (model.vision.class_token = False)"
+    elif job.objective.name != "classify":
+        rule = f"its head tells classes, of which objective {job.objective.name} has none"
+    if rule:
+        raise JobError("model.vision.distill_token", True, rule, False)
 
 
 def check_batch(job: Job) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 from headway.pretrain.config import Job
 from headway.pretrain.errors import JobError
 from headway.pretrain.hf.bert import ALBERT, BERT
+from headway.pretrain.hf.deit import DEIT
 from headway.pretrain.hf.family import Family
 from headway.pretrain.hf.gpt2 import GPT2
 from headway.pretrain.hf.llama import LLAMA, MIXTRAL, QWEN3
 from headway.pretrain.hf.t5 import T5
 from headway.pretrain.hf.vit import MAE, VIT
 
-FAMILIES = {f.model_type: f for f in (GPT2, LLAMA, QWEN3, MIXTRAL, BERT, ALBERT, T5, VIT, MAE)}
+FAMILIES = {f.model_type: f for f in (GPT2, LLAMA, QWEN3, MIXTRAL, BERT, ALBERT, T5, VIT, DEIT, MAE)}
 
 
 def family_of_config(hf_config: Mapping[str, Any]) -> Family:
@@ -37,6 +38,8 @@ def family_of_job(job: Job) -> Family:
     if model.family == "t5":
         return T5
     if model.family == "vit":
+        if job.model.vision.distill_token:
+            return DEIT
         return MAE if job.objective.name == "mae" else VIT
     if model.family == "bert":
         return ALBERT if model.embedding_size or model.unique_layers else BERT

@@ -71,23 +71,27 @@ def write_mae(job: Job, inputs: Inputs) -> dict:
 
 def links(job: Job) -> list[Link]:
     """Where the tensors are."""
-    model, images = job.model, job.data.images
-    side, rows = model.vision.patch, (images.size // model.vision.patch) ** 2 + 1
-    kernel = (model.hidden, images.channels, side, side)
-    patches, place = "model.embed.patches", "vit.embeddings.patch_embeddings.projection"
+    return encoder_links(job, "vit") + layers({"head": "classifier"})
+
+
+def encoder_links(job: Job, base: str) -> list[Link]:
+    """Where the encoder's tensors are; `base` is what transformers calls it."""
+    model, side = job.model, job.model.vision.patch
+    rows = (job.data.images.size // side) ** 2 + model.vision.prefix_tokens
+    kernel = (model.hidden, job.data.images.channels, side, side)
+    patches, there = "model.embed.patches", f"{base}.embeddings"
     table = ((rows, model.hidden), (1, rows, model.hidden))
+    projection = f"{there}.patch_embeddings.projection"
     found = [
-        link(f"{patches}.weight", f"{place}.weight", reshaped((kernel[0], -1), kernel)),
-        link(f"{patches}.bias", f"{place}.bias"),
-        link("model.embed.class_token", "vit.embeddings.cls_token", row(model.hidden)),
-        *layers({"model.norm": "vit.layernorm", "head": "classifier"}),
+        link(f"{patches}.weight", f"{projection}.weight", reshaped((kernel[0], -1), kernel)),
+        link(f"{patches}.bias", f"{projection}.bias"),
+        link("model.embed.class_token", f"{there}.cls_token", row(model.hidden)),
+        *layers({"model.norm": f"{base}.layernorm"}),
     ]
     if model.positions == "learned":
-        found.append(
-            link("model.embed.positions.weight", "vit.embeddings.position_embeddings", reshaped(*table))
-        )
+        found.append(link("model.embed.positions.weight", f"{there}.position_embeddings", reshaped(*table)))
     for i in range(model.layers):
-        found += layers(BLOCK, f"model.blocks.{i}.", f"vit.encoder.layer.{i}.")
+        found += layers(BLOCK, f"model.blocks.{i}.", f"{base}.encoder.layer.{i}.")
     return found
 
 
@@ -164,6 +168,7 @@ VIT = Family(
         "model.positions": "learned",
         "model.bias": True,
         "model.vision.class_token": True,
+        "model.vision.distill_token": False,
         "model.embedding_norm": False,
         "model.attention.qk_norm": False,
         "model.attention.scale": None,

@@ -1,6 +1,6 @@
 """From tokens or images to the residual stream.
 
-Shapes: B batch, S sequence, E hidden size, N patches, C channels, P side of a patch.
+Shapes: B batch, S sequence, E hidden size, T tokens before the patches, N patches, C channels, P side of a patch.
 """
 
 from __future__ import annotations
@@ -59,9 +59,10 @@ class TokenEmbedding(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """A linear layer over the pixels of each patch, plus positions, behind a class token if the model has one.
+    """A linear layer over the pixels of each patch, plus positions, behind a class token and a distillation token if
+    the model has them (in this order, as DeiT).
 
-    Positions are counted from the class token: patches begin at 1, or at 0 without one.
+    Positions are counted from the class token: patches begin at `first`, the number of tokens before them.
     """
 
     def __init__(self, model: config.Model, inputs: Inputs) -> None:
@@ -69,8 +70,9 @@ class PatchEmbedding(nn.Module):
         self.side = model.vision.patch
         self.grid = inputs.image // self.side
         self.patches = Linear(inputs.channels * self.side**2, model.hidden)
-        self.first = int(model.vision.class_token)
-        self.class_token = nn.Parameter(torch.empty(1, model.hidden)) if self.first else None
+        self.first = model.vision.prefix_tokens
+        self.class_token = _token(model.hidden) if model.vision.class_token else None
+        self.distill_token = _token(model.hidden) if model.vision.distill_token else None
         rows = self.first + self.grid**2
         self.positions = LearnedPositions(rows, model.hidden) if model.positions == "learned" else None
         self.sines = SinusoidalGrid(model.hidden) if model.positions == "sinusoidal" else None
@@ -78,7 +80,7 @@ class PatchEmbedding(nn.Module):
         self.dropout = Dropout(model.dropout)
 
     def forward(self, pixels_BCHW: Tensor, noise: Noise | None, visible_BK: Tensor | None = None) -> Tensor:
-        """[B, 1 + N, E], or [B, 1 + K, E] of the patches whose numbers are given; the 1 is the class token."""
+        """[B, T + N, E], or [B, T + K, E] of the patches whose numbers are given, behind the T tokens before them."""
         pixels_BCHW = pixels_BCHW.to(self.patches.weight.dtype)  # images are fp32, models may be fp64
         x_BNE = self.patches(patchify(pixels_BCHW, self.side))
         positions_NE = self._positions(x_BNE)
@@ -86,22 +88,28 @@ class PatchEmbedding(nn.Module):
             x_BNE = x_BNE + positions_NE[self.first :]
         if visible_BK is not None:
             x_BNE = x_BNE.gather(1, visible_BK.unsqueeze(-1).expand(-1, -1, x_BNE.shape[-1]))
-        if self.class_token is not None:
-            first = self.class_token if positions_NE is None else self.class_token + positions_NE[:1]
-            x_BNE = torch.cat((first.to(x_BNE.dtype).expand(x_BNE.shape[0], 1, -1), x_BNE), 1)
+        tokens: list[Tensor] = [t for t in (self.class_token, self.distill_token) if t is not None]
+        if tokens:
+            first_TE = torch.cat(tokens)
+            first_TE = first_TE if positions_NE is None else first_TE + positions_NE[: self.first]
+            x_BNE = torch.cat((first_TE.to(x_BNE.dtype).expand(x_BNE.shape[0], -1, -1), x_BNE), 1)
         if self.norm is not None:
             x_BNE = self.norm(x_BNE)
         dropped: Tensor = self.dropout(x_BNE, noise)
         return dropped
 
     def _positions(self, x_BNE: Tensor) -> Tensor | None:
-        """Of the class token, if there is one, and of all patches."""
+        """Of the tokens before the patches, and of all patches."""
         if self.sines is not None:
-            return self.sines(self.grid, self.grid, x_BNE.dtype, x_BNE.device, bool(self.first))
+            return self.sines(self.grid, self.grid, x_BNE.dtype, x_BNE.device, self.first)
         if self.positions is None:
             return None
         places = torch.arange(self.positions.num_embeddings, device=x_BNE.device)
         return self.positions(places).to(x_BNE.dtype)
+
+
+def _token(width: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(1, width))
 
 
 def patchify(pixels_BCHW: Tensor, side: int) -> Tensor:

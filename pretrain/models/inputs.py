@@ -10,7 +10,7 @@ class Inputs(NamedTuple):
 
     Attributes:
         vocab: rows of the token table, special tokens included.
-        length: tokens that the model reads in a row; of images, patches and the class token.
+        length: tokens that the model reads in a row; of images, patches and the tokens before them.
         target_length: tokens of the decoder's row, of an encoder-decoder.
         image: side of an image in pixels.
         channels: of an image.

@@ -29,9 +29,9 @@ class PixelDecoder(Tower):
 
     def __init__(self, model: config.Model, mae: config.Reconstruct, inputs: Inputs) -> None:
         shape = decoder_shape(model, mae)
-        tokens = (inputs.image // model.vision.patch) ** 2 + int(model.vision.class_token)
+        tokens = (inputs.image // model.vision.patch) ** 2 + model.vision.prefix_tokens
         super().__init__(shape, causal=False, embed=Linear(model.hidden, mae.hidden), tokens=tokens)
-        grid, self.first = inputs.image // model.vision.patch, int(model.vision.class_token)
+        grid, self.first = inputs.image // model.vision.patch, model.vision.prefix_tokens
         self.mask_token = nn.Parameter(torch.empty(1, mae.hidden))
         self.positions = SinusoidalGrid(mae.hidden)
         self.head = Linear(mae.hidden, inputs.channels * model.vision.patch**2)
@@ -57,7 +57,7 @@ class PixelDecoder(Tower):
         index = visible_BK.unsqueeze(-1).expand(-1, -1, body.shape[-1])
         blank = self.mask_token.to(body.dtype).expand(body.shape[0], self.grid**2, -1)
         x_BND = torch.cat((head, blank.scatter(1, index, body)), 1)
-        x_BND = x_BND + self.positions(self.grid, self.grid, x_BND.dtype, x_BND.device, bool(self.first))
+        x_BND = x_BND + self.positions(self.grid, self.grid, x_BND.dtype, x_BND.device, self.first)
         return x_BND if columns is None else columns.cut(x_BND)
 
     def decode(self, x_BND: Tensor, noise: Noise | None = None, columns: Columns | None = None) -> Tensor:

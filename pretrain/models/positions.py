@@ -60,13 +60,13 @@ class SinusoidalGrid:
         self.hidden, self.base = hidden, base
 
     def __call__(
-        self, rows: int, columns: int, dtype: torch.dtype, device: torch.device, class_token: bool = False
+        self, rows: int, columns: int, dtype: torch.dtype, device: torch.device, before: int = 0
     ) -> Tensor:
-        """[P, E] for P = rows x columns, or [1 + P, E] with a row of zeros before for the class token."""
+        """[before + P, E] for P = rows x columns: rows of zeros for the tokens before the patches, then the patches."""
         place = torch.arange(rows * columns, device=device)
         axes = (place % columns, place // columns)
         parts = [part for axis in axes for part in _sines(axis, self.hidden // 2, self.base)]
-        return nn.functional.pad(torch.cat(parts, -1), (0, 0, int(class_token), 0)).to(dtype)
+        return nn.functional.pad(torch.cat(parts, -1), (0, 0, before, 0)).to(dtype)
 
 
 def stretch_of(scaling: config.RotaryScaling) -> Stretch | None:

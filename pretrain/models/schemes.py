@@ -43,7 +43,7 @@ MIXERS: dict[str, Callable[[int], Fill]] = {
 the network that makes Hyena's filter: as torch's linear layers."""
 
 TABLES = ("tokens", "positions", "segments")
-TOKENS = ("class_token", "mask_token", "latents")
+TOKENS = ("class_token", "distill_token", "mask_token", "latents")
 INTO_STREAM = ("o", "down")
 LOOKS = ("offsets", "amounts")
 """Where deformable attention looks, and how much it takes: as its authors, alike for all queries at first."""
@@ -190,7 +190,8 @@ def tfixup(weight: Weight, model: config.Model) -> Fill:
 
 def vit(weight: Weight, model: config.Model) -> Fill:
     """As timm's `init_weights_vit_timm`: normal, whose cut at +-2 is a hundred deviations away; the class token
-    1e-6; patches as torch's convolution, uniform with bound fan_in^-1/2. A mask token is normal, as MAE's."""
+    1e-6; patches as torch's convolution, uniform with bound fan_in^-1/2. A mask token is normal, as MAE's, and so is a
+    distillation token, as timm's."""
     if weight.layer == "class_token":
         return Fill("normal", 1e-6)
     if weight.layer == "patches":

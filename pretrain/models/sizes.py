@@ -24,7 +24,7 @@ class Parameters(NamedTuple):
     """Counts of parameters.
 
     Attributes:
-        embedding: tables of tokens, positions and segments, patches, class token.
+        embedding: tables of tokens, positions and segments, patches, tokens before them.
         blocks: all blocks and what they share (tables of relative positions).
         heads: final norms, pooler, what the objective owns; a tied head counts as embedding.
         active: parameters that one token meets: all but the experts that it is not sent to.
@@ -161,7 +161,7 @@ def _t5(job: Job, inputs: Inputs) -> Table:
 def _vit(job: Job, inputs: Inputs) -> Table:
     m, mae = job.model, job.objective.mae
     patches = (inputs.image // m.vision.patch) ** 2
-    pixels, first = m.vision.patch**2 * inputs.channels, int(m.vision.class_token)
+    pixels, first = m.vision.patch**2 * inputs.channels, m.vision.prefix_tokens
     embedding = [
         linear(pixels, m.hidden, True, patches),
         Cost(m.hidden * first),
@@ -170,7 +170,8 @@ def _vit(job: Job, inputs: Inputs) -> Table:
     ]
     if job.objective.name == "classify":
         head = linear(m.hidden, inputs.classes, True, 1)
-        return embedding, _stack(m, m.layers, patches + first), [_final_norm(m), head]
+        heads = [head] * (2 if m.vision.distill_token else 1)
+        return embedding, _stack(m, m.layers, patches + first), [_final_norm(m), *heads]
     seen, small = max(1, int(patches * (1 - mae.rate))), decoder_shape(m, mae)
     return (
         embedding,

@@ -1,6 +1,6 @@
 """ViT: an encoder of image patches (Dosovitskiy et al. 2021).
 
-Shapes: B batch, C channels, N patches, E hidden size.
+Shapes: B batch, C channels, T tokens before the patches, N patches, E hidden size.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class ViT(Tower):
             outputs: how many places of the result are wanted, from the first on; all if None.
             embedded_BNE: what goes into the first block (the columns that are here), where something else has
                 embedded the patches.
-            columns: which of the places (class token first) blocks compute here; all if None.
+            columns: which of the places (tokens before the patches first) blocks compute here; all if None.
             taught: what a teacher gave, for taps of blocks.
 
         Returns:
-            `final` [B, 1 + N, E]: the class token, if there is one, and the patches that are read, in their order;
-            or as many of these as are wanted.
+            `final` [B, T + N, E]: the class token and the distillation token, if the model has them, and the patches
+            that are read, in their order; or as many of these as are wanted.
         """
         x_BNE = embedded_BNE
         if x_BNE is None:

@@ -12,7 +12,7 @@ from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.objectives.base import Objective
 from headway.pretrain.objectives.causal import CausalLM
 from headway.pretrain.objectives.classify import Classifier
-from headway.pretrain.objectives.distill import TeacherShape, learn_from
+from headway.pretrain.objectives.distill.attach import TeacherShape, learn_from
 from headway.pretrain.objectives.mae import MaskedAutoencoder
 from headway.pretrain.objectives.masked import MaskedLM
 from headway.pretrain.objectives.seq2seq import Seq2SeqLM

@@ -45,7 +45,7 @@ class MaskedAutoencoder(Objective):
         self.side, self.channels = shape.vision.patch, inputs.channels
         self.patches = (inputs.image // self.side) ** 2
         self.visible = max(1, int(self.patches * (1 - self.settings.rate)))
-        self.first = int(shape.vision.class_token)
+        self.first = shape.vision.prefix_tokens
 
     def through(
         self,

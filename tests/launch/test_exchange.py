@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from headway.launch import companions, run
 from headway.launch.cli import app
+from headway.launch.exchange import imported_weights
 from headway.launch.start_from import fill, find_checkpoint
 from headway.parallel.checkpoint.load import load
 from headway.parallel.checkpoint.manifest import read_manifest
@@ -238,14 +239,14 @@ def test_images_are_normalised_as_the_job_says():
     assert found["size"] == {"height": 32, "width": 32}
 
 
-def vision(classes: int, name: str = "classify"):
+def vision(classes: int, name: str = "classify", distill_token: bool = False):
     shape = {
         "family": "vit",
         "layers": 1,
         "hidden": 12,
         "heads": 3,
         "positions": "sinusoidal",
-        "vision": {"patch": 4},
+        "vision": {"patch": 4, "distill_token": distill_token},
     }
     objective = {"name": name, "mae": {"layers": 1, "hidden": 8, "heads": 2}}
     job = validate({"model": shape, "data": {"images": {"size": 8}}, "objective": objective})
@@ -265,6 +266,53 @@ def test_a_classifier_begins_with_the_encoder_of_mae_and_a_head_of_its_own():
     _, other = vision(7)
     notes = fill(target, other.items(), "there", job)
     assert any("head.weight has 7 rows for 5 classes" in note for note in notes)
+
+
+@torch.no_grad()
+def test_a_distilled_classifier_takes_both_heads_or_begins_them_anew():
+    job, target = vision(5, distill_token=True)
+    begun = target["head_distill.weight"].clone()
+    _, same = vision(5, distill_token=True)
+    same = {name: weight + 1 for name, weight in same.items()}
+    assert fill(dict(target), same.items(), "there", job) == []
+    assert torch.equal(target["head_distill.weight"], same["head_distill.weight"])
+    assert torch.equal(target["model.embed.distill_token"], same["model.embed.distill_token"])
+    job, target = vision(5, distill_token=True)
+    _, other = vision(7, distill_token=True)
+    notes = fill(target, other.items(), "there", job)
+    assert any("head_distill.weight has 7 rows for 5 classes" in note for note in notes)
+    assert torch.equal(target["head_distill.weight"], begun)
+    _, plain = vision(5)
+    with pytest.raises(CheckpointError, match=r"model\.embed\.distill_token is missing"):
+        fill(target, plain.items(), "there", job)
+
+
+BARE = {
+    "hidden_size": 24, "intermediate_size": 50, "num_hidden_layers": 1, "num_attention_heads": 3,
+    "image_size": 12, "patch_size": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "left"),
+    [
+        ("ViTModel", set()),
+        ("DeiTModel", set()),
+        ("DeiTForImageClassification", {"classifier.bias", "classifier.weight"}),
+    ],
+)
+def test_an_encoder_without_our_heads_is_read_and_begins_them_with_no_classes(kind, left, tmp_path):
+    import transformers as hf
+
+    settings = hf.ViTConfig(**BARE) if kind == "ViTModel" else hf.DeiTConfig(**BARE)
+    more = {} if "For" in kind else {"add_pooling_layer": False}
+    getattr(hf, kind)(settings, **more).save_pretrained(tmp_path)
+    folder = open_folder(tmp_path)
+    assert set(folder.left_over()) == left
+    found, notes = imported_weights(folder, folder.job)
+    assert found["head.weight"].shape == (0, 24)
+    assert ("head_distill.weight" in found) == (kind != "ViTModel")
+    assert any("head.weight" in note for note in notes)
 
 
 @pytest.mark.parametrize("command", [["checkpoint", "import"], ["export"]])

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from headway.pretrain.config import Job
 from headway.pretrain.data.samples import make_keys
@@ -17,6 +18,8 @@ from headway.pretrain.data.text_pairs import TextPairs
 from headway.pretrain.data.token_rows import TokenRows
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.objectives import build_objective
+from headway.pretrain.objectives.classify import Classifier
+from headway.pretrain.objectives.soft_classes import SoftClasses
 
 TEXT, LENGTH, TARGET = 50, 16, 14
 SPECIALS = Specials(
@@ -128,6 +131,11 @@ CASES: dict[str, dict[str, Any]] = {
         "objective": {"name": "classify", "label_smoothing": 0.1, "augment": {"mixup": 0.8}},
         "optimizer": {"layer_decay": 0.75, "ema": 0.9},
     },
+    "deit": {
+        "model": VIT["model"] | {"vision": {"patch": 2, "distill_token": True}, "attention": {"dropout": 0.1}},
+        "data": VIT["data"],
+        "objective": {"name": "classify", "label_smoothing": 0.1, "augment": {"mixup": 0.8}},
+    },
     "mae": {
         "model": VIT["model"] | {"positions": "sinusoidal", "stochastic_depth": 0.3},
         "data": VIT["data"],
@@ -222,10 +230,14 @@ def build(job: Job, device: str = "meta"):
     """The job's objective, and its samples."""
     from headway.pretrain.data.dataset import row_lengths
 
-    name, patch = job.objective.name, job.model.vision.patch
+    name = job.objective.name
     if job.model.family == "vit":
-        inputs = Inputs(length=(8 // patch) ** 2 + 1, image=8, channels=3, classes=5)
-        return build_objective(job, inputs, device=device), Pictures(job.objective.augment.mixup > 0)
+        objective = build_objective(
+            job, Inputs(length=job.row_tokens, image=8, channels=3, classes=5), device=device
+        )
+        if job.model.vision.distill_token:
+            teach(objective)
+        return objective, Pictures(job.objective.augment.mixup > 0)
     raw, target = (LENGTH, TARGET) if name == "pairs" else row_lengths(job)
     inputs = Inputs(vocab=SPECIALS.vocab, length=LENGTH, target_length=target)
     objective = build_objective(job, inputs, SPECIALS, STARTS, device)
@@ -236,6 +248,19 @@ def build(job: Job, device: str = "meta"):
     if name == "masked" and (kind := job.objective.masking.pairs) != "none":
         return objective, SegmentPairs(Texts(0), LENGTH, kind, 0, ids["cls"], ids["sep"], ids["pad"], "pairs")
     return objective, TokenRows(Texts(0), raw, 0)
+
+
+def teach(objective: Classifier) -> None:
+    """Give a classifier a teacher: a fixed linear layer over the pixels of whatever it is shown."""
+    objective.soft = SoftClasses(hard=False, temperature=2.0, weight=0.4, task=0.6)
+    weight_PY = torch.randn(192, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 4
+    collate = objective.collate
+
+    def collate_taught(rows: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        batch = collate(rows)
+        return batch | {"taught.logits": batch["pixels"].double().flatten(1) @ weight_PY}
+
+    objective.collate = collate_taught
 
 
 def rows_of(samples: Any, count: int, seed: int = 0) -> dict[str, np.ndarray]:

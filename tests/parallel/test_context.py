@@ -234,7 +234,7 @@ def test_few_key_heads_are_repeated_for_their_ranks():
 
 RINGS = [name for name in UNCUT if name not in ("content", "composed", "linear")]
 """What passes keys around: other mechanisms than dense and window attention trade columns for heads instead."""
-OTHERS = [name for name in RINGS if name not in ("t5", "experts", "mae")]
+OTHERS = [name for name in RINGS if name not in ("t5", "experts", "deit", "mae")]
 
 
 HEADS = {"model": {"heads": 4}, "objective": {"mae": {"heads": 4}}}
@@ -244,7 +244,7 @@ FOUR, EIGHT = {"context": 4}, {"context": 2, "shard": 2, "replicate": 2}
 
 
 @pytest.mark.parametrize(("parallel", "names"), [
-    pytest.param(RING, ["t5", "experts"], id="ring"),
+    pytest.param(RING, ["t5", "experts", "deit"], id="ring"),
     pytest.param(RING, OTHERS, id="ring of the others", marks=long),
     *(pytest.param(FOUR, [name], id=f"ring of four, {name}", marks=long) for name in RINGS),
     pytest.param(RING | {"shard": 2, "micro_batch": 3}, RINGS, id="with shards", marks=long),
@@ -256,7 +256,7 @@ def test_rings_draw_the_curves_of_one_process(pool, parallel, names):
 
 
 @pytest.mark.parametrize(("parallel", "names"), [
-    pytest.param(ULYSSES, ["mae", "content", "composed", "linear"], id="ulysses"),
+    pytest.param(ULYSSES, ["mae", "deit", "content", "composed", "linear"], id="ulysses"),
     pytest.param(ULYSSES, [*OTHERS, "t5", "experts"], id="ulysses of the others", marks=long),
     *(pytest.param(ULYSSES | FOUR, [name], id=f"ulysses of four, {name}", marks=long) for name in UNCUT),
     pytest.param(ULYSSES | {"shard": 2, "micro_batch": 2}, ["t5", "experts", "spectral"], id="with shards",

@@ -121,7 +121,7 @@ def evaluates_alike(pool, parallel, names, more=None):
 
 
 def test_evaluation_is_the_same_at_every_layout(pool):
-    names = ["vit", "albert", "mae", "dropless", "experts", "spectral"]
+    names = ["vit", "deit", "albert", "mae", "dropless", "experts", "spectral"]
     evaluates_alike(pool, {"shard": 2}, names)
 
 

@@ -27,11 +27,13 @@ FAMILIES = {  # name of a case, what is changed in its model
     "albert": ("bert", {"unique_layers": 2, "embedding_size": 32}),
     "t5 v1.1": ("t5", {"activation": "geglu_tanh", "tied": False}),
     "vit with layer scale": ("vit", {"layer_scale": 0.1}),
+    "deit": ("vit", {"vision": {"patch": 2, "distill_token": True}}),
 }
 QUICK = {
     ("bert", "fp32", "none"),
     ("t5", "fp32", "products"),
     ("vit", "bf16", "none"),
+    ("deit", "fp32", "none"),
     ("mae", "fp32", "full"),
 }
 

@@ -52,7 +52,7 @@ def counted(rank, world, cases):
 
 def inputs_of(job):
     if job.model.family == "vit":
-        return Inputs(length=(8 // job.model.vision.patch) ** 2 + 1, image=8, channels=3, classes=5)
+        return Inputs(length=job.row_tokens, image=8, channels=3, classes=5)
     from headway.pretrain.data.dataset import row_lengths
 
     target = TARGET if job.objective.name == "pairs" else row_lengths(job)[1]
@@ -83,7 +83,7 @@ def expected(job, layout, shapes):
     return added(moves)
 
 
-NAMES = ["dropless", "roberta", "ul2", "transformer", "vit", "mae"]
+NAMES = ["dropless", "roberta", "ul2", "transformer", "vit", "deit", "mae"]
 MATRIX = pytest.mark.long
 LAYOUTS = [
     (2, {"replicate": 2, "shard": 1, "micro_batch": 2}, ["roberta"]),

@@ -73,6 +73,17 @@ CASES = [
         r"objective\.pool = 'first': the model has no class token.*mean",
     ),
     (
+        {
+            "model": VIT | {"vision": {"class_token": False, "distill_token": True}},
+            "objective": {"name": "classify", "pool": "mean"},
+        },
+        r"model\.vision\.distill_token = True: stands after the class token.*lacks.*False",
+    ),
+    (
+        {"model": VIT | {"vision": {"distill_token": True}}, "objective": {"name": "mae"}},
+        r"model\.vision\.distill_token = True: its head tells classes, of which objective mae has none.*False",
+    ),
+    (
         {"model": VIT, "objective": {"name": "mae", "mae": {"hidden": 100, "heads": 16}}},
         r"objective\.mae\.heads = 16: must divide objective\.mae\.hidden = 100.*20",
     ),

@@ -1,8 +1,9 @@
 """Attention to channels and places of an image: gates and convolutions over its grid of patches.
 
-A row holds `first` tokens that have no place on the grid (0 or 1: the class token), then the patches of a square
-grid, row by row. Squeezing, pooling and convolving is done over patches alone; a gate of channels scales the class
-token too, which hears of the image through it, a gate of places does not, and convolutions pass it by (as CvT's code).
+A row holds `first` tokens that have no place on the grid (up to 2: class token, distillation token), then the patches
+of a square grid, row by row. Squeezing, pooling and convolving is done over patches alone; a gate of channels scales
+the `first` tokens too, which hear of the image through it, a gate of places does not, and convolutions pass them by (as
+CvT's code the class token).
 
 Shapes: B batch, S places, N patches, E hidden size, R side of the grid, K side of a convolution.
 """

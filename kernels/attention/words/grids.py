@@ -1,7 +1,8 @@
 """The words for images and graphs: what is known of squeeze-and-excitation, CBAM, non-local blocks, CvT, deformable and
 graph attention.
 
-Costs are of a row whose patches fill a square grid behind at most one class token: both follow from the row's length.
+Costs are of a row whose patches fill a square grid behind at most two tokens: both follow from the row's length, for
+R^2 + 2 < (R + 1)^2.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def patches(tokens: int) -> int:
 
 
 def strided(tokens: int, stride: int) -> int:
-    """Tokens that are left where every so many rows and columns are kept, with the class token."""
+    """Tokens that are left where every so many rows and columns are kept, with those before the patches."""
     side = math.isqrt(tokens)
     return tokens - side**2 + (-(-side // stride)) ** 2
 

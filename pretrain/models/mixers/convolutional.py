@@ -1,8 +1,8 @@
 """CvT's attention (Wu et al. 2021, section 3.2): depthwise convolutions of the grid before q, k and v.
 
 Their batch norms are left out, and nothing takes their place: statistics of a batch would depend on the layout, and a
-layer norm would be another method. The class token passes the convolutions by and takes part in attention. The factor
-of the scores is 1 / sqrt(D) unless `model.attention.scale` says another (the authors' code has 1 / sqrt(E)).
+layer norm would be another method. Tokens before the patches pass the convolutions by and take part in attention. The
+factor of the scores is 1 / sqrt(D) unless `model.attention.scale` says another (the authors' code has 1 / sqrt(E)).
 
 Shapes: B batch, S places, T places that are left as keys, E hidden size, H heads, D head dimension, K side.
 """

@@ -1,9 +1,9 @@
 """Multi-scale deformable attention (Zhu et al. 2021) of a grid of patches to itself.
 
 Levels beyond the first are means of the values over 2 x 2, 4 x 4, ... patches, where the paper takes maps of a
-backbone. Offsets begin as a ring of directions (`deformable.ring`), a constant that learned offsets are added to. The
-class token asks from the middle of the image, and moves by its own offsets; it has no place on the grid, so that no
-patch reads it (the authors' object queries are alike).
+backbone. Offsets begin as a ring of directions (`deformable.ring`), a constant that learned offsets are added to.
+Tokens before the patches ask from the middle of the image, and move by their own offsets; they have no place on the
+grid, so that no patch reads them (the authors' object queries are alike).
 
 Shapes: B batch, S places, N patches, E hidden size, H heads, D head dimension, L levels, P points.
 """

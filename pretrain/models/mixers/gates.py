@@ -1,5 +1,5 @@
 """Gates of channels and places in place of attention, for images: squeeze-and-excitation (Hu et al. 2018) and CBAM
-(Woo et al. 2018). What the class token means to them: see `headway.kernels.attention.grid`.
+(Woo et al. 2018). What the tokens before the patches mean to them: see `headway.kernels.attention.grid`.
 
 Shapes: B batch, S places, E hidden size, K side of a convolution.
 """

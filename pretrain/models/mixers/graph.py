@@ -1,8 +1,8 @@
 """Graph attention (Velickovic et al. 2018; GATv2: Brody et al. 2022) of tokens or patches to their neighbours.
 
 Edges join what is at most `neighbours` places apart: tokens of a row (causal: earlier ones), patches whose rows and
-columns are so near, and each with itself; the class token is linked with all, both ways. The heads' outputs go through
-`o`, as everywhere here, where the paper has an ELU.
+columns are so near, and each with itself; tokens before the patches are linked with all, both ways. The heads'
+outputs go through `o`, as everywhere here, where the paper has an ELU.
 
 Shapes: B batch, S places, E hidden size, H heads, D head dimension, A edges.
 """

@@ -1,7 +1,7 @@
 """The non-local block (Wang et al. 2018, equation 6): y = W softmax(theta phi^T) g, the embedded Gaussian.
 
 The residual is the block's own. The factor of the scores is 1 / sqrt(width), as in the authors' code (the paper has
-none), unless `model.attention.scale` says another; the norm after W is left out. The class token is a place like the
+none), unless `model.attention.scale` says another; the norm after W is left out. A class token is a place like the
 others: the operation knows no grid.
 
 Shapes: B batch, S places, E hidden size, D half of it.

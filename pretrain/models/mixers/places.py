@@ -10,7 +10,7 @@ from headway.pretrain.models.layers import Dropout, Noise
 
 def first_places(model: config.Model) -> int:
     """Tokens before the patches, which have no place on the grid."""
-    return int(model.vision.class_token)
+    return model.vision.prefix_tokens
 
 
 def odd(side: int) -> int:

@@ -140,6 +140,12 @@ def vit():
     return ViTForImageClassification(ViTConfig(**IMAGES, **EAGER, num_labels=7))
 
 
+def deit():
+    from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
+
+    return DeiTForImageClassificationWithTeacher(DeiTConfig(**IMAGES, **EAGER, num_labels=7))
+
+
 def mae():
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
     from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
@@ -161,7 +167,7 @@ CAUSAL = {
 }
 MASKED = {f.__name__: f for f in (bert, bert_untied, albert)}
 SEQ2SEQ = {f.__name__: f for f in (t5, t5_v1_1)}
-VISION = {f.__name__: f for f in (vit, mae)}
+VISION = {f.__name__: f for f in (vit, deit, mae)}
 ALL = CAUSAL | MASKED | SEQ2SEQ | VISION
 
 
@@ -219,7 +225,7 @@ def run_seq2seq(ours: nn.Module, theirs: nn.Module) -> Outputs:
 def run_vision(ours: nn.Module, theirs: nn.Module) -> Outputs:
     channels = theirs.config.num_channels
     x = torch.randn(ROWS, channels, 12, 12, generator=torch.Generator().manual_seed(0))
-    if theirs.config.model_type == "vit":
+    if theirs.config.model_type in ("vit", "deit"):
         return Outputs({"logits": ours.logits(x)}, {"logits": theirs(x).logits})
     noise = torch.rand(ROWS, 9, generator=torch.Generator().manual_seed(1))
     visible = noise.argsort(1)[:, :4].sort(1).values  # transformers keeps the patches of least noise

@@ -139,6 +139,8 @@ def auto_class(name):
         )
     if name in models.SEQ2SEQ:
         return transformers.AutoModelForSeq2SeqLM
-    return {"vit": transformers.AutoModelForImageClassification, "mae": transformers.AutoModelForPreTraining}[
-        name
-    ]
+    return (
+        transformers.AutoModelForPreTraining
+        if name == "mae"
+        else transformers.AutoModelForImageClassification
+    )

@@ -24,13 +24,13 @@ ROUNDINGS = {"rtol": 1e-11, "atol": 1e-11}
 """fp64: two or three products of up to 40 terms of order 1, in another order."""
 
 
-def mixer(word, class_token=True, family="vit", causal=False, tokens=None, **attention):
-    """A layer in fp64 with parameters of deviation 1/2, and what it was built from."""
+def mixer(word, first=1, family="vit", causal=False, tokens=None, **attention):
+    """A layer in fp64 with parameters of deviation 1/2, and what it was built from; `first` tokens before patches."""
     model = config.Model(
-        family=family, hidden=WIDTH, heads=4, vision={"class_token": class_token},
+        family=family, hidden=WIDTH, heads=4, vision={"class_token": first > 0, "distill_token": first > 1},
         attention={"mechanism": word, **({"reduction": 4} if word in ("se", "cbam") else {}), **attention},
     )  # fmt: skip
-    seat = Seat(0, causal, tokens=tokens or SIDE**2 + class_token)
+    seat = Seat(0, causal, tokens=tokens or SIDE**2 + first)
     made = build_mixer(model, seat).double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -70,7 +70,7 @@ def test_gates_and_non_local_blocks_are_timms(word):
     from timm.layers import NonLocalAttn, SEModule
     from timm.layers.cbam import CbamModule
 
-    made, *_ = mixer(word, class_token=False, scale=0.25 if word == "nonlocal" else None)
+    made, *_ = mixer(word, first=0, scale=0.25 if word == "nonlocal" else None)
     x = tokens(SIDE**2).requires_grad_()
     image = x.transpose(1, 2).unflatten(2, (SIDE, SIDE))
     if word == "nonlocal":
@@ -187,42 +187,58 @@ def test_graph_attention_of_documents_is_torch_geometrics(word, kernel):
     agree(made(x, Mask(True, documents))[0], made.o(torch.stack(rows)), x, made)
 
 
-@pytest.mark.parametrize("class_token", [False, True])
+@pytest.mark.parametrize("first", [0, 1, 2])
 @pytest.mark.parametrize("word", WORDS)
-def test_fewer_queries_are_the_first_of_all(word, class_token):
-    made, *_ = mixer(word, class_token)
-    x = tokens(SIDE**2 + class_token)
+def test_fewer_queries_are_the_first_of_all(word, first):
+    made, *_ = mixer(word, first)
+    x = tokens(SIDE**2 + first)
     whole = made(x, Mask(False))[0]
-    for queries in (1, 5):
+    for queries in (1, 2, 5):
         torch.testing.assert_close(made(x, Mask(False), queries=queries)[0], whole[:, :queries], **ROUNDINGS)
 
 
+@pytest.mark.parametrize(("first", "asking"), [(1, 0), (2, 0), (2, 1)])
 @pytest.mark.parametrize("word", WORDS)
-def test_the_class_token_hears_of_every_patch(word):
-    """At the start deformable attention reads its neighbourhood alone."""
-    made, *_ = mixer(word)
-    x = tokens(SIDE**2 + 1).requires_grad_()
-    made(x, Mask(False))[0][:, 0].square().sum().backward()
+def test_tokens_before_the_patches_hear_of_every_patch(word, first, asking):
+    """At the start deformable attention reads its neighbourhood alone; gates hear of patches, and of oneself."""
+    made, *_ = mixer(word, first)
+    x = tokens(SIDE**2 + first).requires_grad_()
+    made(x, Mask(False))[0][:, asking].square().sum().backward()
     heard = (x.grad != 0).any(-1).any(0)
-    assert heard[0]
-    assert heard.sum() > 4 if word == "deformable" else heard.all()
+    assert heard[asking]
+    assert heard[first:].sum() > 3 if word == "deformable" else heard[first:].all()
+    if first == 2 and word in ("nonlocal", "cvt", "gat", "gatv2"):
+        assert heard[1 - asking]  # attention among places lets the two hear each other
 
 
-def test_images_of_neighbours_are_graphs():
-    """A patch in the middle reads those at most so far away, and the class token; it alone reads all."""
-    made, *_ = mixer("gat", neighbours=1)
-    x = tokens(SIDE**2 + 1).requires_grad_()
-    place = 1 + 2 * SIDE + 3
+@pytest.mark.parametrize("word", ["se", "cbam", "deformable"])
+def test_patches_do_not_hear_of_tokens_that_are_no_part_of_the_grid(word):
+    """So patches are what they are without such tokens, whose number changes nothing."""
+    patches, whole = tokens(SIDE**2), []
+    for first in (0, 1, 2):
+        made, *_ = mixer(word, first)
+        x = torch.cat((tokens(first), patches), 1)
+        whole.append(made(x, Mask(False))[0][:, first:])
+    torch.testing.assert_close(whole[1], whole[0], **ROUNDINGS)
+    torch.testing.assert_close(whole[2], whole[0], **ROUNDINGS)
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_images_of_neighbours_are_graphs(first):
+    """A patch in the middle reads those at most so far away, and the tokens before them; these alone read all."""
+    made, *_ = mixer("gat", first, neighbours=1)
+    x = tokens(SIDE**2 + first).requires_grad_()
+    place = first + 2 * SIDE + 3
     made(x, Mask(False))[0][:, place].sum().backward()
     heard = (x.grad[0] != 0).any(-1)
-    assert heard[0]
-    assert heard[1:].view(SIDE, SIDE).nonzero().tolist() == [[r, c] for r in (1, 2, 3) for c in (2, 3, 4)]
+    assert heard[:first].all()
+    assert heard[first:].view(SIDE, SIDE).nonzero().tolist() == [[r, c] for r in (1, 2, 3) for c in (2, 3, 4)]
 
 
-@pytest.mark.parametrize("class_token", [False, True])
+@pytest.mark.parametrize("first", [0, 1, 2])
 @pytest.mark.parametrize("word", WORDS)
-def test_costs_are_those_of_the_module(word, class_token):
-    made, model, seat = mixer(word, class_token)
+def test_costs_are_those_of_the_module(word, first):
+    made, model, seat = mixer(word, first)
     shape = attention_shape(model, word, seat)
     cost = total(type(made).parts(model, seat, shape.settings))
     assert cost.parameters == sum(p.numel() for p in made.parameters())

@@ -147,11 +147,12 @@ def test_t5_queries_make_up_for_the_scale_of_scores():
 
 def test_vit_is_timms():
     torch.manual_seed(0)
-    theirs = oracles.timm().models.vision_transformer.VisionTransformer(
+    theirs = oracles.timm().models.deit.VisionTransformerDistilled(
         img_size=32, patch_size=8, embed_dim=96, depth=1, num_heads=4, num_classes=300, init_values=1e-5
     )
     names = {
         "cls_token": "model.embed.class_token",
+        "dist_token": "model.embed.distill_token",
         "pos_embed": "model.embed.positions.weight",
         "patch_embed.proj.weight": "model.embed.patches.weight",
         "blocks.0.attn.proj.weight": "model.blocks.0.attention.o.weight",
@@ -159,6 +160,7 @@ def test_vit_is_timms():
         "blocks.0.mlp.fc2.weight": "model.blocks.0.mlp.down.weight",
         "blocks.0.ls1.gamma": "model.blocks.0.attention_scale",
         "head.weight": "head.weight",
+        "head_dist.weight": "head_distill.weight",
     }
     ours = {"family": "vit", "hidden": 96, "heads": 4, "init": config.Init(scheme="vit"), "layer_scale": 1e-5}
     weights = dict(theirs.named_parameters())

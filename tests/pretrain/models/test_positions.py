@@ -48,11 +48,15 @@ def test_grid_is_the_one_of_mae(class_token):
     # Not through a whole model: transformers 5.23 leaves its positions 0, because it takes them for initialised.
     embeddings = ViTMAEEmbeddings(ViTMAEConfig(image_size=20, patch_size=4, hidden_size=24))
     embeddings.initialize_weights()
-    ours = SinusoidalGrid(24)(5, 5, torch.float32, torch.device("cpu"), class_token)
+    ours = SinusoidalGrid(24)(5, 5, torch.float32, torch.device("cpu"), int(class_token))
     theirs = embeddings.position_embeddings[0, 0 if class_token else 1 :]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)  # both fp64 inside
 
-    wide = SinusoidalGrid(24)(3, 7, torch.float32, torch.device("cpu"), class_token)
+    two = SinusoidalGrid(24)(5, 5, torch.float32, torch.device("cpu"), 2)
+    assert not two[:2].any()
+    assert torch.equal(two[2:], ours[int(class_token) :])
+
+    wide = SinusoidalGrid(24)(3, 7, torch.float32, torch.device("cpu"), int(class_token))
     theirs = build_2d_sinusoidal_position_embedding(3, 7, 24, cls_token=class_token)
     torch.testing.assert_close(
         wide.roll(12, -1), theirs, rtol=0, atol=1e-7

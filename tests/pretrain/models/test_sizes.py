@@ -41,16 +41,17 @@ def t5(**settings):
 
 
 def vit(objective=None, **settings):
+    tokens = {name: settings.pop(name) for name in ("class_token", "distill_token") if name in settings}
     shape = {
         "family": "vit", "layers": 2, "hidden": 32, "heads": 4, "activation": "gelu", "attention": REFERENCE,
-        "vision": config.Vision(patch=4, class_token=settings.pop("class_token", True)),
+        "vision": config.Vision(patch=4, **tokens),
     }  # fmt: skip
     job = config.Job(
         model=config.Model(**shape | settings),
         objective=objective or config.Objective(name="classify", pool="mean"),
         data=config.Data(images=config.Images(size=16, channels=3)),
     )
-    return job, Inputs(length=17, image=16, channels=3, classes=10)
+    return job, Inputs(length=job.row_tokens, image=16, channels=3, classes=10)
 
 
 MAE = config.Objective(name="mae", mae=config.Reconstruct(layers=3, hidden=24, heads=2))
@@ -75,7 +76,8 @@ CASES = {
     "transformer": t5(positions="learned", norm="layernorm", norm_position="post", bias=True),
     "switch": t5(experts=config.Experts(count=4, top_k=1, normalise=False, pattern="DE", kernel="reference")),
     "vit": vit(),
-    "deit": vit(layer_scale=1e-4, stochastic_depth=0.1, class_token=False, positions="sinusoidal"),
+    "deit": vit(distill_token=True),
+    "plain": vit(layer_scale=1e-4, stochastic_depth=0.1, class_token=False, positions="sinusoidal"),
     "mae": vit(MAE, ffn=50),
     "mae of experts": vit(MAE, class_token=False, experts=EXPERTS),
 }  # fmt: skip
@@ -116,6 +118,7 @@ def theirs():
             CASES["t5"],
         ),
         (hf.ViTForImageClassification(hf.ViTConfig(**patches)), CASES["vit"]),
+        (hf.DeiTForImageClassificationWithTeacher(hf.DeiTConfig(**patches)), CASES["deit"]),
     ]
 
 

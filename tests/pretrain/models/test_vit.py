@@ -1,4 +1,4 @@
-"""ViT against timm: tokens, positions, layer scale, pooling, and what stochastic depth leaves out."""
+"""ViT and DeiT against timm: tokens, positions, layer scale, pooling, and what stochastic depth leaves out."""
 
 import pytest
 import torch
@@ -13,13 +13,13 @@ from headway.tests import oracles
 DEPTH, WIDTH = 4, 24
 
 
-def ours(class_token=True, pool="first", **model):
+def ours(class_token=True, pool="first", distill_token=False, **model):
     """An objective in fp64 whose biases and gains are not those of the start."""
     shape = {"family": "vit", "layers": DEPTH, "hidden": WIDTH, "heads": 3, "activation": "gelu", "norm_eps": 1e-6,
-             "vision": {"patch": 2, "class_token": class_token}, **model}  # fmt: skip
+             "vision": {"patch": 2, "class_token": class_token, "distill_token": distill_token}, **model}  # fmt: skip
     tree = {"model": shape, "data": {"images": {"size": 8}}, "precision": "fp64"}
     job = Job.model_validate(tree | {"objective": {"name": "classify", "pool": pool}})
-    made = build_objective(job, Inputs(length=16 + class_token, image=8, channels=3, classes=5))
+    made = build_objective(job, Inputs(length=job.row_tokens, image=8, channels=3, classes=5))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in made.parameters():
@@ -31,12 +31,14 @@ def ours(class_token=True, pool="first", **model):
 def timms(made, **settings):
     """timm's model with the same weights."""
     oracles.timm()
+    from timm.models.deit import VisionTransformerDistilled
     from timm.models.vision_transformer import VisionTransformer
 
-    theirs = VisionTransformer(
+    weights, found = made.state_dict(), {}
+    kind = VisionTransformer if made.head_distill is None else VisionTransformerDistilled
+    theirs = kind(
         img_size=8, patch_size=2, num_classes=5, embed_dim=WIDTH, depth=DEPTH, num_heads=3, fc_norm=False, **settings
     ).double()  # fmt: skip
-    weights, found = made.state_dict(), {}
     pairs = {"norm1": "attention_norm", "norm2": "mlp_norm", "attn.proj": "attention.o", "mlp.fc1": "mlp.up",
              "mlp.fc2": "mlp.down"}  # fmt: skip
     for i in range(DEPTH):
@@ -56,6 +58,9 @@ def timms(made, **settings):
     found["pos_embed"] = weights["model.embed.positions.weight"][None]
     if "model.embed.class_token" in weights:
         found["cls_token"] = weights["model.embed.class_token"][None]
+    if made.head_distill is not None:
+        found["dist_token"] = weights["model.embed.distill_token"][None]
+        found |= {f"head_dist.{kind}": weights[f"head_distill.{kind}"] for kind in ("weight", "bias")}
     theirs.load_state_dict(found, strict=True)
     return theirs
 
@@ -69,6 +74,7 @@ CASES = [
     ({"layer_scale": 0.1}, {"init_values": 0.1}),
     ({"pool": "mean"}, {"global_pool": "avg"}),
     ({"pool": "mean", "class_token": False}, {"global_pool": "avg", "class_token": False}),
+    ({"distill_token": True}, {}),
 ]
 
 
@@ -86,13 +92,26 @@ def test_logits_and_gradients_are_timms(mine, settings):
     torch.testing.assert_close(x[0].grad, x[1].grad, rtol=1e-9, atol=1e-10)
 
 
-def test_some_patches_are_those_of_all():
+def test_two_heads_train_apart_as_timms_do():
+    """What timm gives in distilled training: logits of both heads."""
+    made = ours(distill_token=True)
+    theirs = timms(made)
+    theirs.set_distilled_training()
+    final = made.model(pictures(), outputs=2).final
+    assert final.shape == (3, 2, WIDTH)
+    found = made.head(final[:, 0]), made.head_distill(final[:, 1])
+    torch.testing.assert_close(found, theirs.train()(pictures()), rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("distill_token", [False, True])
+def test_some_patches_are_those_of_all(distill_token):
     """What MAE's encoder reads: patches with the positions that they have in the whole image."""
-    made = ours(layers=1).model
+    made = ours(layers=1, distill_token=distill_token).model
     visible = torch.tensor([[0, 3, 9], [1, 2, 15], [5, 6, 7]])
     every, some = made.embed(pictures(), None), made.embed(pictures(), None, visible)
     for row in range(3):
-        assert torch.equal(some[row], every[row, torch.cat([torch.tensor([0]), visible[row] + 1])])
+        places = torch.cat([torch.arange(made.embed.first), visible[row] + made.embed.first])
+        assert torch.equal(some[row], every[row, places])
 
 
 def test_stochastic_depth_is_timms():
@@ -129,21 +148,22 @@ def test_samples_are_left_out_as_often_as_asked_and_the_mean_stays():
     assert depth(x, None) is x
 
 
-def test_the_last_block_computes_what_is_read():
-    """The class token alone gives the loss, dropout and gradients of all tokens."""
-    made = ours(dropout=0.2, stochastic_depth=0.3, attention={"dropout": 0.2})
-    assert made.outputs == 1
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_the_last_block_computes_what_is_read(tokens):
+    """The tokens before the patches alone give the loss, dropout and gradients of all tokens."""
+    made = ours(distill_token=tokens == 2, dropout=0.2, stochastic_depth=0.3, attention={"dropout": 0.2})
+    assert made.outputs == tokens
     noise = Noise.at(seed=3, step=5, slots_B=torch.arange(3))
     batch = {"pixels": pictures(), "labels": torch.tensor([0, 3, 4])}
     found = {}
-    for outputs in (1, None):
+    for outputs in (tokens, None):
         made.outputs = outputs
         made.zero_grad()
         total = made(batch, noise).terms["rows"]
         total.backward()
         found[outputs] = [total, *(p.grad for p in made.parameters())]
     # fp64, sums of at most 96 products in another order
-    for some, every in zip(found[1], found[None], strict=True):
+    for some, every in zip(found[tokens], found[None], strict=True):
         torch.testing.assert_close(some, every, rtol=1e-10, atol=1e-11)
 
 

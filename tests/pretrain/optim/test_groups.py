@@ -10,6 +10,7 @@ KINDS = {  # name: (shape, decays, Muon)
     "model.embed.tokens.weight": ((50, 8), True, False),
     "model.embed.positions.weight": ((16, 8), True, False),
     "model.embed.class_token": ((1, 8), False, False),
+    "model.embed.distill_token": ((1, 8), False, False),
     "decoder.mask_token": ((1, 8), False, False),
     "model.embed.patches.weight": ((8, 12), True, False),
     "model.encoder.relative.table.weight": ((32, 2), True, False),
@@ -43,20 +44,24 @@ def test_depths_of_a_single_stack():
         [
             "model.embed.tokens.weight",
             "model.embed.class_token",
+            "model.embed.distill_token",
             "model.blocks.0.mlp.up.weight",
             "model.blocks.10.mlp.up.weight",
             "model.norm.weight",
             "pooler.weight",
             "head.weight",
+            "head_distill.weight",
         ]
     ) == {
         "model.embed.tokens.weight": 12,
         "model.embed.class_token": 12,
+        "model.embed.distill_token": 12,
         "model.blocks.0.mlp.up.weight": 11,
         "model.blocks.10.mlp.up.weight": 1,
         "model.norm.weight": 0,
         "pooler.weight": 0,
         "head.weight": 0,
+        "head_distill.weight": 0,
     }
 
 
