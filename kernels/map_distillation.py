@@ -122,9 +122,7 @@ def map_distillation_sums(
 ) -> MapSums:
     """Sums of every sample and the rows that they are of. Arguments: see `map_distillation_loss`."""
     teacher_scale = scale if teacher_scale is None else teacher_scale
-    fixed = (
-        teacher_bias if teacher_bias is None or isinstance(teacher_bias, Slopes) else teacher_bias.detach()
-    )
+    fixed = teacher_bias.detach() if isinstance(teacher_bias, Tensor) else teacher_bias
     q_teacher, k_teacher = (x.detach().to(product_dtype(x)) for x in (q_teacher, k_teacher))
     q_student, k_student = (x.to(product_dtype(x)) for x in (q_student, k_student))
     teacher = Scores(q_teacher, k_teacher, score_scale(teacher_scale, q_teacher), fixed)

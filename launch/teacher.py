@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
-import torch
 from torch import Tensor
 
 from headway.launch.start_from import is_weight, start_from
 from headway.launch.teacher_source import TeacherSource, open_teacher
-from headway.parallel import mesh
-from headway.parallel.checkpoint.boxes import Box
-from headway.parallel.checkpoint.layout import held
-from headway.parallel.distill.student import Seats, check_layout
+from headway.parallel.distill.hire import copy_rows
+from headway.parallel.distill.hire import hire as put_beside
 from headway.parallel.distill.teacher import LiveTeacher
-from headway.parallel.distill.teaching import freeze
-from headway.parallel.engines import capabilities
-from headway.parallel.engines.native import AUTOCAST, NativeEngine, persistent_buffers
-from headway.parallel.mesh import Layout, World
+from headway.parallel.engines.native import NativeEngine
 from headway.pretrain.config import Job, Parallel
 from headway.pretrain.data.dataset import Dataset
 from headway.pretrain.errors import JobError
@@ -30,7 +23,6 @@ from headway.pretrain.objectives.distill.layers import layer_map
 
 PRECISIONS = {"fp32": "fp32", "bf16": "bf16", "fp16": "bf16", "fp8": "bf16", "fp64": "fp64"}
 """Of the teacher, if it is not said: that of the student's products, but for narrower ones."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 def find_teacher(job: Job, dataset: Dataset) -> TeacherSource | None:
@@ -127,20 +119,6 @@ def shape_of(source: TeacherSource) -> TeacherShape:
     return TeacherShape(model, *table, "head.bias" in shapes)
 
 
-def lay_out(job: Job, world: World) -> Layout:
-    """The teacher's layout over the run's ranks."""
-    wanted, ours = job.parallel.teacher, world.layout
-    return mesh.lay_out(
-        Parallel(
-            tensor=wanted.tensor or ours.tensor,
-            context=wanted.context or ours.context,
-            replicate=wanted.replicate,
-            shard=wanted.shard,
-        ),
-        world.size,
-    )
-
-
 def teacher_job(source: TeacherSource, job: Job, precision: str) -> Job:
     """The job by which a teacher is built: its model, this run's rows and device."""
     theirs = source.job
@@ -165,32 +143,22 @@ def hire(source: TeacherSource, job: Job, engine: NativeEngine, dataset: Dataset
     Raises:
         JobError: the teacher's layout is impossible, or the student's does not suit what it learns.
     """
-    world, settings = engine.world, job.objective.distill
-    chosen = PRECISIONS[precision] if settings.precision == "auto" else settings.precision
-    theirs = teacher_job(source, job, chosen)
-    layout = lay_out(job, world)
-    capabilities.check(theirs, layout, world.device.type)
-    check_layout(job, theirs.model, world.layout)
-    beside = world if layout == world.layout else mesh.beside(world, layout)
+    chosen = job.objective.distill.precision
+    theirs = teacher_job(source, job, PRECISIONS[precision] if chosen == "auto" else chosen)
     known = inputs_of(theirs, source.shapes)
     reads = dataset.inputs._replace(vocab=known.vocab, classes=known.classes)
     if theirs.model.positions == "learned" and theirs.model.max_positions is None and job.model.family != "vit":
-        theirs = theirs.model_copy(
-            update={"model": theirs.model.model_copy(update={"max_positions": known.length})}
-        )
+        model = theirs.model.model_copy(update={"max_positions": known.length})
+        theirs = theirs.model_copy(update={"model": model})
     objective = build_objective(theirs, reads, dataset.specials, device="meta")
-    teaching = freeze(objective, theirs, beside, settings.logits.temperature)
-    weights = {n: p.detach() for n, p in objective.named_parameters()} | persistent_buffers(objective)
-    start_from({name: t for name, t in weights.items() if is_weight(name)}, source.job, str(source.path))
-    teaching.to(DTYPES[chosen])
-    distillation = engine.objective.distillation
-    assert distillation is not None
-    fill_head(source, dict(distillation.named_parameters()))
-    plan = engine.pipeline.plan if engine.pipeline else None
-    seats = Seats(job, theirs.model, world.layout, distillation, plan)
-    autocast = partial(torch.autocast, world.device.type, AUTOCAST[chosen]) if chosen in AUTOCAST else None
-    more = () if autocast is None else (autocast,)
-    return LiveTeacher(teaching, theirs.model, distillation, seats, beside, *more)
+
+    def fill(weights: Mapping[str, Tensor]) -> None:
+        start_from({n: t for n, t in weights.items() if is_weight(n)}, source.job, str(source.path))
+
+    teacher = put_beside(engine, theirs, objective, fill)
+    assert engine.objective.distillation is not None
+    fill_head(source, dict(engine.objective.distillation.named_parameters()))
+    return teacher
 
 
 def fill_head(source: TeacherSource, parameters: Mapping[str, Tensor]) -> None:
@@ -203,13 +171,6 @@ def fill_head(source: TeacherSource, parameters: Mapping[str, Tensor]) -> None:
     for name, tensor in source.tensors(ours):
         if ours[name] in frozen:
             copy_rows(frozen[ours[name]], tensor)
-
-
-@torch.no_grad()
-def copy_rows(parameter: Tensor, tensor: Tensor) -> None:
-    """Fill the parts that are here from a whole tensor, which may have more rows."""
-    for part in held({"": parameter}):
-        part.view.copy_(tensor[part.box.within(Box.whole(tuple(tensor.shape)))])
 
 
 def begin_with(source: TeacherSource, job: Job, weights: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from headway.kernels.attention.masks import Mask
-from headway.kernels.attention.slopes import Bias, Slopes
+from headway.kernels.attention.slopes import Fixed
 from headway.kernels.maps.divergences import DIVERGENCES
 from headway.kernels.maps.operands import Scores, Seen
 
@@ -50,11 +50,10 @@ def _check_model(whose: str, scores: Scores) -> None:
     _check_bias(whose, scores.bias, (q.shape[1], q.shape[2], k.shape[2]))
 
 
-def _check_bias(whose: str, bias: Bias | None, wanted: tuple[int, ...]) -> None:
+def _check_bias(whose: str, bias: Fixed | None, wanted: tuple[int, ...]) -> None:
     if bias is None:
         return
-    described = isinstance(bias, Slopes)
-    shape = (len(bias.slopes), len(bias.queries), len(bias.keys)) if described else tuple(bias.shape)
+    shape = bias.shape if isinstance(bias, Tensor) else (len(bias[0]), len(bias.queries), len(bias.keys))
     if shape != wanted:
         raise ValueError(f"{whose}_bias is {list(shape)}: it must be [heads, Q, S] = {list(wanted)}")
 

@@ -27,13 +27,15 @@ class Route:
         takes: (from whom, positions there, positions here).
         gives: (to whom, positions here).
         shape: of what it wants, in dims that can be cut; None if it wants nothing.
-        moves: whether any rank takes from another.
+        moves: whether any rank may take from another.
+        same: whether all ranks want what they hold, as they hold it.
     """
 
     takes: list[tuple[int, Picks, Picks]] = field(default_factory=list)
     gives: list[tuple[int, Picks]] = field(default_factory=list)
     shape: tuple[int, ...] | None = None
     moves: bool = True
+    same: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def route(have: Sequence[Holding], want: Sequence[Holding], rank: int) -> Route:
     if all(ours == theirs for ours, theirs in zip(have, want, strict=True)):
         whole = want[rank].dims
         every = tuple(tuple(range(len(numbers))) for numbers in whole)
-        return Route([(rank, every, every)], [], tuple(map(len, whole)), moves=False)
+        return Route([(rank, every, every)], [], tuple(map(len, whole)), moves=False, same=True)
     takes = _sources(have, want[rank], rank)
     gives = [
         (taker, there)
@@ -61,7 +63,7 @@ def route(have: Sequence[Holding], want: Sequence[Holding], rank: int) -> Route:
         if giver == rank
     ]
     shape = None if want[rank].empty else tuple(map(len, want[rank].dims))
-    return Route(takes, gives, shape)
+    return Route(takes, gives, shape, moves=len(have) > 1)
 
 
 def _sources(have: Sequence[Holding], want: Holding, taker: int) -> list[tuple[int, Picks, Picks]]:
@@ -130,10 +132,10 @@ def exchange(
 
 
 def _local(item: Item, rank: int) -> Tensor | None:
-    """Memory for what is wanted, with what was here all the time; the tensor itself where nothing moves."""
+    """Memory for what is wanted, with what was here all the time; the tensor itself where it is that."""
     if item.route.shape is None:
         return None
-    if not item.route.moves:
+    if item.route.same:
         return item.tensor
     target = item.tensor.new_empty(*item.route.shape, *item.tensor.shape[len(item.route.shape) :])
     for giver, there, here in item.route.takes:

@@ -92,7 +92,7 @@ def rule(name: str, shape: tuple[int, ...], model: config.Model) -> Fill:
     layer = path[-2] if path[-1] == "weight" and len(path) > 1 else path[-1]
     if len(path) > 1 and path[-2] == "own":
         return Fill(*own_fill(layer))
-    if layer in ("bias", "step") or layer.endswith("_bias"):
+    if layer in ("bias", "step", "queue", "filled") or layer.endswith("_bias"):
         return ZEROS
     if layer in MIXERS:
         return MIXERS[layer](shape[-1])
@@ -104,6 +104,8 @@ def rule(name: str, shape: tuple[int, ...], model: config.Model) -> Fill:
         return Fill("unit")
     if layer.endswith("_conv"):  # as torch's convolutions
         return Fill("uniform", shape[-1] ** -0.5)
+    if layer.startswith("project"):  # to a teacher's features: under every scheme, as large as what comes in
+        return Fill("normal", shape[-1] ** -0.5)
     if layer in LOOKS or layer == "baseline":
         return ZEROS
     if layer.endswith("_scale"):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from headway.kernels.cross_entropy import IGNORE, Losses, Options, linear_cross_entropy, row_loss
-from headway.kernels.soft_targets import FullTeacher, TopTeacher
+from headway.kernels.soft_targets import Soft, SoftRowLoss, Teacher, soft_row_loss
 from headway.pretrain import config
 from headway.pretrain.data.samples import Rows
 from headway.pretrain.engine import Batch
@@ -27,6 +27,7 @@ from headway.pretrain.objectives import choices
 from headway.pretrain.objectives.choices import ReachOf
 from headway.pretrain.objectives.distill.distillation import Distillation
 from headway.pretrain.objectives.distill.match import LEARNED
+from headway.pretrain.objectives.distill.names import taught
 from headway.pretrain.optim.sharded import local, whole
 
 
@@ -136,7 +137,7 @@ class Objective(nn.Module):
         """[V], of objectives that predict words."""
         return None
 
-    def taught_words(self, batch: Batch, chosen: Tensor | None = None) -> FullTeacher | TopTeacher | None:
+    def taught_words(self, batch: Batch, chosen: Tensor | None = None) -> Teacher | None:
         """The teacher's soft targets, if the batch has some; of the chosen places alone, bool [B, S]."""
         return None if self.distillation is None else self.distillation.words(batch, chosen)
 
@@ -184,13 +185,22 @@ class Objective(nn.Module):
         """The counts with those of what is learned from a teacher."""
         return counts if self.distillation is None else counts | self.distillation.counts(batch)
 
-    def word_terms(self, losses: Losses, noise: Noise | None, count: Tensor) -> tuple[dict, dict[str, Mean]]:
-        """Terms and metrics of a loss over words; what is told of an evaluation is the objective's own loss."""
+    def word_terms(
+        self, losses: Losses, batch: Batch, noise: Noise | None, count: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Mean]]:
+        """Terms and metrics of a loss over words; of an evaluation, the objective's own loss without weights."""
         loss: ChunkedLoss = self.loss  # type: ignore[assignment]
         metrics = token_metrics(losses, loss.options, count)
-        if loss.soft is not None:
-            metrics |= {"task_loss": Mean(losses.task, count), "soft_loss": Mean(losses.soft, count)}
-        return {"tokens": losses.total if noise is not None else losses.task}, metrics
+        if self.distillation is None:
+            return {"tokens": losses.total}, metrics
+        if noise is None:
+            return {"tokens": losses.task}, metrics | self._soft_metrics(losses, batch, count)
+        total = losses.total if taught(batch) else self.distillation.settings.task * losses.total
+        metrics["task_loss"] = Mean(losses.task, count)
+        return {"tokens": total}, metrics | self._soft_metrics(losses, batch, count)
+
+    def _soft_metrics(self, losses: Losses, batch: Batch, count: Tensor) -> dict[str, Mean]:
+        return {"soft_loss": Mean(losses.soft, count)} if taught(batch) else {}
 
     def add_choices(
         self,
@@ -249,6 +259,9 @@ class ChunkedLoss(nn.Module):
 
     `compile()` compiles the work on one chunk's logits; the loop over chunks stays in Python, so compiling
     takes as long for a large batch as for a small one.
+
+    Attributes:
+        soft: how a teacher counts, where rows come with one.
     """
 
     def __init__(self, objective: config.Objective, accuracy: bool = False) -> None:
@@ -256,19 +269,27 @@ class ChunkedLoss(nn.Module):
         self.options = Options(objective.z_loss, objective.label_smoothing, accuracy)
         self.chunk = objective.chunk
         self.compute = row_loss
+        self.soft: Soft | None = None
+        self.compute_soft: SoftRowLoss = soft_row_loss
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         self.compute = torch.compile(self.compute, *args, **kwargs)
+        self.compute_soft = torch.compile(self.compute_soft, *args, **kwargs)
 
     def forward(
-        self, hidden: Tensor, weight_VE: Tensor, labels: Tensor, bias_V: Tensor | None = None
+        self,
+        hidden: Tensor,
+        weight_VE: Tensor,
+        labels: Tensor,
+        bias_V: Tensor | None = None,
+        teacher: Teacher | None = None,
     ) -> Losses:
-        """Sums over labels that are not IGNORE; hidden states [..., E] and labels [...] alike in shape."""
+        """Sums over labels that are not IGNORE; hidden states [..., E] and labels [...] alike in shape, a teacher's
+        with one dim for all of theirs."""
         rows = hidden.reshape(-1, hidden.shape[-1])
         compute: Callable[..., Any] = self.compute
-        return linear_cross_entropy(
-            rows, weight_VE, labels.reshape(-1), self.options, self.chunk, compute, bias_V
-        )
+        how = self.options, self.chunk, compute, bias_V, self.soft, teacher, self.compute_soft
+        return linear_cross_entropy(rows, weight_VE, labels.reshape(-1), *how)
 
 
 def token_metrics(losses: Losses, options: Options, count: Tensor) -> dict[str, Mean]:

@@ -86,7 +86,7 @@ class CausalLM(Objective):
         losses = self.loss(
             self.read(hidden.final), self.head_weight, labels_BS, teacher=self.taught_words(batch)
         )
-        terms, metrics = self.word_terms(losses, noise, valid(labels_BS))
+        terms, metrics = self.word_terms(losses, batch, noise, valid(labels_BS))
         each_BS, reaches = losses.each.view_as(labels_BS), (choices.here, choices.onward)
         self.add_choices(terms, metrics, hidden.sides, each_BS, labels_BS != IGNORE, *reaches)
         return self.output(terms, metrics, batch, hidden, noise)

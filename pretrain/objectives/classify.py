@@ -87,6 +87,8 @@ class Classifier(Objective):
         soft, teacher_BY = self.soft, batch.get(names.LOGITS)
         if soft is None or teacher_BY is None:
             loss_B = self._label_loss(both_BY, batch, training)
+            if training and self.distillation is not None:
+                loss_B = self.distillation.settings.task * loss_B
         else:
             loss_B = self._label_loss(logits_BY if training else both_BY, batch, training)
             soft_B = torch.where(labels_B != IGNORE, soft.loss(taught_BY, teacher_BY), 0)

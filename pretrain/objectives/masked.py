@@ -119,7 +119,7 @@ class MaskedLM(Objective):
             self.head.bias,
             self.taught_words(batch, chosen),
         )
-        terms, metrics = self.word_terms(losses, noise, chosen.sum())
+        terms, metrics = self.word_terms(losses, batch, noise, chosen.sum())
         each_BS = torch.zeros_like(labels_BS, dtype=losses.each.dtype).masked_scatter(chosen, losses.each)
         self.add_choices(terms, metrics, hidden.sides, each_BS, chosen, choices.here, choices.whole)
         if self.pair is not None:

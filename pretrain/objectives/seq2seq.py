@@ -86,7 +86,7 @@ class Seq2SeqLM(Objective):
         losses = self.loss(
             self.read(hidden.final), self.head_weight, labels_BT, teacher=self.taught_words(batch)
         )
-        return self.output(*self.word_terms(losses, noise, valid(labels_BT)), batch, hidden, noise)
+        return self.output(*self.word_terms(losses, batch, noise, valid(labels_BT)), batch, hidden, noise)
 
     def read(self, final: Tensor) -> Tensor:
         return final if self.head_scale == 1 else final * self.head_scale
@@ -138,4 +138,5 @@ class Seq2SeqLM(Objective):
 
     def counts(self, batch: Batch) -> dict[str, int]:
         read = batch["tokens"].numel() + batch["targets"].numel()
-        return {"tokens": int(valid(batch["labels"])), "rows": len(batch["tokens"]), "read": read}
+        counts = {"tokens": int(valid(batch["labels"])), "rows": len(batch["tokens"]), "read": read}
+        return self.with_counts(batch, counts)

@@ -19,7 +19,9 @@ from headway.pretrain.data.token_rows import TokenRows
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.objectives import build_objective
 from headway.pretrain.objectives.classify import Classifier
+from headway.pretrain.objectives.distill.attach import TeacherShape
 from headway.pretrain.objectives.soft_classes import SoftClasses
+from headway.tests.parallel.distill_cases import STUDENTS
 
 TEXT, LENGTH, TARGET = 50, 16, 14
 SPECIALS = Specials(
@@ -212,7 +214,7 @@ def job_of(
     precision: str = "fp64",
 ) -> Job:
     """A case as a job: narrow, two blocks, dropout on, clipping on; `more` are settings that it has beside."""
-    case = CASES[name]
+    case = {**CASES, **STUDENTS}[name]
     tree: Tree = {
         "model": {"layers": 2, "hidden": 24, "heads": 3, "dropout": 0.1} | case["model"],
         "data": {"seq_len": LENGTH, "tokenizer": {"kind": "bytes"}} | case.get("data", {}),
@@ -226,21 +228,20 @@ def job_of(
     return Job.model_validate(merged(tree, more or {}))
 
 
-def build(job: Job, device: str = "meta"):
+def build(job: Job, device: str = "meta", teacher: TeacherShape | None = None):
     """The job's objective, and its samples."""
     from headway.pretrain.data.dataset import row_lengths
 
     name = job.objective.name
     if job.model.family == "vit":
-        objective = build_objective(
-            job, Inputs(length=job.row_tokens, image=8, channels=3, classes=5), device=device
-        )
+        inputs = Inputs(length=job.row_tokens, image=8, channels=3, classes=5)
+        objective = build_objective(job, inputs, device=device, teacher=teacher)
         if job.model.vision.distill_token:
             teach(objective)
         return objective, Pictures(job.objective.augment.mixup > 0)
     raw, target = (LENGTH, TARGET) if name == "pairs" else row_lengths(job)
     inputs = Inputs(vocab=SPECIALS.vocab, length=LENGTH, target_length=target)
-    objective = build_objective(job, inputs, SPECIALS, STARTS, device)
+    objective = build_objective(job, inputs, SPECIALS, STARTS, device, teacher)
     ids = SPECIALS.ids
     if name == "pairs":
         short = Texts(1, longest=TARGET - 1), Texts(2, longest=TARGET - 1)

@@ -21,12 +21,16 @@ from torch.distributed.tensor import DTensor
 
 from headway.parallel import mesh
 from headway.parallel.checkpoint.layout import held
+from headway.parallel.distill.hire import copy_rows, hire
+from headway.parallel.distill.teacher import LiveTeacher
 from headway.parallel.engines.native import NativeEngine
 from headway.pretrain.config import Job
 from headway.pretrain.data.ramp import BatchSizes
 from headway.pretrain.data.stream import SampleStream
 from headway.pretrain.engine import StepResult
-from headway.tests.parallel.family_cases import Tree, build, job_of
+from headway.pretrain.objectives.distill.attach import TeacherShape
+from headway.tests.parallel.distill_cases import TEACHERS
+from headway.tests.parallel.family_cases import LENGTH, SPECIALS, Tree, build, job_of
 
 STEPS, ROWS = 4, 12
 
@@ -61,10 +65,13 @@ class Running:
     ) -> None:
         self.job = job_of(name, parallel, steps, ROWS, more, precision)
         self.here = join(self.job, rank, world, device)
-        self.objective, samples = build(self.job)
+        taught = name in TEACHERS
+        self.objective, samples = build(self.job, teacher=shape_of_teacher(name) if taught else None)
         self.engine = NativeEngine(
             self.job, self.objective, self.here, precision=precision, compiled=compiled
         )
+        if taught:
+            self.engine.teacher = hire_teacher(name, self.engine)
         self.stream = SampleStream([("memory", samples, 1.0)], seed=0)
         self.sizes = BatchSizes(self.job.train)
 
@@ -88,6 +95,32 @@ class Running:
             n: (t.full_tensor() if isinstance(t, DTensor) else t).double().cpu().clone().numpy()
             for n, t in tensors.items()
         }
+
+
+def teacher_job(name: str, precision: str = "fp64") -> Job:
+    """The teacher of a student."""
+    tree = {"data": {}, "objective": {}} | TEACHERS[name]
+    tree["data"] = {"seq_len": LENGTH, "tokenizer": {"kind": "bytes"}} | tree["data"]
+    return Job.model_validate(tree | {"train": {"seed": 7}, "precision": precision})
+
+
+def shape_of_teacher(name: str) -> TeacherShape:
+    job = teacher_job(name)
+    words = 0 if job.model.family == "vit" else SPECIALS.vocab
+    return TeacherShape(job.model, words, job.model.hidden, job.model.family == "bert", 5)
+
+
+def hire_teacher(name: str, engine: NativeEngine) -> LiveTeacher:
+    """The teacher beside an engine, with its initial weights; the student's copy of its head as it is."""
+    job = teacher_job(name, engine.precision)
+    teacher = hire(engine, job, build(job)[0], lambda weights: None)
+    distillation = engine.objective.distillation
+    if distillation.head is not None and distillation.head.weight is not None:
+        whole = build(job, "cpu")[0]
+        copy_rows(dict(distillation.named_parameters())["head.weight"], whole.head_weight.detach())
+        if whole.head_bias is not None:
+            copy_rows(dict(distillation.named_parameters())["head.bias"], whole.head_bias.detach())
+    return teacher
 
 
 def join(job: Job, rank: int, world: int, device: str = "cpu") -> mesh.World:

@@ -40,7 +40,7 @@ def learn_from(objective: Objective, job: Job, inputs: Inputs, teacher: TeacherS
     objective.distillation = distillation
     distillation.attach(objective, job.model, teacher.model)
     loss = getattr(objective, "loss", None)
-    if loss is not None:
+    if loss is not None and job.objective.distill.logits.weight:
         loss.soft = distillation.soft()
     if isinstance(objective, Classifier):
         logits = job.objective.distill.logits

@@ -8,7 +8,10 @@ Shapes: B batch, S sequence, H the teacher's heads, D their width, E hidden size
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
+
+from torch import Tensor
 
 What = Literal["q", "k", "bias", "queries", "keys", "values", "inputs", "states"]
 
@@ -47,3 +50,8 @@ class Target(NamedTuple):
     @property
     def name(self) -> str:
         return f"{PREFIX}{self.tower}.{self.layer}.{'across_' if self.across else ''}{self.what}"
+
+
+def taught(batch: Mapping[str, Tensor]) -> bool:
+    """Whether a batch has a teacher's soft targets of words."""
+    return FINAL in batch or WORDS in batch
