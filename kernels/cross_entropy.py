@@ -2,7 +2,7 @@
 
 Gradients are computed in the forward, while a chunk's logits are at hand (Liger Kernel, Hsu et al. 2024), so the
 head's product is done once; the backward only scales them. Loss and softmax are fp32 (fp64 for fp64) also where
-the products are bf16.
+the products are bf16. A teacher's soft targets may be learnt beside, from the same logits; see `soft_targets`.
 
 Shapes: N rows (tokens), E hidden size, V vocabulary.
 """
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from headway.kernels.precision import product_dtype
+from headway.kernels.soft_targets import Lesson, Soft, SoftRowLoss, Teacher, soft_row_loss
 
 IGNORE = -100
 """Label of a row that is not scored."""
@@ -41,16 +42,21 @@ class Losses(NamedTuple):
     """Sums over rows whose label is not IGNORE, 0-dim, and what they are sums of, fp32 or fp64.
 
     Attributes:
-        total: cross-entropy in nats plus z_loss x squared log-partition.
-        z: the second part alone, weighted, without gradient.
+        total: cross-entropy in nats plus z_loss x squared log-partition; with a teacher `soft.task` x that plus
+            `soft.weight` x τ² D. It alone has a gradient.
+        z: the squared log-partition's part, times z_loss.
         correct: rows whose likeliest word is the label; 0 if not asked for.
-        each: [N], a row's part of the first sum, 0 of a row that is not scored, without gradient.
+        each: [N], a row's part of the first sum, 0 of a row that is not scored.
+        task: the loss without a teacher.
+        soft: τ² D, without its weight; 0 without a teacher.
     """
 
     total: Tensor
     z: Tensor
     correct: Tensor
     each: Tensor
+    task: Tensor
+    soft: Tensor
 
 
 def linear_cross_entropy(
@@ -61,6 +67,9 @@ def linear_cross_entropy(
     chunk: int | None = None,
     compute: RowLoss | None = None,
     bias_V: Tensor | None = None,
+    soft: Soft | None = None,
+    teacher: Teacher | None = None,
+    compute_soft: SoftRowLoss | None = None,
 ) -> Losses:
     """Cross-entropy of hidden @ weight^T + bias, summed over rows whose label is not IGNORE.
 
@@ -72,12 +81,22 @@ def linear_cross_entropy(
         chunk: at most so many rows of logits exist at once; see `chunk_rows`.
         compute: `row_loss` or a compiled form of it.
         bias_V: the head's bias.
+        soft: how a teacher counts; without a teacher nothing of it does.
+        teacher: of the same rows and words.
+        compute_soft: `soft_row_loss` or a compiled form of it.
+
+    Raises:
+        ValueError: a teacher without `soft`, of other rows or words; see `Soft`.
     """
     gradients = torch.is_grad_enabled() and (hidden_NE.requires_grad or weight_VE.requires_grad)
-    compute = compute or row_loss
-    return Losses(
-        *_LinearCrossEntropy.apply(hidden_NE, weight_VE, bias_V, labels_N, options, chunk, compute, gradients)
-    )
+    lesson = None
+    if teacher is not None:
+        if soft is None:
+            raise ValueError("teacher is given, soft is None: it must say how the teacher counts")
+        lesson = Lesson(soft, teacher, compute_soft or soft_row_loss)
+        lesson.check(len(hidden_NE), len(weight_VE))
+    asked = options, chunk, compute or row_loss, gradients, lesson
+    return Losses(*_LinearCrossEntropy.apply(hidden_NE, weight_VE, bias_V, labels_N, *asked))
 
 
 def chunk_rows(vocab: int, itemsize: int, device: str) -> int:
@@ -127,26 +146,27 @@ def row_loss(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, options, chunk, compute, gradients):
+    def forward(ctx, hidden, weight, bias, labels, options, chunk, compute, gradients, lesson):
         narrow = product_dtype(hidden)
         x, w = hidden.to(narrow), weight.to(narrow)
         b = None if bias is None else bias.to(narrow)
+        lesson = lesson and lesson.narrowed()
         with torch.autocast(x.device.type, enabled=False):
-            losses, slopes = _over_chunks(x, w, b, labels, options, chunk, compute, gradients)
+            losses, slopes = _over_chunks(x, w, b, labels, options, chunk, compute, gradients, lesson)
         if gradients:
             ctx.save_for_backward(*slopes)
             ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(losses.z, losses.correct, losses.each)
+        ctx.mark_non_differentiable(*losses[1:])
         return tuple(losses)
 
     @staticmethod
     def backward(ctx, d_total, *_):
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         slopes = (None if slope is None else (slope * d_total).to(dtype) for slope, dtype in pairs)
-        return *slopes, *[None] * 5
+        return *slopes, *[None] * 6
 
 
-def _over_chunks(x, w, bias, labels, options, chunk, compute, gradients):
+def _over_chunks(x, w, bias, labels, options, chunk, compute, gradients, lesson):
     """Losses, and the gradients of hidden states, weight and bias (None without `gradients`).
 
     Buffers serve all chunks: memory that is fresh for every chunk would cost as many page faults as there are logits.
@@ -155,13 +175,16 @@ def _over_chunks(x, w, bias, labels, options, chunk, compute, gradients):
     wide = torch.promote_types(x.dtype, torch.float32)
     chunk = chunk or chunk_rows(w.shape[0], w.element_size(), device.type)
     rows = max(1, -(-count // max(1, -(-count // chunk))))  # chunks of one size, as far as rows divide
-    total, z_total, correct = (torch.zeros((), dtype=wide, device=device) for _ in range(3))
+    task, z_total, correct, soft = (torch.zeros((), dtype=wide, device=device) for _ in range(4))
     each = torch.empty(count, dtype=wide, device=device)
     logits = x.new_empty(rows, w.shape[0])
+    taught = lesson and lesson.buffer(rows)
     d_hidden = torch.empty_like(x) if gradients else None
     d_weight = torch.zeros_like(w, dtype=wide) if gradients else None
     d_bias = torch.zeros_like(bias, dtype=wide) if gradients and bias is not None else None
     product = torch.empty_like(w) if gradients and x.dtype != wide else None
+    learnt = gradients and (lesson is None or lesson.soft.task != 0)
+    asked = options.z_loss, learnt, options.smoothing, options.accuracy
     for start in range(0, count, rows):
         part = x[start : start + rows]
         slope = logits[: part.shape[0]]
@@ -169,9 +192,12 @@ def _over_chunks(x, w, bias, labels, options, chunk, compute, gradients):
         if bias is not None:
             slope += bias
         chosen = labels[start : start + rows]
-        asked = options.z_loss, gradients, options.smoothing, options.accuracy
+        heard = lesson and lesson.heard(slope, chosen != IGNORE, start, taught, gradients)
         nll, z, hits, each[start : start + rows] = compute(slope, chosen, *asked)
-        total, z_total, correct = total + nll + z, z_total + z, correct + hits
+        task, z_total, correct = task + nll + z, z_total + z, correct + hits
+        if heard is not None:
+            soft = soft + heard[0]
+            lesson.mix(slope, each[start : start + rows], *heard[1:])
         if d_hidden is None or d_weight is None:
             continue
         torch.mm(slope, w, out=d_hidden[start : start + rows])
@@ -181,7 +207,8 @@ def _over_chunks(x, w, bias, labels, options, chunk, compute, gradients):
             d_weight.addmm_(slope.T, part)
         else:  # a narrow sum over chunks would lose bits
             _add(d_weight, torch.mm(slope.T, part, out=product))
-    return Losses(total, z_total, correct, each), (d_hidden, d_weight, d_bias)
+    total = task.clone() if lesson is None else lesson.soft.task * task + lesson.soft.weight * soft
+    return Losses(total, z_total, correct, each, task, soft), (d_hidden, d_weight, d_bias)
 
 
 def _add(total: Tensor, part: Tensor) -> None:

@@ -66,6 +66,18 @@ def vortex_convolution():
     return fftconv_func
 
 
+@cache
+def distillation():
+    """`KDLoss` of torchdistill (Matsubara), and `kd_ce_loss` of TextBrewer (Yang et al. 2020), whose trainers want
+    tensorboard."""
+    _open()
+    from torchdistill.losses.mid_level import KDLoss
+
+    with mock.patch.dict(sys.modules, {"torch.utils.tensorboard": mock.MagicMock()}):
+        from textbrewer.losses import kd_ce_loss
+    return KDLoss, kd_ce_loss
+
+
 def package_folder(name: str) -> Path:
     """Folder of a package that ships data or weights."""
     _open()

@@ -27,13 +27,15 @@ def whole(x, w, labels, z_loss):
 @pytest.mark.parametrize("chunk", [1, 8, 37, 100, None])
 def test_value_and_gradients(z_loss, chunk):
     x, w, labels = sample()
-    total, z, _, each = linear_cross_entropy(x, w, labels, Options(z_loss), chunk)
+    total, z, _, each, task, soft = linear_cross_entropy(x, w, labels, Options(z_loss), chunk)
     expected, expected_z = whole(x, w, labels, z_loss)
     torch.testing.assert_close((total, z), (expected, expected_z), rtol=1e-12, atol=1e-12)
     assert not z.requires_grad
     rows = [whole(x[i : i + 1], w, labels[i : i + 1], z_loss)[0].detach() for i in range(len(x))]
     torch.testing.assert_close(each, torch.stack(rows), rtol=1e-12, atol=1e-12)
     assert not each.requires_grad
+    assert (task, soft) == (total, 0)  # without a teacher
+    assert not task.requires_grad
     ours, theirs = (torch.autograd.grad(y * 0.37, (x, w)) for y in (total, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
 
