@@ -12,7 +12,7 @@ from headway.kernels.cross_entropy import chunk_rows
 from headway.parallel.mesh import World
 from headway.parallel.tensor import modules as roles
 from headway.parallel.tensor.collectives import Columns, enter
-from headway.parallel.tensor.vocabulary import row_loss_over
+from headway.parallel.tensor.vocabulary import row_loss_over, soft_row_loss_over
 from headway.pretrain.config import Job
 from headway.pretrain.errors import JobError
 from headway.pretrain.models.attention import Attention
@@ -112,6 +112,7 @@ class Cutter:
         first = step * self.rank
         self._become(table, roles.Words, first=first)
         loss.compute = row_loss_over(first, vocabulary, self.group)
+        loss.compute_soft = soft_row_loss_over(first, self.group)
         device = "cuda" if self.mesh.device_type == "cuda" else "cpu"
         loss.chunk = loss.chunk or chunk_rows(step, 4, device)  # as many chunks on every rank
         group = self.group

@@ -1,4 +1,4 @@
-"""Cross-entropy where each rank has the logits of some words: the logits of all are never gathered.
+"""Cross-entropy and soft targets where each rank has the logits of some words: the logits of all are never gathered.
 
 Shapes: N rows (tokens), V words of this rank.
 """
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from headway.kernels.cross_entropy import IGNORE, RowLoss
+from headway.kernels.soft_targets import Soft, SoftRowLoss, TopTeacher, soft_row_loss
 from headway.parallel.tensor.collectives import total
 
 
@@ -57,5 +58,23 @@ def row_loss_over(first: int, vocabulary: int, group: str) -> RowLoss:
             gradient.scatter_add_(1, target, (smoothing - 1) * mine.to(wide.dtype))
             logits_NV.copy_(gradient)
         return nll, z, correct.to(wide.dtype), (each_z * z_loss - each_nll).squeeze(1)
+
+    return compute
+
+
+def soft_row_loss_over(first: int, group: str) -> SoftRowLoss:
+    """`kernels.soft_targets.soft_row_loss` for words from `first` on; sums are equal on all ranks.
+
+    A teacher's head has the same words here, its k likeliest words are alike on all ranks. Three reductions of two
+    numbers a row, or two, of k + 1 numbers and of one.
+    """
+
+    def compute(
+        logits_NV: Tensor, teacher: Tensor | TopTeacher, valid_N: Tensor, soft: Soft, gradients: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        def over_ranks(x: Tensor, op: str) -> Tensor:
+            return total(x, group, op)
+
+        return soft_row_loss(logits_NV, teacher, valid_N, soft, gradients, over_ranks, first)
 
     return compute

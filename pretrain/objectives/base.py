@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from headway.kernels.cross_entropy import IGNORE, Losses, Options, linear_cross_entropy, row_loss
+from headway.kernels.soft_targets import Soft, SoftRowLoss, Teacher, soft_row_loss
 from headway.pretrain import config
 from headway.pretrain.data.samples import Rows
 from headway.pretrain.engine import Batch
@@ -214,6 +215,9 @@ class ChunkedLoss(nn.Module):
 
     `compile()` compiles the work on one chunk's logits; the loop over chunks stays in Python, so compiling
     takes as long for a large batch as for a small one.
+
+    Attributes:
+        soft: how a teacher counts, where rows come with one.
     """
 
     def __init__(self, objective: config.Objective, accuracy: bool = False) -> None:
@@ -221,19 +225,27 @@ class ChunkedLoss(nn.Module):
         self.options = Options(objective.z_loss, objective.label_smoothing, accuracy)
         self.chunk = objective.chunk
         self.compute = row_loss
+        self.soft: Soft | None = None
+        self.compute_soft: SoftRowLoss = soft_row_loss
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         self.compute = torch.compile(self.compute, *args, **kwargs)
+        self.compute_soft = torch.compile(self.compute_soft, *args, **kwargs)
 
     def forward(
-        self, hidden: Tensor, weight_VE: Tensor, labels: Tensor, bias_V: Tensor | None = None
+        self,
+        hidden: Tensor,
+        weight_VE: Tensor,
+        labels: Tensor,
+        bias_V: Tensor | None = None,
+        teacher: Teacher | None = None,
     ) -> Losses:
-        """Sums over labels that are not IGNORE; hidden states [..., E] and labels [...] alike in shape."""
+        """Sums over labels that are not IGNORE; hidden states [..., E] and labels [...] alike in shape, a teacher's
+        with one dim for all of theirs."""
         rows = hidden.reshape(-1, hidden.shape[-1])
         compute: Callable[..., Any] = self.compute
-        return linear_cross_entropy(
-            rows, weight_VE, labels.reshape(-1), self.options, self.chunk, compute, bias_V
-        )
+        how = self.options, self.chunk, compute, bias_V, self.soft, teacher, self.compute_soft
+        return linear_cross_entropy(rows, weight_VE, labels.reshape(-1), *how)
 
 
 def token_metrics(losses: Losses, options: Options, count: Tensor) -> dict[str, Mean]:

@@ -3,7 +3,11 @@
 import pytest
 import torch
 
+from headway.kernels.cross_entropy import linear_cross_entropy
+from headway.kernels.soft_targets import FullTeacher, Soft
+from headway.pretrain import config
 from headway.pretrain.models.moe import MoE
+from headway.pretrain.objectives.base import ChunkedLoss
 from headway.tests.parallel.family_cases import build, job_of, rows_of
 
 
@@ -83,3 +87,20 @@ def test_sums_add_up_over_micro_batches(name):
     assert {k: sum(c[k] for c in counts) for k in counts[0]} == objective.counts(batch)
     assert whole.terms.keys() <= objective.counts(batch).keys()
     assert objective.scored in whole.terms
+
+
+def test_a_chunked_loss_learns_from_a_teacher_where_rows_come_with_one():
+    draw = torch.Generator().manual_seed(0)
+    hidden_BSE, weight_VE, theirs, head = (
+        torch.randn(size, generator=draw) for size in ((2, 5, 3), (11, 3), (10, 4), (11, 4))
+    )
+    labels_BS = torch.randint(0, 11, (2, 5), generator=draw)
+    loss, teacher = ChunkedLoss(config.Objective(chunk=4)), FullTeacher(theirs, head)
+    loss.soft = Soft(2.0, "reverse", 0.5)
+    rows = hidden_BSE.view(10, 3), weight_VE, labels_BS.view(10)
+    plain = linear_cross_entropy(*rows)
+    expected = linear_cross_entropy(*rows, soft=loss.soft, teacher=teacher)
+    torch.testing.assert_close(loss(hidden_BSE, weight_VE, labels_BS), plain)
+    torch.testing.assert_close(loss(hidden_BSE, weight_VE, labels_BS, teacher=teacher), expected)
+    loss.compile(backend="eager")
+    torch.testing.assert_close(loss(hidden_BSE, weight_VE, labels_BS, None, teacher), expected)
