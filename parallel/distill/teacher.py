@@ -149,6 +149,8 @@ class LiveTeacher:
         have, want = [], []
         for rank, (mine, place) in enumerate(zip(rows, self.places, strict=True)):
             columns = tuple(range(length)) if target.what == "bias" else columns_of(length, layout, place)
+            if target.what == "bias" and place.context:  # the first has the first row and the last
+                mine = ()
             by_heads = target.what not in ("inputs", "states")
             cut = (share(tuple(range(heads)), layout, place),) if by_heads else ()
             have.append(Holding.of(mine, columns, *cut))

@@ -136,7 +136,7 @@ def freeze(objective: Objective, job: Job, world: World, temperature: float) -> 
     expert.spread(objective, world)
     objective.requires_grad_(False)
     teaching = Teaching(objective, world, temperature)
-    if world.layout.tensor > 1:
+    if world.layout.tensor > 1 and hasattr(objective, "head_weight"):
         teaching.words = _over_ranks(objective, world)
     if world.layout.shard > 1:
         shard(teaching, world)

@@ -26,7 +26,7 @@ from headway.pretrain.models.transformer import Stack
 from headway.pretrain.objectives.distill import names
 from headway.pretrain.objectives.distill.contrast import Contrastive
 from headway.pretrain.objectives.distill.lessons import frozen_below, lessons, targets
-from headway.pretrain.objectives.distill.match import LEARNED, Match, places
+from headway.pretrain.objectives.distill.match import LEARNED, RESTING, Match, places, resting
 from headway.pretrain.objectives.distill.names import Target
 
 PARTS = {"across": "attention", "inputs": "states"}
@@ -192,6 +192,8 @@ class Distillation(nn.Module):
         for tower, blocks in enumerate(self.lessons):
             found = means(hidden.sides[begin : begin + len(blocks)])
             begin += len(blocks)
+            if (rest := found.pop(RESTING, None)) is not None:
+                terms["rows"] = terms.get("rows", 0) + rest.sum()
             if tower == last and names.LAST in batch:
                 found["final"] = self._final(batch, hidden)
             for name, value_B in found.items():
@@ -232,14 +234,13 @@ class Distillation(nn.Module):
         return None if documents is None else self.here(documents)
 
     def _idle(self, batch: Batch) -> Tensor | None:
-        """0, with a gradient of 0 for the parameters of parts that this step does not have."""
-        resting: list[nn.Module] = []
+        """0, for the parameters of parts that this step does not have; see `resting`."""
+        idle: list[nn.Module] = []
         if self.project is not None and names.LAST not in batch:
-            resting.append(self.project)
+            idle.append(self.project)
         if self.contrast is not None and names.OTHERS not in batch:
-            resting += [self.contrast.project, self.contrast.project_teacher]
-        parameters = [p for module in resting for p in module.parameters()]
-        return torch.stack([p.sum() * 0 for p in parameters]).sum() if parameters else None
+            idle += [self.contrast.project, self.contrast.project_teacher]
+        return resting(*idle) if idle else None
 
     def after_update(self) -> None:
         """What follows an optimizer step."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.slopes import Bias, Distances
@@ -30,6 +30,8 @@ from headway.pretrain.objectives.distill.rows import row_contrast
 
 LEARNED = "learned/"
 """How what a tap finds is called among what blocks give beside: this, and the part of the loss."""
+RESTING = "resting"
+"""See `resting`."""
 
 
 class Match(Tap):
@@ -83,8 +85,8 @@ class Match(Tap):
             if target is not None:
                 y = x if project is None else project(x)
                 side[name] = places(self.settings.states.loss, y, target, documents)
-            elif project is not None:  # every parameter has a gradient at every step
-                side[name] = sum(p.sum() for p in project.parameters()).mul(0).expand(len(x))  # type: ignore
+            elif project is not None:
+                side[RESTING] = side.get(RESTING, 0) + resting(project).expand(len(x))
         return _named(side)
 
     def _maps_of(self, layer: int | None, taught: Taught, across: bool) -> tuple[Tensor, Tensor, Any] | None:
@@ -124,6 +126,13 @@ def sums(shown: Shown, q_BHSD: Tensor, k_BHMD: Tensor, bias: Bias | None, loss: 
         loss=loss, mask=shown.mask, scale=shown.scale, teacher_scale=q_BHSD.shape[-1] ** -0.5,
         teacher_bias=bias, student_bias=shown.bias_HSM,
     ).loss_B  # fmt: skip
+
+
+def resting(*modules: nn.Module) -> Tensor:
+    """0, with a gradient of 0 for the parameters of parts of the loss that a step does not have: what reduces gradients
+    waits for all of them."""
+    children = [child for module in modules for child in module.modules()]
+    return torch.stack([getattr(m, name).sum() * 0 for m in children for name in m._parameters]).sum()
 
 
 def relating(shown: Shown, a_BHSD: Tensor, heads: int) -> Shown:
