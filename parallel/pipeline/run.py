@@ -132,7 +132,7 @@ class Pipeline:
         with self._gathered(reduce=True):
             shapes = self._shapes(micros[0], kind)
             work = self._give(self._work(micros, noises, counts, weight))
-            schedule = self._schedule(len(micros), rows_of(micros[0]), shapes)
+            schedule = self._schedule(len(micros), rows_of(micros[0]), shapes, kind)
             for stage in getattr(schedule, "_stages", None) or [schedule._stage]:
                 stage.has_backward = True
                 stage.clear_runtime_states()
@@ -149,9 +149,10 @@ class Pipeline:
         mine = float(global_norm(self.shared.owned(self.named)))
         return float(self.world.sum(mine * mine, along=("pipeline",))[0] ** 0.5)
 
-    def _schedule(self, count: int, rows: int, shapes: list[Shapes]) -> Any:
-        """torch's schedule over this rank's stages, for so many micro-batches of so many rows."""
-        key = (count, rows, *shapes)
+    def _schedule(self, count: int, rows: int, shapes: list[Shapes], kind: str) -> Any:
+        """torch's schedule over this rank's stages, for so many micro-batches of so many rows. Ranks make a new one
+        together: its stages greet each other."""
+        key = (kind, count, rows, *shapes)
         if key not in self.schedules:
             built = []
             for module, around in zip(self.stages, shapes, strict=True):
@@ -165,9 +166,9 @@ class Pipeline:
                     group=self.world.group("pipeline"),
                 )
                 built.append(stage)
-            kind: Any = TORCH[self.schedule]
-            single = issubclass(kind, schedules.PipelineScheduleSingle)
-            self.schedules[key] = kind(
+            order: Any = TORCH[self.schedule]
+            single = issubclass(order, schedules.PipelineScheduleSingle)
+            self.schedules[key] = order(
                 built[0] if single else built, count, loss_fn=lambda loss, _: loss, scale_grads=False
             )
         return self.schedules[key]
