@@ -111,7 +111,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mobile": {
         "model": BERT["model"] | {"activation": "relu", "norm": "affine", "ffn": 20, "embedding_size": 10,
                                   "embedding_trigram": True, "bottleneck": {"hidden": 12, "ffns": 3},
-                                  "attention": {"dropout": 0.1}},
+                                  "attention": {"dropout": 0.1}, "init": {"scheme": "bert", "std": 0.3}},
         "objective": BERT["objective"],
         "optimizer": {"name": "lamb"},
     },
