@@ -43,10 +43,7 @@ RULES: list[Rule] = [
         lambda j: j.model.init.scheme in ("gpt2", "normal", "bert", "vit"),
         "this scheme has deviations of its own",
     ),
-    *(
-        (f"model.bottleneck.{name}", lambda j: j.model.bottleneck.hidden is not None, "there is no bottleneck")
-        for name in ("reads", "ffns")
-    ),
+    ("model.bottleneck.", lambda j: bool(j.model.bottleneck.hidden), "model.bottleneck.hidden is not given"),
     ("objective.infill.", lambda j: j.objective.name == "causal", "objective.name is not causal"),
     ("objective.masking.", lambda j: j.objective.name == "masked", "objective.name is not masked"),
     (

@@ -147,7 +147,9 @@ class Heads(Local):
 
     ranks: int
 
-    def forward(self, x_BSE, mask, turn=None, noise=None, bias_HSM=None, memory_BME=None, queries=None, **others):
+    def forward(
+        self, x_BSE, mask, turn=None, noise=None, bias_HSM=None, memory_BME=None, queries=None, **others
+    ):
         if memory_BME is not None:
             memory_BME = enter(memory_BME, self.group)
         others = {name: self.into(x) for name, x in others.items()}  # what values are made of

@@ -153,7 +153,7 @@ def check_bottleneck(job: Job) -> None:
 
     for word in m.attention.mechanisms:
         if b.reads != "inside" and mechanism(word).kind == "mixer":
-            rule = f"model.attention has {word!r}, which is no attention of queries, keys and values and reads one input"
+            rule = f"model.attention has {word!r}, which reads one input, of the width inside"
             raise JobError("model.bottleneck.reads", b.reads, rule, "inside")
 
 

@@ -182,10 +182,7 @@ class Attention(nn.Module):
         self.own = Own(row, shape) if row.own else None
         self.widths = {name: width(shape) for name, width in row.gates.items()}
         self.gates = nn.ModuleDict(
-            {
-                name: build_linear(model, inputs, model.heads * width)
-                for name, width in self.widths.items()
-            }
+            {name: build_linear(model, inputs, model.heads * width) for name, width in self.widths.items()}
         )
         self.draws, self.composed = row.draws, row.part is not None
         if row.draws:

@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 from headway.kernels.attention.registry import mechanism
 from headway.pretrain.config import Job, Model
+from headway.pretrain.models import bottleneck
 from headway.pretrain.models.attention import attention_shape, word_of
-from headway.pretrain.models.bottleneck import inside
-from headway.pretrain.models.bottleneck import parts as bottleneck_parts
 from headway.pretrain.models.cost import Cost, linear, mlp, norm, projections, total
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.mae import decoder_shape
@@ -238,8 +237,8 @@ def _stack(model: Model, layers: int, tokens: int, causal: bool = False, memory:
 def _block(model: Model, layer: int, tokens: int, causal: bool, memory: int) -> list[Cost]:
     seat = Seat(layer, causal, tokens=tokens)
     if model.bottleneck.hidden:
-        around = bottleneck_parts(model, tokens)
-        return [*around, *_plain_block(*inside(model, seat), memory)]
+        around = bottleneck.parts(model, tokens)
+        return [*around, *_plain_block(*bottleneck.inside(model, seat), memory)]
     return _plain_block(model, seat, memory)
 
 
@@ -271,10 +270,8 @@ def _heads(model: Model, seat: Seat, queries: int, keys: int) -> list[Cost]:
     row = mechanism(word)
     shape = attention_shape(model, word, seat)._replace(queries=queries, keys=keys)
     own = sum(math.prod(own.shape(shape)) for own in row.own.values())
-    gates, inputs = (
-        [model.heads * width(shape) for width in row.gates.values()],
-        seat.inputs or model.hidden,
-    )
+    gates = [model.heads * width(shape) for width in row.gates.values()]
+    inputs = seat.inputs or model.hidden
     return [
         *projections(model, queries, keys, seat),
         *(linear(inputs, width, model.bias, queries, int(model.spectral)) for width in gates),
