@@ -21,7 +21,7 @@ from headway.pretrain.errors import CheckpointError, JobError
 from headway.pretrain.hf.family import value_of
 from headway.pretrain.hf.folder import Folder, is_folder, open_folder
 
-VOCABULARY = ("model.embed.tokens.weight", "head.weight", "head.bias")
+VOCABULARY = ("model.embed.tokens.weight", "head.weight", "head.extra", "head.bias")
 """Tensors with a row for every piece. Published ones may have more rows than the tokenizer has pieces."""
 HEADS = ("head.", "head_distill.", "pair.", "decoder.", "model.pooler.")
 """What an objective adds to a model: another objective may lack it, or begin with its initial weights."""

@@ -57,6 +57,8 @@ def _widths(job: Job) -> dict[str, int]:
         "model.heads x model.head_dim": m.heads * m.head_width,
         "model.kv_heads x model.head_dim": m.kv * m.head_width,
     }
+    if m.bottleneck.hidden:
+        widths["model.bottleneck.hidden"] = m.bottleneck.hidden
     if m.experts.count and m.experts.shared:
         widths["model.experts.shared x model.experts.ffn"] = m.experts.shared * (m.experts.ffn or m.ffn_width)
     return widths | (

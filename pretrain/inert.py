@@ -43,6 +43,7 @@ RULES: list[Rule] = [
         lambda j: j.model.init.scheme in ("gpt2", "normal", "bert", "vit"),
         "this scheme has deviations of its own",
     ),
+    ("model.bottleneck.", lambda j: bool(j.model.bottleneck.hidden), "model.bottleneck.hidden is not given"),
     ("objective.infill.", lambda j: j.objective.name == "causal", "objective.name is not causal"),
     ("objective.masking.", lambda j: j.objective.name == "masked", "objective.name is not masked"),
     (

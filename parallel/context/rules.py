@@ -14,6 +14,9 @@ def check(job: Job, layout: Layout) -> None:
         return
     _check_lengths(job, layout)
     _check_kernel(job, layout)
+    if job.model.embedding_trigram:
+        rule = "with model.embedding_trigram a token is embedded with its neighbours, which other ranks would have"
+        raise JobError("parallel.context", layout.context, rule, 1)
     if job.parallel.context_method == "ulysses":
         _check_heads(job, layout)
     if job.model.init.lsuv and job.objective.name == "classify" and job.objective.pool == "first":

@@ -123,7 +123,7 @@ def make_plan(objective: Objective, job: Job, layout: Layout) -> Plan:
     sizes = split_evenly(chain_of(costs_of(objective, job)), count)
     stages = stages_of(sizes, uses)
     places = place_stages(count, layout.pipeline, kind.v_shaped)
-    tied = getattr(objective, "head_weight", None) is getattr(_embedding(objective), "weight", False)
+    tied = job.model.tied and hasattr(objective, "head_weight")
     return Plan(copy.deepcopy(objective), objective.towers, uses, repeats, tied, stages, places)
 
 
@@ -182,8 +182,3 @@ def place_stages(count: int, ranks: int, v_shaped: bool) -> list[int]:
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name."""
     return dict(module.state_dict(keep_vars=True))
-
-
-def _embedding(objective: Objective) -> nn.Module | None:
-    embed = getattr(objective.model, "embed", None)
-    return getattr(embed, "tokens", None)

@@ -160,8 +160,8 @@ def _norm(p: Place, name: str) -> list[Term]:
     """What a norm keeps, and its output, which the next product keeps. Before or after the sub-layer is the same."""
     t, s = (p.keys, p.entering) if name == "attention" else (p.tokens, p.stream)
     e, kind = p.model.hidden, p.model.norm
-    width = {"layernorm": 1, "rmsnorm": 1, "none": 0}[kind]
-    numbers = {"layernorm": 2, "rmsnorm": 1, "none": 0}[kind]
+    width = {"layernorm": 1, "rmsnorm": 1, "affine": 1, "none": 0}[kind]
+    numbers = {"layernorm": 2, "rmsnorm": 1, "affine": 0, "none": 0}[kind]
     return [
         Term(f"{name}: input of the norm (rmsnorm: normed) (paper: 2 s b h)", p.wide * s * e * width, "norm"),
         Term(f"{name}: statistics of the norm", p.wide * s * numbers, "norm"),

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 
 from headway.parallel.mesh import Layout
 from headway.pretrain.config import Job
+from headway.pretrain.models.cost import norm
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.mae import decoder_shape
 from headway.pretrain.models.sizes import Parameters, parameters
@@ -104,7 +105,7 @@ def in_blocks(job: Job, inputs: Inputs, count: Parameters) -> int:
         return count.blocks - 2 * model.relative_buckets * model.heads
     if model.family == "vit" and job.objective.name == "mae":
         small = decoder_shape(model, mae)
-        norms = {"layernorm": 1 + model.bias, "rmsnorm": 1, "none": 0}[model.norm]
+        norms = norm(model, 1).parameters
         pixels = model.vision.patch**2 * inputs.channels
         outside = norms * (model.hidden + small.hidden) + small.hidden * (model.hidden + 2 + pixels) + pixels
         return count.blocks + count.heads - outside

@@ -147,13 +147,16 @@ class Heads(Local):
 
     ranks: int
 
-    def forward(self, x_BSE, mask, turn=None, noise=None, bias_HSM=None, memory_BME=None, queries=None):
+    def forward(
+        self, x_BSE, mask, turn=None, noise=None, bias_HSM=None, memory_BME=None, queries=None, **others
+    ):
         if memory_BME is not None:
             memory_BME = enter(memory_BME, self.group)
+        others = {name: self.into(x) for name, x in others.items()}  # what values are made of
         if noise is not None and self.columns is not None:
             noise = noise._replace(positions_S=self.columns.positions)
         inputs = self.into(x_BSE), mask, turn, noise, bias_HSM, memory_BME, queries
-        y_BSE, beside = super().forward(*inputs)  # type: ignore[misc]
+        y_BSE, beside = super().forward(*inputs, **others)  # type: ignore[misc]
         if beside.entropy_B is not None:  # a mean over heads
             beside = beside._replace(entropy_B=leave(beside.entropy_B / self.ranks, self.group))
         return y_BSE, beside

@@ -84,7 +84,7 @@ class Cutter:
             dim = None if module in self.copied else cut_of(name, words)
             setattr(module, key, self._spread(name, parameter, dim))
             on_part = dim is None and module in self.columns and not isinstance(module, MoE)
-            gain = isinstance(module, SpectralLinear) and key == "gain"  # of the rank's part of the product
+            gain = key == "gain" and cut_of(f"{prefix}.weight", words) is not None  # of a part of the product
             if per_head(name) or module in self.copied or on_part or gain:
                 shares.add(key)
         self._become(module, roles.Local, shares=frozenset(shares))

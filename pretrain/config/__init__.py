@@ -11,7 +11,7 @@ from typing import Any, Literal
 from headway.pretrain.config import rules
 from headway.pretrain.config.base import Section
 from headway.pretrain.config.data import Data, Images, Source, Tokenizer
-from headway.pretrain.config.model import Attention, Experts, Init, Model, RotaryScaling, Vision
+from headway.pretrain.config.model import Attention, Bottleneck, Experts, Init, Model, RotaryScaling, Vision
 from headway.pretrain.config.objective import (
     Augment,
     Denoiser,
@@ -27,6 +27,7 @@ from headway.pretrain.config.run import Checkpoint, Parallel, Ramp, Run, Trackin
 __all__ = [
     "Attention",
     "Augment",
+    "Bottleneck",
     "Checkpoint",
     "Data",
     "Denoiser",

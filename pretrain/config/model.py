@@ -45,6 +45,19 @@ class Experts(Section):
     """How experts are computed: a loop over experts, torch's grouped products, or padded batched products."""
 
 
+class Bottleneck(Section):
+    """Blocks that work at a width of their own, between linear layers from `hidden` and back to it (Sun et al. 2020):
+    MobileBERT's are narrower, its teacher's wider. Normed (post-norm), dropped and scaled is what a block adds."""
+
+    hidden: Positive | None = None
+    """Width inside: of heads together, of norms, of feed-forward layers' inputs; none has no bottleneck."""
+    reads: Literal["shared", "outside", "inside"] = "shared"
+    """What attention reads. `shared`: queries and keys a second linear layer, values the block's input (MobileBERT).
+    `outside`: all the block's input (IB-BERT). `inside`: all what the bottleneck lets in (MobileBERT-tiny)."""
+    ffns: Positive = 1
+    """Feed-forward layers, one after the other; the last may be experts."""
+
+
 class Vision(Section):
     """Patches of images."""
 
@@ -109,19 +122,24 @@ class Model(Section):
     kv_heads: Positive | None = None
     """Key/value heads: `heads` is multi-head (default), 1 multi-query, between them grouped-query."""
     head_dim: Positive | None = None
-    """Width of a head; hidden / heads if not given."""
+    """Width of a head; hidden / heads if not given, of a bottleneck's width if there is one."""
     ffn: Positive | None = None
-    """Feed-forward width; 4 x hidden if not given, 8/3 x hidden rounded up to 64 for gated activations."""
+    """Feed-forward width; 4 x hidden if not given, 8/3 x hidden rounded up to 64 for gated activations (of a
+    bottleneck's width if there is one)."""
     activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "geglu_tanh"] = (
         "gelu_tanh"
     )
-    norm: Literal["layernorm", "rmsnorm", "none"] = "layernorm"
+    norm: Literal["layernorm", "rmsnorm", "affine", "none"] = "layernorm"
+    """`affine` multiplies and adds without statistics (MobileBERT's NoNorm); the masked head keeps LayerNorm."""
     norm_position: Literal["pre", "post"] = "pre"
     norm_eps: AboveZero = 1e-5
     embedding_norm: bool = False
     """Normalise the sum of embeddings (BERT)."""
     embedding_size: Positive | None = None
     """Width of the token table, projected up to `hidden` (ALBERT); `hidden` if not given."""
+    embedding_trigram: bool = False
+    """A token's row is projected to `hidden` together with its neighbours' before positions are added (MobileBERT);
+    the masked head then predicts at `hidden`, beside a tied table with columns of its own."""
     embedding_scale: bool = False
     """Multiply token embeddings by sqrt(hidden) (Vaswani et al. 2017, section 3.4)."""
     segments: Count = 0
@@ -156,6 +174,7 @@ class Model(Section):
     init: Init = Init()
     attention: Attention = Attention()
     experts: Experts = Experts()
+    bottleneck: Bottleneck = Bottleneck()
     vision: Vision = Vision()
 
     @property
@@ -168,8 +187,23 @@ class Model(Section):
         return self.positions in ("relative", "alibi")
 
     @property
+    def inner_width(self) -> int:
+        """Width at which blocks compute: of the bottleneck, where there is one."""
+        return self.bottleneck.hidden or self.hidden
+
+    @property
+    def table_width(self) -> int:
+        """Of a token's row."""
+        return self.embedding_size or self.hidden
+
+    @property
+    def word_width(self) -> int:
+        """Of what the head's words multiply."""
+        return self.hidden if self.embedding_trigram else self.table_width
+
+    @property
     def head_width(self) -> int:
-        return self.head_dim or self.hidden // self.heads
+        return self.head_dim or self.inner_width // self.heads
 
     @property
     def kv(self) -> int:
@@ -179,7 +213,8 @@ class Model(Section):
     def ffn_width(self) -> int:
         if self.ffn:
             return self.ffn
-        return -(-8 * self.hidden // 3 // 64) * 64 if self.gated else 4 * self.hidden
+        width = self.inner_width
+        return -(-8 * width // 3 // 64) * 64 if self.gated else 4 * width
 
     @property
     def decoder_depth(self) -> int:

@@ -63,9 +63,10 @@ def check_family(job: Job) -> None:
 def check_heads(job: Job) -> None:
     """Widths are divisible."""
     m = job.model
-    if m.head_dim is None and m.hidden % m.heads:
-        rule = f"must divide model.hidden = {m.hidden}"
-        raise JobError("model.heads", m.heads, rule, nearest_divisor(m.hidden, m.heads))
+    if m.head_dim is None and m.inner_width % m.heads:
+        field = "model.bottleneck.hidden" if m.bottleneck.hidden else "model.hidden"
+        rule = f"must divide {field} = {m.inner_width}"
+        raise JobError("model.heads", m.heads, rule, nearest_divisor(m.inner_width, m.heads))
     if m.heads % m.kv:
         rule = f"must divide model.heads = {m.heads}"
         raise JobError("model.kv_heads", m.kv_heads, rule, nearest_divisor(m.heads, m.kv))
@@ -135,6 +136,38 @@ def check_experts(job: Job) -> None:
     if e.routing == "experts" and job.model.family in ("gpt", "t5"):
         rule = "experts that choose among a row's tokens look ahead, so not in decoders"
         raise JobError("model.experts.routing", e.routing, rule, "tokens")
+
+
+def check_bottleneck(job: Job) -> None:
+    """Blocks of a kind that there is with a bottleneck."""
+    m, b = job.model, job.model.bottleneck
+    if b.hidden is None:
+        return
+    if m.family == "t5" or job.objective.name == "mae":
+        rule = "blocks of encoders with a decoder behind them (family t5, objective mae) have no bottleneck"
+        raise JobError("model.bottleneck.hidden", b.hidden, rule, None)
+    if m.norm_position != "post":
+        rule = "with model.bottleneck.hidden, norms stand behind what is added (Sun et al. 2020)"
+        raise JobError("model.norm_position", m.norm_position, rule, "post")
+    from headway.kernels.attention.registry import mechanism
+
+    for word in m.attention.mechanisms:
+        if b.reads != "inside" and mechanism(word).kind == "mixer":
+            rule = f"model.attention has {word!r}, which reads one input, of the width inside"
+            raise JobError("model.bottleneck.reads", b.reads, rule, "inside")
+
+
+def check_trigram(job: Job) -> None:
+    """Neighbours of a token are its own, and may be seen."""
+    m = job.model
+    if not m.embedding_trigram:
+        return
+    if m.family != "bert":
+        rule = "a token would be read together with the next one, which only encoders of text may see (family bert)"
+        raise JobError("model.embedding_trigram", True, rule, False)
+    if job.data.documents == "isolate":
+        rule = "with model.embedding_trigram, the tokens at a document's ends are read together with its neighbours'"
+        raise JobError("data.documents", "isolate", rule, "attend")
 
 
 def check_masking(job: Job) -> None:
@@ -211,6 +244,8 @@ RULES = (
     check_rotary_scaling,
     check_attention,
     check_experts,
+    check_bottleneck,
+    check_trigram,
     check_masking,
     check_vision,
     check_batch,

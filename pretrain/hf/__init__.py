@@ -15,10 +15,14 @@ from headway.pretrain.hf.deit import DEIT
 from headway.pretrain.hf.family import Family
 from headway.pretrain.hf.gpt2 import GPT2
 from headway.pretrain.hf.llama import LLAMA, MIXTRAL, QWEN3
+from headway.pretrain.hf.mobilebert import MOBILEBERT
 from headway.pretrain.hf.t5 import T5
 from headway.pretrain.hf.vit import MAE, VIT
 
-FAMILIES = {f.model_type: f for f in (GPT2, LLAMA, QWEN3, MIXTRAL, BERT, ALBERT, T5, VIT, DEIT, MAE)}
+FAMILIES = {
+    f.model_type: f
+    for f in (GPT2, LLAMA, QWEN3, MIXTRAL, BERT, ALBERT, MOBILEBERT, T5, VIT, DEIT, MAE)
+}
 
 
 def family_of_config(hf_config: Mapping[str, Any]) -> Family:
@@ -41,6 +45,8 @@ def family_of_job(job: Job) -> Family:
         if job.model.vision.distill_token:
             return DEIT
         return MAE if job.objective.name == "mae" else VIT
+    if model.family == "bert" and (model.bottleneck.hidden or model.embedding_trigram):
+        return MOBILEBERT
     if model.family == "bert":
         return ALBERT if model.embedding_size or model.unique_layers else BERT
     if model.positions != "rotary":

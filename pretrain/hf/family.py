@@ -38,6 +38,8 @@ NOWHERE = {
     "model.spectral": False,
     "model.layer_scale": None,
     "model.embedding_scale": False,
+    "model.embedding_trigram": False,
+    "model.bottleneck.hidden": None,
     "model.attention.mechanism": "dense",
     "model.attention.pattern": (),
 }
@@ -116,7 +118,10 @@ class Family:
         for setting, value in {**NOWHERE, **self.fixed}.items():
             if setting not in self.values and setting not in self.varied:
                 demand(job, setting, value, self.model_type)
-        usual = {"model.kv_heads": job.model.heads, "model.head_dim": job.model.hidden // job.model.heads}
+        usual = {
+            "model.kv_heads": job.model.heads,
+            "model.head_dim": job.model.inner_width // job.model.heads,
+        }
         for setting in usual.keys() - self.values.keys():
             demand(job, setting, usual[setting], self.model_type)
         config = {"model_type": self.model_type, **self.theirs}

@@ -218,9 +218,10 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = model.head_width
         self.first_head = 0  # global index of the first head here; tensor parallelism sets it
-        self.q = build_linear(model, model.hidden, model.heads * self.head_dim)
-        self.k = build_linear(model, model.hidden, model.kv * self.head_dim)
-        self.v = build_linear(model, model.hidden, model.kv * self.head_dim)
+        inputs, values = seat.inputs or model.hidden, seat.values or model.hidden
+        self.q = build_linear(model, inputs, model.heads * self.head_dim)
+        self.k = build_linear(model, inputs, model.kv * self.head_dim)
+        self.v = build_linear(model, values, model.kv * self.head_dim)
         self.o = build_linear(model, model.heads * self.head_dim, model.hidden)
         qk_norm = model.attention.qk_norm
         self.q_norm = RMSNorm(self.head_dim, model.norm_eps) if qk_norm else None
@@ -231,15 +232,12 @@ class Attention(nn.Module):
         self.own = Own(row, shape) if row.own else None
         self.widths = {name: width(shape) for name, width in row.gates.items()}
         self.gates = nn.ModuleDict(
-            {
-                name: build_linear(model, model.hidden, model.heads * width)
-                for name, width in self.widths.items()
-            }
+            {name: build_linear(model, inputs, model.heads * width) for name, width in self.widths.items()}
         )
         self.draws, self.composed = row.draws, row.part is not None
         if row.draws:
             self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self.baseline = Baseline(model.hidden) if row.drawn else None
+        self.baseline = Baseline(inputs) if row.drawn else None
         self.core = Core(model.attention, word, seat.layer)
         # A mechanism that sorts tokens, or cuts queries as it cuts keys, answers for every place; the first are kept.
         self.every_query = row.kind == "heads" and "cross" not in row.supports
@@ -256,15 +254,17 @@ class Attention(nn.Module):
         bias_HSM: Bias | None = None,
         memory_BME: Tensor | None = None,
         queries: int | None = None,
+        values_BME: Tensor | None = None,
     ) -> tuple[Tensor, Beside]:
         """Returns [B, S, E], and what is wanted beside: entropy by the loss; what was drawn, in training; what a tap
         reads.
 
         `queries`: how many places ask, from the first on; all if None. Then S is their number, and the mask has no
-        documents.
+        documents. `values_BME`: what values are made of, where it is not what keys are made of.
         """
         x_BSE = narrowed(x_BSE)
         source = x_BSE if memory_BME is None else narrowed(memory_BME)
+        valued = source if values_BME is None else narrowed(values_BME)
         first = None
         if self.every_query:
             queries, first = None, queries
@@ -274,7 +274,7 @@ class Attention(nn.Module):
         q_BHSD, k_BKMD, v_BKMD = (
             self._heads(self.q(x_BSE)),
             self._heads(self.k(source)),
-            self._heads(self.v(source)),
+            self._heads(self.v(valued)),
         )
         if isinstance(bias_HSM, Slopes):
             bias_HSM = bias_HSM.of_heads(self.first_head, q_BHSD.shape[1])

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from headway.pretrain.config import Model
+from headway.pretrain.models.seat import Seat
 
 
 class Cost(NamedTuple):
@@ -33,14 +34,16 @@ def linear(inputs: int, outputs: int, bias: bool, tokens: float, gains: int = 0)
 
 
 def norm(model: Model, width: int) -> Cost:
-    vectors = {"layernorm": 1 + model.bias, "rmsnorm": 1, "none": 0}[model.norm]
+    biased = 1 + model.bias
+    vectors = {"layernorm": biased, "rmsnorm": 1, "affine": biased, "none": 0}[model.norm]
     return Cost(vectors * width)
 
 
-def projections(model: Model, queries: int, keys: int) -> list[Cost]:
+def projections(model: Model, queries: int, keys: int, seat: Seat = Seat()) -> list[Cost]:
     """q, k, v and o, with QK-norm's gains."""
     e, wide, narrow = model.hidden, model.heads * model.head_width, model.kv * model.head_width
-    shapes = [(e, wide, queries), (e, narrow, keys), (e, narrow, keys), (wide, e, queries)]
+    i, v = seat.inputs or e, seat.values or e
+    shapes = [(i, wide, queries), (i, narrow, keys), (v, narrow, keys), (wide, e, queries)]
     gains = Cost(2 * model.head_width if model.attention.qk_norm else 0)
     return [*(linear(i, o, model.bias, n, int(model.spectral)) for i, o, n in shapes), gains]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headway.pretrain import config
@@ -17,23 +18,27 @@ from headway.pretrain.models.positions import LearnedPositions, SinusoidalGrid, 
 
 
 class TokenEmbedding(nn.Module):
-    """Token rows, plus position and segment rows if the model has them; then norm, projection, dropout.
+    """Token rows, plus position and segment rows if the model has them; then norm, dropout.
 
-    `tokens.weight` is [V, E], or [V, embedding size] where the table is factorised (ALBERT).
+    `tokens.weight` is [V, E], or [V, embedding size] where the table is factorised. ALBERT projects the sum, after
+    norm and dropout. MobileBERT projects three tokens' rows side by side, before anything is added.
     """
 
     def __init__(self, model: config.Model, inputs: Inputs) -> None:
         super().__init__()
-        width = model.embedding_size or model.hidden
+        self.trigram = model.embedding_trigram
+        width = model.hidden if self.trigram else model.table_width
         rows = model.max_positions or max(inputs.length, inputs.target_length)
-        self.tokens = Embedding(inputs.vocab, width)
+        self.tokens = Embedding(inputs.vocab, model.table_width)
         self.scale = math.sqrt(model.hidden) if model.embedding_scale else None
         self.positions = LearnedPositions(rows, width) if model.positions == "learned" else None
         self.sines = SinusoidalPositions(width) if model.positions == "sinusoidal" else None
         self.segments = Embedding(model.segments, width) if model.segments else None
         self.norm = build_norm(model, width) if model.embedding_norm else None
         self.dropout = Dropout(model.dropout)
-        self.project = Linear(width, model.hidden) if model.embedding_size else None
+        projected = model.embedding_size or self.trigram
+        read = (3 if self.trigram else 1) * model.table_width
+        self.project = Linear(read, model.hidden) if projected else None
 
     def forward(
         self,
@@ -46,6 +51,8 @@ class TokenEmbedding(nn.Module):
         x_BSE: Tensor = self.tokens(tokens_BS)
         if self.scale is not None:
             x_BSE = x_BSE * self.scale
+        if self.trigram and self.project is not None:
+            x_BSE = self.project(trigrams(x_BSE))
         if self.positions is not None:
             x_BSE = x_BSE + self.positions(positions_S)
         if self.sines is not None:
@@ -55,7 +62,14 @@ class TokenEmbedding(nn.Module):
         if self.norm is not None:
             x_BSE = self.norm(x_BSE)
         x_BSE = self.dropout(x_BSE, noise and noise.over(positions_S))
-        return x_BSE if self.project is None else self.project(x_BSE)
+        return x_BSE if self.trigram or self.project is None else self.project(x_BSE)
+
+
+def trigrams(x_BSE: Tensor) -> Tensor:
+    """Of every place the rows of the next one, its own and the one before, side by side: [B, S, 3 E] (Sun et al. 2020,
+    section 3.1; order as in their code). Beyond a row's ends are zeros."""
+    after, before = F.pad(x_BSE[:, 1:], (0, 0, 0, 1)), F.pad(x_BSE[:, :-1], (0, 0, 1, 0))
+    return torch.cat((after, x_BSE, before), -1)
 
 
 class PatchEmbedding(nn.Module):

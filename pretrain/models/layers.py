@@ -99,11 +99,26 @@ class RMSNorm(nn.Module):
         return norm.rms_norm(x, self.weight, self.eps).to(x.dtype)
 
 
+class Affine(nn.Module):
+    """x * weight + bias, a norm without statistics: NoNorm (Sun et al. 2020, section 3.3)."""
+
+    def __init__(self, size: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.bias = nn.Parameter(torch.empty(size)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.weight
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+
 def build_norm(model: config.Model, size: int | None = None) -> nn.Module:
     """The norm that the config names, of `size` features (the residual stream's if not given)."""
     size = size or model.hidden
     if model.norm == "none":
         return nn.Identity()
+    if model.norm == "affine":
+        return Affine(size, model.bias)
     return (
         RMSNorm(size, model.norm_eps)
         if model.norm == "rmsnorm"

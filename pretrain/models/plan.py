@@ -28,7 +28,7 @@ PER_HEAD = (r"(q|k)_norm\.weight",)
 """Whole everywhere, but every rank applies them to its own heads: gradients are sums over ranks."""
 
 
-WORDS = re.compile(r"(distillation\.)?head\.(weight|bias)")
+WORDS = re.compile(r"(distillation\.)?head\.(weight|extra|bias)")
 """The head's own parameters, and those of a teacher's, of objectives that predict words: rows are cut."""
 
 

@@ -44,7 +44,7 @@ the network that makes Hyena's filter: as torch's linear layers."""
 
 TABLES = ("tokens", "positions", "segments")
 TOKENS = ("class_token", "distill_token", "mask_token", "latents")
-INTO_STREAM = ("o", "down")
+INTO_STREAM = ("o", "down", "exit")
 LOOKS = ("offsets", "amounts")
 """Where deformable attention looks, and how much it takes: as its authors, alike for all queries at first."""
 
@@ -77,7 +77,7 @@ class Weight(NamedTuple):
 
     def is_table(self, model: config.Model) -> bool:
         """Rows that stand for tokens: embeddings, and a language model's own head."""
-        return self.layer in (*TABLES, *TOKENS) or (self.layer == "head" and model.family != "vit")
+        return self.layer in (*TABLES, *TOKENS, "extra") or (self.layer == "head" and model.family != "vit")
 
 
 def rule(name: str, shape: tuple[int, ...], model: config.Model) -> Fill:

@@ -11,9 +11,13 @@ class Seat(NamedTuple):
     causal: whether a token sees earlier ones only.
     cross: whether it looks at an encoder's output.
     tokens: of the longest row that its tower reads; 0 if nothing depends on it.
+    inputs: width of what queries and keys are made of; 0 for the model's `hidden`.
+    values: width of what values are made of; 0 for the model's `hidden`.
     """
 
     layer: int = 0
     causal: bool = False
     cross: bool = False
     tokens: int = 0
+    inputs: int = 0
+    values: int = 0

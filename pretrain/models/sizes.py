@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from headway.kernels.attention.registry import mechanism
 from headway.pretrain.config import Job, Model
+from headway.pretrain.models import bottleneck
 from headway.pretrain.models.attention import attention_shape, word_of
 from headway.pretrain.models.cost import Cost, linear, mlp, norm, projections, total
 from headway.pretrain.models.inputs import Inputs
@@ -126,7 +127,7 @@ def _gpt(job: Job, inputs: Inputs) -> Table:
 
 def _bert(job: Job, inputs: Inputs) -> Table:
     m, n = job.model, inputs.length
-    width, masked = m.embedding_size or m.hidden, job.objective.masking.rate * n
+    width, masked = m.word_width, job.objective.masking.rate * n
     pairs = job.objective.masking.pairs != "none"
     return (
         _embedding(m, inputs),
@@ -195,22 +196,25 @@ def _final_norm(model: Model) -> Cost:
 
 
 def _embedding(model: Model, inputs: Inputs) -> list[Cost]:
-    """Tables of a model of text, and ALBERT's projection from their width to the model's."""
-    width, tokens = model.embedding_size or model.hidden, inputs.length + inputs.target_length
+    """Tables of a model of text, and the projection from their width to the model's (of three rows: MobileBERT)."""
+    table, tokens = model.table_width, inputs.length + inputs.target_length
+    trigram, width = model.embedding_trigram, model.hidden if model.embedding_trigram else table
+    projected = model.embedding_size or trigram
     rows = model.max_positions or max(inputs.length, inputs.target_length)
     return [
-        Cost(inputs.vocab * width),
+        Cost(inputs.vocab * table),
         Cost(rows * width if model.positions == "learned" else 0),
         Cost(model.segments * width),
         norm(model, width) if model.embedding_norm else Cost(),
-        linear(width, model.hidden, True, tokens) if model.embedding_size else Cost(),
+        linear((3 if trigram else 1) * table, model.hidden, True, tokens) if projected else Cost(),
     ]
 
 
 def _language_head(model: Model, inputs: Inputs, tokens: float) -> Cost:
-    width = model.embedding_size or model.hidden
-    product = linear(width, inputs.vocab, False, tokens)
-    return product._replace(parameters=0) if model.tied else product
+    shared = model.table_width if model.tied else 0
+    return linear(model.word_width, inputs.vocab, False, tokens)._replace(
+        parameters=(model.word_width - shared) * inputs.vocab
+    )
 
 
 def _stack(model: Model, layers: int, tokens: int, causal: bool = False, memory: int = 0) -> list[Cost]:
@@ -233,6 +237,15 @@ def _stack(model: Model, layers: int, tokens: int, causal: bool = False, memory:
 
 def _block(model: Model, layer: int, tokens: int, causal: bool, memory: int) -> list[Cost]:
     seat = Seat(layer, causal, tokens=tokens)
+    if model.bottleneck.hidden:
+        around = bottleneck.parts(model, tokens)
+        return [*around, *_plain_block(*bottleneck.inside(model, seat), memory)]
+    return _plain_block(model, seat, memory)
+
+
+def _plain_block(model: Model, seat: Seat, memory: int) -> list[Cost]:
+    """A block, or what is between the linear layers of its bottleneck."""
+    layer, tokens = seat.layer, seat.tokens
     cross = _heads(model, seat._replace(cross=True, causal=False), tokens, memory) if memory else []
     feed_forward = _experts if model.has_experts(layer) else mlp
     return [
@@ -259,10 +272,11 @@ def _heads(model: Model, seat: Seat, queries: int, keys: int) -> list[Cost]:
     shape = attention_shape(model, word, seat)._replace(queries=queries, keys=keys)
     own = sum(math.prod(own.shape(shape)) for own in row.own.values())
     gates = [model.heads * width(shape) for width in row.gates.values()]
+    inputs = seat.inputs or model.hidden
     return [
-        *projections(model, queries, keys),
-        *(linear(model.hidden, width, model.bias, queries, int(model.spectral)) for width in gates),
-        linear(model.hidden, 1, True, queries) if row.drawn else Cost(),
+        *projections(model, queries, keys, seat),
+        *(linear(inputs, width, model.bias, queries, int(model.spectral)) for width in gates),
+        linear(inputs, 1, True, queries) if row.drawn else Cost(),
         Cost(own, row.flops(shape)),
     ]
 

@@ -16,6 +16,7 @@ from headway.kernels.attention.slopes import Bias
 from headway.kernels.rotary import Rotation
 from headway.pretrain import config
 from headway.pretrain.models.attention import Attention, Beside
+from headway.pretrain.models.bottleneck import Bottleneck, inside
 from headway.pretrain.models.columns import Columns
 from headway.pretrain.models.layers import MLP, Dropout, Noise, StochasticDepth, build_norm
 from headway.pretrain.models.mixers import build_mixer
@@ -73,7 +74,7 @@ class Block(nn.Module):
         """
         super().__init__()
         self.pre = model.norm_position == "pre"
-        depth = model.stochastic_depth * seat.layer / max(1, (layers or model.layers) - 1)
+        depth = _depth(model, seat, layers)
         self.attention_norm = build_norm(model)
         self.attention = build_mixer(model, seat)
         self.attention_dropout = Dropout(model.dropout)
@@ -102,16 +103,23 @@ class Block(nn.Module):
         x_BSE = self._attend(x_BSE, context, side)
         if context.memory_BME is not None:
             x_BSE = self._attend_to_encoder(x_BSE, context, side)
-        x_BSE = self._feed_forward(x_BSE, context, side)
+        return self._tapped(before_BSE, self._feed_forward(x_BSE, context, side), context, side)
+
+    def _tapped(self, before_BSE: Tensor, x_BSE: Tensor, context: Context, side: Side) -> tuple[Tensor, Side]:
+        """What the block gives, when a tap has seen it."""
         if self.tap is not None:
             side.update(self.tap.states(before_BSE, x_BSE, context.mask, context.taught))
         return x_BSE, side
 
-    def _attend(self, x_BSE: Tensor, context: Context, side: Side) -> Tensor:
+    def _attend(
+        self, x_BSE: Tensor, context: Context, side: Side, inputs: Tensor | None = None, **others: Tensor
+    ) -> Tensor:
+        """`inputs`: what attention reads where it is not the stream; `others`: what it reads beside."""
         noise = context.noise
-        inputs = self.attention_norm(x_BSE) if self.pre else x_BSE
+        if inputs is None:
+            inputs = self.attention_norm(x_BSE) if self.pre else x_BSE
         added, beside = self.attention(
-            inputs, context.mask, context.turn, noise, context.bias_HSS, queries=context.outputs
+            inputs, context.mask, context.turn, noise, context.bias_HSS, queries=context.outputs, **others
         )
         x_BSE = x_BSE[:, : context.outputs]
         self._note(beside, context, side)
@@ -160,6 +168,38 @@ class Block(nn.Module):
             added = added * scale
         added = dropout(added, noise)
         return added if self.depth is None else self.depth[name](added, noise)
+
+
+class BottleneckBlock(Block):
+    """A block that works at a width of its own (Sun et al. 2020): what it adds to the residual stream comes out of a
+    bottleneck, in which attention and feed-forward layers add to what has come in. Post-norm."""
+
+    def __init__(self, model: config.Model, seat: Seat = Seat(), layers: int | None = None) -> None:
+        """Arguments as of `Block`."""
+        super().__init__(*inside(model, seat), layers)
+        self.bottleneck = Bottleneck(model, _depth(model, seat, layers))
+
+    def forward(self, x_BSE: Tensor, context: Context) -> tuple[Tensor, Side]:
+        side: Side = {}
+        inner, inputs, others = self.bottleneck.enter(x_BSE)
+        inner = self._attend(inner, context, side, inputs, **others)
+        for ffn in self.bottleneck.ffns:
+            inner = ffn(inner)
+        inner = self._feed_forward(inner, context, side)
+        outside = self.bottleneck.leave(inner, x_BSE[:, : context.outputs], context.noise)
+        return self._tapped(x_BSE, outside, context, side)
+
+
+def build_block(model: config.Model, seat: Seat, layers: int, cross: bool = False) -> Block:
+    """The block that the config names; arguments as of `Block`."""
+    return (
+        BottleneckBlock(model, seat, layers) if model.bottleneck.hidden else Block(model, seat, layers, cross)
+    )
+
+
+def _depth(model: config.Model, seat: Seat, layers: int | None) -> float:
+    """Chance that a block is skipped: grows from 0 at the first block to the model's at the last."""
+    return model.stochastic_depth * seat.layer / max(1, (layers or model.layers) - 1)
 
 
 class Stack(nn.ModuleList):
@@ -232,7 +272,7 @@ class Tower(nn.Module):
             RelativeBias(model.heads, buckets, distance) if model.positions == "relative" else None
         )
         seats = (Seat(i, causal, tokens=tokens) for i in range(unique))
-        blocks = (Block(model, seat, unique, cross) for seat in seats)
+        blocks = (build_block(model, seat, unique, cross) for seat in seats)
         self.blocks = Stack(blocks, layers // unique)
         self.norm = build_norm(model) if model.norm_position == "pre" else nn.Identity()
 

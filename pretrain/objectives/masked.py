@@ -41,16 +41,22 @@ from headway.pretrain.objectives.base import (
 
 
 class MaskedHead(nn.Module):
-    """BERT's head: a layer with activation and norm, then words with a bias. `weight` only where it is not tied."""
+    """BERT's head: a layer with activation and norm, then words with a bias.
+
+    Words multiply the table's rows, or `weight` where it is not tied; beside a table that is narrower than what they
+    multiply, `extra` (MobileBERT).
+    """
 
     def __init__(self, model: config.Model, vocab: int) -> None:
         super().__init__()
-        width = model.embedding_size or model.hidden
+        width, beside = model.word_width, model.word_width - model.table_width
         self.activation = model.activation if not model.gated else "gelu"
         self.transform = Linear(model.hidden, width)
-        self.norm = build_norm(model, width)
+        affine = model.norm == "affine"
+        self.norm = build_norm(model.model_copy(update={"norm": "layernorm"}) if affine else model, width)
         self.bias = nn.Parameter(torch.empty(vocab))
         self.weight = None if model.tied else nn.Parameter(torch.empty(vocab, width))
+        self.extra = nn.Parameter(torch.empty(vocab, beside)) if model.tied and beside else None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """What the words' weights read: [..., width]."""
@@ -89,7 +95,10 @@ class MaskedLM(Objective):
     @property
     def head_weight(self) -> Tensor:
         """[V, width]"""
-        return self.model.embed.tokens.weight if self.head.weight is None else self.head.weight
+        if self.head.weight is not None:
+            return self.head.weight
+        table = self.model.embed.tokens.weight
+        return table if self.head.extra is None else torch.cat((table, self.head.extra), 1)
 
     def through(
         self,

@@ -113,6 +113,18 @@ CASES: dict[str, dict[str, Any]] = {
         "objective": {"name": "masked", "masking": {"unit": "span"}, "z_loss": 1e-3},
         "data": {"documents": "isolate"},
     },
+    "mobile": {
+        "model": BERT["model"] | {"activation": "relu", "norm": "affine", "ffn": 20, "embedding_size": 10,
+                                  "embedding_trigram": True, "bottleneck": {"hidden": 12, "ffns": 3},
+                                  "attention": {"dropout": 0.1}, "init": {"scheme": "bert", "std": 0.3}},
+        "objective": BERT["objective"],
+        "optimizer": {"name": "lamb"},
+    },
+    "inverted": {
+        "model": {"norm_position": "post", "spectral": True, "stochastic_depth": 0.3, "layer_scale": 0.3,
+                  "bottleneck": {"hidden": 36, "reads": "outside", "ffns": 2}},
+        "data": {"documents": "isolate"},
+    },
     "t5": T5 | {"optimizer": {"name": "adafactor"}},
     "ul2": {
         "model": T5["model"] | {"tied": False, "activation": "geglu_tanh", "decoder_layers": 2},
@@ -189,7 +201,8 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 UNCUT = tuple(name for name in CASES if name != "choices")
-"""Those that tensor, pipeline and context parallelism take."""
+"""Those that tensor, pipeline and context parallelism take; context parallelism all of them but `mobile`, whose tokens
+are embedded with their neighbours."""
 
 
 Tree = dict[str, Any]

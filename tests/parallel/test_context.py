@@ -232,7 +232,7 @@ def test_few_key_heads_are_repeated_for_their_ranks():
 
 # -- curves ----------------------------------------------------------------------------------------------------
 
-RINGS = [name for name in UNCUT if name not in ("content", "composed", "linear")]
+RINGS = [name for name in UNCUT if name not in ("content", "composed", "linear", "mobile")]
 """What passes keys around: other mechanisms than dense and window attention trade columns for heads instead."""
 OTHERS = [name for name in RINGS if name not in ("t5", "experts", "deit", "mae")]
 

@@ -135,6 +135,22 @@ def test_a_ramp_that_ranks_cannot_share_is_refused():
 @pytest.mark.parametrize(
     ("parallel", "said"),
     [
+        ({"context": 2}, r"parallel\.context = 2: .*embedded with its neighbours"),
+        (
+            {"recompute": "budget", "recompute_budget": 1.0},
+            r"parallel\.recompute = 'budget': the memory of models with bottlenecks.* full",
+        ),
+    ],
+)
+def test_layouts_that_a_mobilebert_cannot_have_are_refused(parallel, said):
+    job = job_of("mobile", parallel, STEPS, ROWS)
+    with pytest.raises(JobError, match=said):
+        check(job, mesh.lay_out(job.parallel, ranks_of(parallel)), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("parallel", "said"),
+    [
         ({"tensor": 3}, r"parallel\.tensor = 3: .* not cut by heads"),
         ({"pipeline": 2}, r"parallel\.pipeline = 2: .* not sent from stage to stage.*: 1\."),
         ({"context": 2}, r"parallel\.context = 2: .* needs whole rows of all heads"),

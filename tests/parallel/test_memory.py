@@ -41,6 +41,7 @@ GPTS = {  # model, precision, what computes attention
     "blocks": ({"attention": {"kernel": "blocks"}}, "fp32", "blocks"),
     "relu2, layer scale": ({"activation": "relu2", "layer_scale": 0.1}, "fp32", FAST),
     "post-norm, untied": ({"norm_position": "post", "tied": False}, "fp32", FAST),
+    "affine": ({"norm": "affine"}, "fp32", FAST),
     "experts": ({"experts": {"count": 4}}, "fp32", FAST),
     "fp64": ({}, "fp64", "sdpa"),
 }  # fmt: skip

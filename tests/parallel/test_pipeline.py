@@ -14,10 +14,12 @@ from headway.tests.parallel.test_families import evaluates_alike, resumed, saved
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in ("t5", "vit", "deit") else pytest.param(n, marks=pytest.mark.long) for n in UNCUT]
+    "name",
+    [n if n in ("t5", "vit", "deit", "mobile") else pytest.param(n, marks=pytest.mark.long) for n in UNCUT],
 )
 def test_every_family_draws_the_curve_of_one_process(pool, name):
-    """Among them three blocks on two stages (vit), a tied table (t5, bert), experts with balancing biases."""
+    """Among them three blocks on two stages (vit), a tied table (t5, bert), one that is a part of the head's weight
+    (mobile), experts with balancing biases."""
     prove(pool, [name], {"pipeline": 2})
 
 

@@ -9,9 +9,12 @@ EVEN = {"model": {"heads": 4}}
 """The cases have 3 heads, which two ranks do not divide."""
 FAMILIES = sorted(UNCUT)
 LAYOUTS = [
-    ({"tensor": 2, "micro_batch": 4}, ["bert", "experts", "vit", "deit", "content", "composed", "linear"]),
+    (
+        {"tensor": 2, "micro_batch": 4},
+        ["bert", "experts", "vit", "deit", "content", "composed", "linear", "mobile"],
+    ),
     ({"tensor": 2, "shard": 2}, ["spectral", "ul2"]),
-    ({"tensor": 2, "sequence": False}, ["albert", "mae", "deit"]),
+    ({"tensor": 2, "sequence": False}, ["albert", "mae", "deit", "inverted"]),
 ]
 MATRIX = [
     *(({"tensor": 2, "micro_batch": 4}, [name]) for name in FAMILIES),

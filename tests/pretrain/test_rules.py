@@ -50,6 +50,45 @@ CASES = [
         {"model": {"family": "bert"}, "objective": {"name": "masked", "masking": {"pairs": "next"}}},
         r"model\.segments = 0: two segments.*2",
     ),
+    (
+        {"model": {"hidden": 96, "heads": 6, "norm_position": "post", "bottleneck": {"hidden": 20}}},
+        r"model\.heads = 6: must divide model\.bottleneck\.hidden = 20.*5",
+    ),
+    (
+        {"model": {"bottleneck": {"hidden": 24}}},
+        r"model\.norm_position = 'pre': with model\.bottleneck\.hidden.*post",
+    ),
+    (
+        {
+            "model": {
+                "family": "t5",
+                "positions": "relative",
+                "norm_position": "post",
+                "bottleneck": {"hidden": 24},
+            },
+            "objective": {"name": "spans"},
+        },
+        r"model\.bottleneck\.hidden = 24: .*decoder behind them",
+    ),
+    (
+        {
+            "model": {
+                "norm_position": "post",
+                "bottleneck": {"hidden": 24},
+                "attention": {"mechanism": "hyena"},
+            }
+        },
+        r"model\.bottleneck\.reads = 'shared': .*'hyena'.*inside",
+    ),
+    ({"model": {"embedding_trigram": True}}, r"model\.embedding_trigram = True: .*encoders of text.*False"),
+    (
+        {
+            "model": {"family": "bert", "embedding_trigram": True},
+            "objective": {"name": "masked"},
+            "data": {"documents": "isolate"},
+        },
+        r"data\.documents = 'isolate': with model\.embedding_trigram.*attend",
+    ),
     ({"model": {"hidden": 100, "heads": 7}}, r"model\.heads = 7: must divide model\.hidden = 100.*5"),
     ({"model": {"experts": {"count": 4, "top_k": 5}}}, r"model\.experts\.top_k = 5: must not exceed.*4"),
     (

@@ -118,6 +118,36 @@ def albert():
     return AlbertForPreTraining(AlbertConfig(**ENCODER, **NO_DROPOUT, **EAGER, **more))
 
 
+MOBILE = {**ENCODER, **NO_DROPOUT, **EAGER, "embedding_size": 10, "intra_bottleneck_size": 24}
+
+
+def mobilebert():
+    from transformers import MobileBertConfig, MobileBertForPreTraining
+
+    return MobileBertForPreTraining(MobileBertConfig(**MOBILE, num_feedforward_networks=3))
+
+
+def mobilebert_inverted():
+    """As wide as IB-BERT's inside, with LayerNorm, GELU and one feed-forward layer."""
+    from transformers import MobileBertConfig, MobileBertForPreTraining
+
+    more = {"intra_bottleneck_size": 60, "normalization_type": "layer_norm", "layer_norm_eps": 1e-5}
+    more |= {"num_feedforward_networks": 1, "hidden_act": "gelu", "classifier_activation": False}
+    return MobileBertForPreTraining(MobileBertConfig(**MOBILE | more))
+
+
+def mobilebert_untied():
+    """As MobileBERT-tiny: attention reads the bottleneck."""
+    from transformers import MobileBertConfig, MobileBertForMaskedLM
+
+    more = {
+        "use_bottleneck_attention": True,
+        "key_query_shared_bottleneck": False,
+        "num_feedforward_networks": 2,
+    }
+    return MobileBertForMaskedLM(MobileBertConfig(**MOBILE | more, tie_word_embeddings=False))
+
+
 def t5():
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -165,7 +195,9 @@ def mae():
 CAUSAL = {
     f.__name__: f for f in (gpt2, llama, llama_tied, llama_longer, qwen3, qwen3_yarn, mixtral, mixtral_window)
 }
-MASKED = {f.__name__: f for f in (bert, bert_untied, albert)}
+MASKED = {
+    f.__name__: f for f in (bert, bert_untied, albert, mobilebert, mobilebert_inverted, mobilebert_untied)
+}
 SEQ2SEQ = {f.__name__: f for f in (t5, t5_v1_1)}
 VISION = {f.__name__: f for f in (vit, deit, mae)}
 ALL = CAUSAL | MASKED | SEQ2SEQ | VISION
@@ -179,7 +211,9 @@ def make(name: str) -> nn.Module:
         for key, p in model.named_parameters():
             if name != "mae" or "pos" not in key:  # MAE's positions are fixed
                 p.add_(torch.randn(p.shape, generator=generator) * 0.1)
-        if name == "bert_untied":  # of an untied head's two biases, transformers adds that of `decoder`
+        if name.endswith(
+            "bert_untied"
+        ):  # of an untied head's two biases, transformers adds that of `decoder`
             model.cls.predictions.bias.copy_(model.cls.predictions.decoder.bias)
     return model.eval()
 
@@ -211,7 +245,8 @@ def run_masked(ours: nn.Module, theirs: nn.Module) -> Outputs:
     a = {"logits": ours.logits(x, seen.int() - 1, segments)[seen]}
     b = {"logits": (out.prediction_logits if "prediction_logits" in out else out.logits)[seen]}
     if ours.pair is not None:
-        a["pair"] = ours.pair(ours.model(x, seen.int() - 1, segments).pooled)
+        hidden = ours.model(x, seen.int() - 1, segments)
+        a["pair"] = ours.pair(hidden.final[:, 0] if hidden.pooled is None else hidden.pooled)
         b["pair"] = out.seq_relationship_logits if "seq_relationship_logits" in out else out.sop_logits
     return Outputs(a, b)
 

@@ -134,7 +134,7 @@ def auto_class(name):
     if name in models.MASKED:
         return (
             transformers.AutoModelForPreTraining
-            if name != "bert_untied"
+            if not name.endswith("untied")
             else transformers.AutoModelForMaskedLM
         )
     if name in models.SEQ2SEQ:

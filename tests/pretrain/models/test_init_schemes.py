@@ -258,6 +258,18 @@ FAMILIES = {
         "causal",
     ),
     "bert": ({"segments": 2, "pooler": True, "embedding_size": 12, "embedding_norm": True}, "masked"),
+    "mobile": (
+        {
+            "family": "bert",
+            "norm_position": "post",
+            "norm": "affine",
+            "embedding_size": 12,
+            "layer_scale": 0.1,
+            "embedding_trigram": True,
+            "bottleneck": config.Bottleneck(hidden=14, ffns=2),
+        },
+        "masked",
+    ),
     "t5": ({"positions": "relative", "tied": False, "norm": "rmsnorm"}, "spans"),
     "vit": ({"norm": "none", "vision": config.Vision(patch=4)}, "mae"),
 }
@@ -269,7 +281,7 @@ def test_every_scheme_fills_every_tensor_of_every_family_by_slices(family, schem
     settings, name = FAMILIES[family]
     job = config.Job(
         model=config.Model(
-            family=family, layers=2, hidden=24, heads=2, **settings, init=config.Init(scheme=scheme)
+            **{"family": family, **settings}, layers=2, hidden=24, heads=2, init=config.Init(scheme=scheme)
         ),
         objective=config.Objective(name=name, mae=config.Reconstruct(layers=1, hidden=20, heads=2)),
         data=config.Data(images=config.Images(size=16)),

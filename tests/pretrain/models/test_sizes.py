@@ -56,6 +56,10 @@ def vit(objective=None, **settings):
 
 MAE = config.Objective(name="mae", mae=config.Reconstruct(layers=3, hidden=24, heads=2))
 
+MOBILE = {
+    "ffn": 50, "embedding_size": 12, "embedding_trigram": True,
+    "bottleneck": config.Bottleneck(hidden=20, ffns=3),
+}  # fmt: skip
 CASES = {
     "gpt2": gpt(),
     "llama": gpt(
@@ -70,6 +74,14 @@ CASES = {
     "gated experts": gpt(activation="swiglu", bias=False, experts=EXPERTS),
     "bert": bert_job("next", pooler=True),
     "albert": bert_job("order", pooler=True, layers=4, unique_layers=2, embedding_size=12),
+    "mobile": bert_job("next", pooler=True, activation="relu", norm="affine", **MOBILE),
+    "inverted": bert_job(
+        tied=False, bias=False, norm="rmsnorm", layer_scale=0.1, experts=EXPERTS,
+        bottleneck=config.Bottleneck(hidden=48, reads="outside"),
+    ),
+    "inside": gpt(
+        norm_position="post", kv_heads=1, bottleneck=config.Bottleneck(hidden=20, reads="inside", ffns=2),
+    ),
     "roberta": bert_job(norm_position="pre", tied=False, bias=False, segments=0, embedding_norm=False),
     "t5": t5(),
     "t5 1.1": t5(activation="geglu_tanh", tied=False),
@@ -101,12 +113,17 @@ def theirs():
     ours = {"kv_heads": 2, "ffn": 70, "activation": "swiglu", "norm": "rmsnorm", "positions": "rotary"}
     ours |= {"tied": False, "bias": False}
     albert = {**bert, "num_hidden_layers": 4, "num_hidden_groups": 1, "embedding_size": 12}
+    mobile = {**bert, "intermediate_size": 50, "embedding_size": 12, "intra_bottleneck_size": 20}
     patches = {**text, "intermediate_size": 128, "image_size": 16, "patch_size": 4, "num_labels": 10}
     return [
         (hf.BertForPreTraining(hf.BertConfig(**bert)), CASES["bert"]),
         (
             hf.AlbertForPreTraining(hf.AlbertConfig(**albert)),
             bert_job("order", pooler=True, layers=4, unique_layers=1, embedding_size=12),
+        ),
+        (
+            hf.MobileBertForPreTraining(hf.MobileBertConfig(**mobile, num_feedforward_networks=3)),
+            CASES["mobile"],
         ),
         (hf.LlamaForCausalLM(hf.LlamaConfig(**llama)), gpt(**ours)),
         (
@@ -135,6 +152,9 @@ def test_spectral_layers_have_gains():
     built = build_objective(job, inputs, device="meta")
     assert sizes.parameters(job, inputs).total == sum(p.numel() for p in built.parameters())
     assert sizes.parameters(job, inputs).total == sizes.parameters(*CASES["gpt2"]).total + 6 * 2
+    mobile, inputs = bert_job(spectral=True, **MOBILE)
+    built = build_objective(mobile, inputs, device="meta")
+    assert sizes.parameters(mobile, inputs).total == sum(p.numel() for p in built.parameters())
 
 
 def compute(objective, job, inputs):
