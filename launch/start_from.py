@@ -30,7 +30,8 @@ WEIGHTS = ("model.", *HEADS)
 
 
 def is_weight(name: str) -> bool:
-    """Whether a tensor of a checkpoint is a weight of the model; what a student learned to compare itself by is none."""
+    """Whether a tensor of a checkpoint is a weight of the model; what a student learned to compare itself by is
+    none."""
     return name.startswith(WEIGHTS) and ".tap." not in name
 
 

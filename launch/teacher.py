@@ -80,7 +80,9 @@ def check_words(source: TeacherSource, job: Job, dataset: Dataset) -> None:
         named = source.job.data.tokenizer.path or "the teacher's"
         raise JobError("data.tokenizer.path", job.data.tokenizer.path, rule, named)
     if rows < dataset.inputs.vocab:
-        rule = f"the teacher {source.path} knows {rows:,} words, the student's data has {dataset.inputs.vocab:,}"
+        rule = (
+            f"the teacher {source.path} knows {rows:,} words, the student's data has {dataset.inputs.vocab:,}"
+        )
         raise JobError("data.tokenizer", job.data.tokenizer.kind, rule, "the teacher's tokenizer")
 
 
@@ -130,7 +132,9 @@ def teacher_job(source: TeacherSource, job: Job, precision: str) -> Job:
     return theirs.model_copy(update=update)
 
 
-def hire(source: TeacherSource, job: Job, engine: NativeEngine, dataset: Dataset, precision: str) -> LiveTeacher:
+def hire(
+    source: TeacherSource, job: Job, engine: NativeEngine, dataset: Dataset, precision: str
+) -> LiveTeacher:
     """Build the teacher beside a student's engine, and give both what they take from its weights. Collective.
 
     Args:
@@ -147,7 +151,11 @@ def hire(source: TeacherSource, job: Job, engine: NativeEngine, dataset: Dataset
     theirs = teacher_job(source, job, PRECISIONS[precision] if chosen == "auto" else chosen)
     known = inputs_of(theirs, source.shapes)
     reads = dataset.inputs._replace(vocab=known.vocab, classes=known.classes)
-    if theirs.model.positions == "learned" and theirs.model.max_positions is None and job.model.family != "vit":
+    if (
+        theirs.model.positions == "learned"
+        and theirs.model.max_positions is None
+        and job.model.family != "vit"
+    ):
         model = theirs.model.model_copy(update={"max_positions": known.length})
         theirs = theirs.model_copy(update={"model": model})
     objective = build_objective(theirs, reads, dataset.specials, device="meta")
@@ -206,7 +214,9 @@ def begin_with(source: TeacherSource, job: Job, weights: Mapping[str, Tensor]) -
         for name in by_theirs[other]:
             shape, given = tuple(weights[name].shape), tuple(tensor.shape)
             if shape[1:] != given[1:] or shape[0] > given[0]:
-                rule = f"{name} has shape {list(shape)}, the teacher's {other} {list(given)}: widths must agree"
+                rule = (
+                    f"{name} has shape {list(shape)}, the teacher's {other} {list(given)}: widths must agree"
+                )
                 raise JobError(field, how, rule, None)
             copy_rows(weights[name], tensor)
 
@@ -214,4 +224,3 @@ def begin_with(source: TeacherSource, job: Job, weights: Mapping[str, Tensor]) -
 def _theirs(name: str, renamed: Mapping[str, str]) -> str:
     prefix = next((p for p in renamed if name.startswith(p)), "")
     return renamed[prefix] + name.removeprefix(prefix) if prefix else name
-

@@ -57,7 +57,8 @@ def slicer_of(objective: Objective, world: World) -> Slicer:
 
 
 def _spread_distillation(objective: Objective, team: Team, *, by_columns: bool) -> None:
-    """Taps compare the columns that are here with all keys; last hidden states are cut if the objective's columns are."""
+    """Taps compare the columns that are here with all keys; last hidden states are cut if the objective's columns
+    are."""
     distillation = objective.distillation
     assert distillation is not None
     here = partial(_columns, team=team)

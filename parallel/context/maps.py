@@ -1,8 +1,8 @@
 """Comparison of attention maps where each rank has some columns: the keys of both models go round the ring.
 
-Rows stay where they are. Once round, log-sum-exps of both models are merged; the second time, each row's loss and centre; the
-third time, in the backward, gradients of the student's keys travel beside the keys and go home at the end. See
-`headway.kernels.map_distillation` for the sums and `headway.parallel.context.ring` for the way.
+Rows stay where they are. Once round, log-sum-exps of both models are merged; the second time, each row's loss and
+centre; the third time, in the backward, gradients of the student's keys travel beside the keys and go home at the
+end. See `headway.kernels.map_distillation` for the sums and `headway.parallel.context.ring` for the way.
 
 Shapes: B batch, H student heads, G H teacher heads, S rows here, M keys here, T keys of the whole, D head dimension.
 """
@@ -39,9 +39,7 @@ def compare(
 
 
 @torch.compiler.disable
-def _compare(
-    team: Team, shown: Shown, q: Tensor, k: Tensor, bias_HR: Tensor | None, loss: str
-) -> Tensor:
+def _compare(team: Team, shown: Shown, q: Tensor, k: Tensor, bias_HR: Tensor | None, loss: str) -> Tensor:
     assert shown.mask.split is not None
     dtype = shown.q_BHSD.dtype
     bias = None if bias_HR is None else _here(bias_HR, team, shown.mask.split[0])
@@ -53,7 +51,13 @@ def _compare(
 
 
 def contrast(
-    team: Team, shown: Shown, q_BHSD: Tensor, k_BHSD: Tensor, bias_HR: Tensor | None, count: int, temperature: float
+    team: Team,
+    shown: Shown,
+    q_BHSD: Tensor,
+    k_BHSD: Tensor,
+    bias_HR: Tensor | None,
+    count: int,
+    temperature: float,
 ) -> Tensor:
     """As `row_contrast`, of all columns, which every rank gathers: this rank's share of the sum, [B]."""
     if shown.mask.split is None:
@@ -151,7 +155,10 @@ class _Compare(torch.autograd.Function):
     def forward(ctx, q, k, bias, teacher, student, loss, task):
         wide = torch.promote_types(q.dtype, torch.float32)
         least, (batch, heads, length, _) = torch.finfo(wide).min, q.shape
-        lse = [torch.full((batch, s.q.shape[1], length), least, dtype=wide, device=q.device) for s in (teacher, student)]
+        lse = [
+            torch.full((batch, s.q.shape[1], length), least, dtype=wide, device=q.device)
+            for s in (teacher, student)
+        ]
         seen = torch.zeros(batch, 1, length, dtype=torch.int64, device=q.device)
         for _, _, part, theirs, ours, sees in _parts(teacher, student, task):
             here = part.queries

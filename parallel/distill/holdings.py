@@ -33,8 +33,8 @@ def places(layout: Layout) -> list[Place]:
 
 @dataclass(frozen=True)
 class Holding:
-    """A box of a tensor [B, S, H, ...], or of its first dims: numbers of rows, of columns, of heads, in the order in which they
-    stand; rows count over all ranks, columns over the whole sequence, heads over the whole model."""
+    """A box of a tensor [B, S, H, ...], or of its first dims: numbers of rows, of columns, of heads, in the order in
+    which they stand; rows count over all ranks, columns over the whole sequence, heads over the whole model."""
 
     dims: tuple[tuple[int, ...], ...]
 

@@ -1,7 +1,7 @@
 """From one layout to another: every rank sends what others want of what it holds, and nothing is ever whole anywhere.
 
-What each holds and wants is known to all, so a single all-to-all of bytes moves any number of tensors; where every rank holds
-what it wants, nothing is sent.
+What each holds and wants is known to all, so a single all-to-all of bytes moves any number of tensors; where every
+rank holds what it wants, nothing is sent.
 """
 
 from __future__ import annotations
@@ -40,15 +40,16 @@ class Route:
 
 @dataclass(frozen=True)
 class Item:
-    """A tensor that changes hands: what this rank holds of it, and by which route. Its dims beyond those of the route are never
-    cut; a rank that holds nothing has no rows of it."""
+    """A tensor that changes hands: what this rank holds of it, and by which route. Its dims beyond those of the route
+    are never cut; a rank that holds nothing has no rows of it."""
 
     tensor: Tensor
     route: Route
 
 
 def route(have: Sequence[Holding], want: Sequence[Holding], rank: int) -> Route:
-    """The route of a tensor for one rank. Of ranks that hold the same, the nearest before the taker in a circle gives it,
+    """The route of a tensor for one rank. Of ranks that hold the same, the nearest before the taker in a circle gives
+    it,
     the taker first: copies share the work."""
     if all(ours == theirs for ours, theirs in zip(have, want, strict=True)):
         whole = want[rank].dims

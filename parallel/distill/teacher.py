@@ -1,7 +1,8 @@
-"""A teacher beside a run: it reads the run's batches and gives what the student is compared with, at the student's layout.
+"""A teacher beside a run: it reads the run's batches and gives what the student is compared with, at the student's
+layout.
 
-The teacher's layout is its own. Rows of a micro-batch are dealt to the teacher's data ranks, tensors come back to the ranks
-whose rows, columns, heads and stages they are about; see `redistribute`.
+The teacher's layout is its own. Rows of a micro-batch are dealt to the teacher's data ranks, tensors come back to the
+ranks whose rows, columns, heads and stages they are about; see `redistribute`.
 
 Shapes: B batch, S sequence, H heads, D their width, E hidden size, R distances, N samples of the global batch.
 """
@@ -121,7 +122,9 @@ class LiveTeacher:
     def _inputs(self, micro: Batch, sizes: list[int], rows: Rows) -> Batch:
         """The rows that this rank of the teacher reads; one that has none reads the first, for company."""
         read = {name: x for name, x in micro.items() if name in READS}
-        path = self._route("inputs", sizes, lambda: (self._students(sizes), [Holding.of(n or (0,)) for n in rows]))
+        path = self._route(
+            "inputs", sizes, lambda: (self._students(sizes), [Holding.of(n or (0,)) for n in rows])
+        )
         return dict(zip(read, self._exchange([Item(x, path) for x in read.values()]), strict=True))  # type: ignore
 
     def _students(self, sizes: list[int]) -> list[Holding]:
@@ -177,8 +180,8 @@ class LiveTeacher:
         return 2 * length - 1 if target.what == "bias" else length
 
     def _by_slot(self, others_NE: Tensor | None, micros: Sequence[Batch]) -> Tensor | None:
-        """Representations of all micro-batches in the order of the global batch, [1, N, E]; None where this rank's stages
-        do not want them."""
+        """Representations of all micro-batches in the order of the global batch, [1, N, E]; None where this rank's
+        stages do not want them."""
         slots = []
         for micro in micros:
             sizes = self._sizes(len(micro["slot"]))

@@ -28,6 +28,7 @@ from headway.pretrain.objectives.distill import names
 from headway.pretrain.objectives.distill.distillation import Wanted
 from headway.pretrain.objectives.distill.show import ask, collect, install
 
+
 class Teaching(nn.Module):
     """A teacher's forward over this rank's rows, and the columns and heads that are its.
 
@@ -183,5 +184,3 @@ def _over_ranks(objective: Objective, world: World) -> Any:
         return best, all_numbers.gather(1, at).to(torch.int64), together
 
     return words
-
-

@@ -203,7 +203,10 @@ class NativeEngine:
         sums = Totals(self.world)
         with self._autocast(), self.average.swapped() if self.average else nullcontext():
             if self.pipeline:
-                taught, kind = self._taught(self.pipeline.cut(batch), None), f"evaluate {self._signature(None)}"
+                taught, kind = (
+                    self._taught(self.pipeline.cut(batch), None),
+                    f"evaluate {self._signature(None)}",
+                )
                 sums.add_told(self.pipeline, kind, self.pipeline.evaluate(list(taught), kind))
             else:
                 sums.add(self.objective(next(self._taught([batch], None))))

@@ -9,8 +9,8 @@ from pydantic import Field
 from headway.pretrain.config.base import AboveZero, Count, NotNegative, Positive, Section
 
 Layers = Literal["uniform", "top", "bottom", "last"] | list[Count | None]
-"""Which layer of the teacher each layer of the student learns from: evenly spaced ones, up to the last; the last ones; the
-first ones; the last from the last alone; or a list, from 0, with null where a layer learns from none."""
+"""Which layer of the teacher each layer of the student learns from: evenly spaced ones, up to the last; the last
+ones; the first ones; the last from the last alone; or a list, from 0, with null where a layer learns from none."""
 Divergence = Literal["kl", "reverse_kl", "js", "mse", "scores"]
 
 
@@ -47,17 +47,19 @@ class Maps(Term):
     """Attention maps, head by head."""
 
     loss: Divergence = "kl"
-    """KL(teacher || student), KL(student || teacher), Jensen-Shannon; squared error of weights, or of scores before the
-    softmax (TinyBERT). Of rows of weights over the keys that the student sees; a mean over rows that count and heads."""
+    """KL(teacher || student), KL(student || teacher), Jensen-Shannon; squared error of weights, or of scores before
+    the softmax (TinyBERT). Of rows of weights over the keys that the student sees; a mean over rows that count and
+    heads."""
     layers: Layers | None = None
     """As `objective.distill.layers` if not given."""
     heads: Literal["average"] | list[Count] = "average"
-    """Of a teacher with a multiple of the student's heads, each student's head learns the mean of its share of maps, in
-    order; or a list: the teacher's head of every student's head."""
+    """Of a teacher with a multiple of the student's heads, each student's head learns the mean of its share of maps,
+    in order; or a list: the teacher's head of every student's head."""
     across: bool = True
     """Cross-attention too, of encoder-decoders."""
     progressive: Count = 0
-    """Steps for which each layer in turn is matched alone, the first first (MobileBERT, section 3.3); 0 matches all."""
+    """Steps for which each layer in turn is matched alone, the first first (MobileBERT, section 3.3); 0 matches
+    all."""
 
 
 class Relations(Term):
@@ -94,8 +96,8 @@ class Contrast(Term):
     """A sample's representation, told from those of others: the mean of its last hidden states, projected."""
 
     kind: Literal["codir", "crd"] = "codir"
-    """`codir`: which of the teacher's is the sample's, by softmax (Sun et al. 2020). `crd`: whether each is, one by one
-    (Tian et al. 2020, equation 19)."""
+    """`codir`: which of the teacher's is the sample's, by softmax (Sun et al. 2020). `crd`: whether each is, one by
+    one (Tian et al. 2020, equation 19)."""
     width: Positive = 128
     """Of the projections."""
     temperature: AboveZero = 0.07

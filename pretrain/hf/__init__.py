@@ -20,8 +20,7 @@ from headway.pretrain.hf.t5 import T5
 from headway.pretrain.hf.vit import MAE, VIT
 
 FAMILIES = {
-    f.model_type: f
-    for f in (GPT2, LLAMA, QWEN3, MIXTRAL, BERT, ALBERT, MOBILEBERT, T5, VIT, DEIT, MAE)
+    f.model_type: f for f in (GPT2, LLAMA, QWEN3, MIXTRAL, BERT, ALBERT, MOBILEBERT, T5, VIT, DEIT, MAE)
 }
 
 

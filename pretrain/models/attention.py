@@ -112,7 +112,6 @@ class Core(nn.Module):
         assert compute is not None, f"{self.row.name} has no attention weights"
         return compute(q_BHSD, k_BKMD, mask, self.scale, bias_HSM, **self.settings, **(own or {}))
 
-
     def shown(
         self,
         q_BHSD: Tensor,

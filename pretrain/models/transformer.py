@@ -6,6 +6,7 @@ Shapes: B batch, S sequence, M encoder's sequence, E hidden size, H query heads.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ class Context(NamedTuple):
     memory_BME: Tensor | None = None
     memory_mask: Mask = Mask(causal=False)
     outputs: int | None = None
-    taught: Taught = {}
+    taught: Taught = MappingProxyType({})
 
 
 class Block(nn.Module):

@@ -61,7 +61,8 @@ STUDENTS: dict[str, Tree] = {
         "model": T5 | {"heads": 4, "decoder_layers": 2},
         "objective": {
             "name": "spans",
-            "distill": ALL | {"attention": {"weight": 1.0, "loss": "mse"}, "rows": {"weight": 0.1, "count": 6}},
+            "distill": ALL
+            | {"attention": {"weight": 1.0, "loss": "mse"}, "rows": {"weight": 0.1, "count": 6}},
         },
     },
     "learning_vit": {

@@ -1,4 +1,5 @@
-"""Distillation at every layout against one process, in fp64: student and teacher spread alike, and each in its own way."""
+"""Distillation at every layout against one process, in fp64: student and teacher spread alike, and each in its own
+way."""
 
 import pytest
 

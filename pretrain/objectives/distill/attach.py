@@ -36,7 +36,9 @@ def learn_from(objective: Objective, job: Job, inputs: Inputs, teacher: TeacherS
     Raises:
         JobError: the two do not fit.
     """
-    distillation = Distillation(job, inputs, teacher.model, (teacher.head_width, inputs.vocab, teacher.head_bias))
+    distillation = Distillation(
+        job, inputs, teacher.model, (teacher.head_width, inputs.vocab, teacher.head_bias)
+    )
     objective.distillation = distillation
     distillation.attach(objective, job.model, teacher.model)
     loss = getattr(objective, "loss", None)

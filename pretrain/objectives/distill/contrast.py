@@ -1,11 +1,12 @@
 """Contrast of representations: a sample's, by the student, is told which of the teacher's belongs to the same sample.
 
-    codir   -log softmax(g)_i,  g_j = z_i . t_j / temperature                  InfoNCE; CoDIR, Sun et al. 2020, equation 4
-    crd     -log h_i - sum_(j != i) log (1 - h_j),  h = e^g / (e^g + 1)          CRD, Tian et al. 2020, equations 17 to 19,
-                                                                              its noise as large as its negatives (N = M)
+    codir   -log softmax(g)_i, with g_j = z_i . t_j / temperature
+    crd     -log h_i - sum_(j != i) log (1 - h_j), with h = e^g / (e^g + 1)
 
-z and t are projections of norm 1 of the mean last hidden states. j runs over the global batch, wherever its rows are, and over
-a queue of what the teacher made of batches before: so the loss is the same at every layout.
+codir is InfoNCE (CoDIR, Sun et al. 2020, equation 4), crd is CRD (Tian et al. 2020, equations 17 to 19) with noise as
+large as the data (N = M). z and t are projections of norm 1 of the mean last hidden states. j runs over the global
+batch, wherever its rows are, and over a queue of what the teacher made of batches before: so the loss is the same at
+every layout.
 
 Shapes: B batch, N samples of the global batch, Q samples of the queue, E the student's hidden size, T the teacher's,
 W width.
@@ -57,7 +58,9 @@ class Contrastive(nn.Module):
         """
         self.newest = others_NT
         z_BW = F.normalize(self.project(mean_BE), dim=-1)
-        known = others_NT if not self.settings.queue else torch.cat((others_NT, self.queue.to(others_NT.dtype)))
+        known = (
+            others_NT if not self.settings.queue else torch.cat((others_NT, self.queue.to(others_NT.dtype)))
+        )
         t_MW = F.normalize(self.project_teacher(known), dim=-1)
         wide = torch.promote_types(z_BW.dtype, torch.float32)
         g_BM = (z_BW @ t_MW.mT).to(wide) / self.settings.temperature

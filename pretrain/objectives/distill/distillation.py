@@ -1,7 +1,7 @@
 """What an objective has beside model and head when it learns from a teacher.
 
-The teacher's part of the loss stands in the terms `places.0`, `places.1` (sums over the places of each tower that count)
-and in `rows`; soft targets are a part of the objective's own term, computed with its logits.
+The teacher's part of the loss stands in the terms `places.0`, `places.1` (sums over the places of each tower that
+count) and in `rows`; soft targets are a part of the objective's own term, computed with its logits.
 
 Shapes: B batch, S sequence, E hidden size, V vocabulary, N samples of the global batch.
 """
@@ -167,7 +167,9 @@ class Distillation(nn.Module):
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """What the terms are divided by."""
-        return {f"places.{tower}": int(self.counted(batch, tower).sum()) for tower in range(len(self.lessons))}
+        return {
+            f"places.{tower}": int(self.counted(batch, tower).sum()) for tower in range(len(self.lessons))
+        }
 
     # -- loss ----------------------------------------------------------------------------------------------
 

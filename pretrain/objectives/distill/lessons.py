@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from headway.kernels.attention.registry import mechanism
-from headway.pretrain.config import Job, Model
+from headway.pretrain.config import Model
 from headway.pretrain.config.distill import Distill, Layers, Maps, States, Term
 from headway.pretrain.errors import JobError
 from headway.pretrain.models.attention import word_of
@@ -129,11 +129,15 @@ def frozen_below(settings: Distill, layers: int, step: int) -> int:
 def check_models(settings: Distill, student: Model, teacher: Model) -> None:
     """Raise JobError for a teacher that a student cannot learn from."""
     if student.family != teacher.family:
-        rule = f"the student is a {student.family}, the teacher a {teacher.family}: they must be of one family"
+        rule = (
+            f"the student is a {student.family}, the teacher a {teacher.family}: they must be of one family"
+        )
         raise JobError(f"{FIELD}.teacher", settings.teacher, rule, f"a {student.family}")
     by_layer = [name for name in ("attention", "relations", "states", "rows") if name in settings.terms]
     if by_layer and (student.unique_layers or student.layers) != student.layers:
-        rule = f"{FIELD}.{by_layer[0]} is learned layer by layer: the student's layers need weights of their own"
+        rule = (
+            f"{FIELD}.{by_layer[0]} is learned layer by layer: the student's layers need weights of their own"
+        )
         raise JobError("model.unique_layers", student.unique_layers, rule, student.layers)
     if "attention" in settings.terms or "rows" in settings.terms:
         _check_heads(settings, student, teacher)

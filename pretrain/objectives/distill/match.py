@@ -163,4 +163,3 @@ def _named(side: Side) -> Side:
 
 def _all(x: Tensor) -> Tensor:
     return x
-

@@ -1,7 +1,7 @@
 """How what a teacher gives is called in a batch.
 
-All are tensors whose first dim is the sample; where they have a sequence, it is the second. They stand in the batch at the
-student's layout: the rows, columns and heads that are here.
+All are tensors whose first dim is the sample; where they have a sequence, it is the second. They stand in the batch
+at the student's layout: the rows, columns and heads that are here.
 
 Shapes: B batch, S sequence, H the teacher's heads, D their width, E hidden size, R distances, k words.
 """
@@ -35,10 +35,10 @@ class Target(NamedTuple):
     Attributes:
         tower: which of its towers.
         layer: use of a block, from 0.
-        what: `q` and `k` that scores are made of [B, S, H, D] and their `bias` by distance [B, R, H], of the heads that
-            the student's heads learn from, in their order (keys once for every query head); `queries`, `keys` and
-            `values` that are related [B, S, heads of their own, D]; `inputs` and `states`, the residual stream before and after the block
-            [B, S, E].
+        what: `q` and `k` that scores are made of [B, S, H, D] and their `bias` by distance [B, R, H], of the heads
+            that the student's heads learn from, in their order (keys once for every query head); `queries`, `keys`
+            and `values` that are related [B, S, heads of their own, D]; `inputs` and `states`, the residual stream
+            before and after the block [B, S, E].
         across: of cross-attention.
     """
 

@@ -1,8 +1,9 @@
 """Contrast of attention rows: which of a head's rows of the teacher is this row of the student's?
 
-Row i of the student's map is compared with rows j of the teacher's by the cosine of their weights, where they look at the same
-keys; the loss is the cross-entropy of i = j among them (InfoNCE, van den Oord et al. 2018, as CoDIR has it for
-representations). So many rows are taken, evenly spaced, that memory grows with the sequence: 2 x count x S a head.
+Row i of the student's map is compared with rows j of the teacher's by the cosine of their weights, where they look at
+the same keys; the loss is the cross-entropy of i = j among them (InfoNCE, van den Oord et al. 2018, as CoDIR has it
+for representations). So many rows are taken, evenly spaced, that memory grows with the sequence: 2 x count x S a
+head.
 
 Shapes: B batch, H heads, S keys, Q rows, D head dimension, R distances.
 """
@@ -22,7 +23,8 @@ from headway.pretrain.models.attention import Shown
 def row_contrast(
     shown: Shown, q_BHSD: Tensor, k_BHSD: Tensor, bias_HR: Tensor | None, count: int, temperature: float
 ) -> Tensor:
-    """Sum over the rows that are taken and count, a mean over the student's heads, scaled as if all rows had been: [B].
+    """Sum over the rows that are taken and count, a mean over the student's heads, scaled as if all rows had been:
+    [B].
 
     Args:
         shown: of the student.
@@ -68,4 +70,3 @@ def counting(mask: Mask, taken_Q: Tensor, batch: int) -> Tensor:
     if mask.documents is None:
         return torch.ones(batch, len(taken_Q), dtype=torch.bool, device=taken_Q.device)
     return mask.documents[:, taken_Q] >= 0
-

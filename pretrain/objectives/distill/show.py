@@ -65,8 +65,8 @@ def _factor(shown: Shown) -> float:
 
 
 def by_distance(bias_HSS: Bias) -> Tensor:
-    """A bias of scores that depends on key's place minus query's alone, by that distance from 1 - S to S - 1: [1, 2 S - 1,
-    H]. All biases of models are of this kind (relative, ALiBi)."""
+    """A bias of scores that depends on key's place minus query's alone, by that distance from 1 - S to S - 1: [1, 2 S
+    - 1, H]. All biases of models are of this kind (relative, ALiBi)."""
     block = bias_HSS if isinstance(bias_HSS, Tensor) else bias_HSS.block()
     last_row, first_row = block[:, -1], block[:, 0]
     return torch.cat((last_row[:, :-1], first_row), -1).T.unsqueeze(0)
@@ -100,4 +100,3 @@ def collect(tower: int, hidden: Hidden, wanted: Collection[Target]) -> dict[str,
         if key in side:
             found[target.name] = side[key]
     return found
-

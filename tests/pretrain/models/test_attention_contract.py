@@ -108,7 +108,8 @@ def value_and_gradients(layer, x, mask, noise=None):
     """Output, and gradients of it and of what the layer gives the loss beside."""
     x = x.clone().requires_grad_()
     y, beside = layer(x, mask, None, noise)
-    outputs, generator = [y, *(beside or ())], torch.Generator().manual_seed(2)
+    chosen = beside and beside.choice
+    outputs, generator = [y, *(chosen or ())], torch.Generator().manual_seed(2)
     upstream = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in outputs]
     parameters = dict(layer.named_parameters())
     found = torch.autograd.grad(outputs, [x, *parameters.values()], upstream, allow_unused=True)

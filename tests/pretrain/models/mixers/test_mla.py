@@ -9,7 +9,7 @@ from headway.kernels.attention.masks import Mask, lower
 from headway.kernels.rotary import rotation
 from headway.pretrain import config
 from headway.pretrain.errors import JobError
-from headway.pretrain.models.attention import attention_maps
+from headway.pretrain.models.attention import Beside, attention_maps
 from headway.pretrain.models.gpt import GPT
 from headway.pretrain.models.init import initialise
 from headway.pretrain.models.inputs import Inputs
@@ -121,9 +121,9 @@ def test_it_is_deepseeks(kernel, query_rank, bias, interleaved, mask):
     )
     for table, own in zip(rotary(x, torch.arange(LENGTH)[None]), (cos, sin), strict=True):
         torch.testing.assert_close(table, own, rtol=0, atol=2e-6)
-    y, entropy = ours(mine, MASKS[mask], TURN)
+    y, beside = ours(mine, MASKS[mask], TURN)
     expected = theirs(their_x, (cos, sin), seen)[0]
-    assert entropy is None
+    assert beside == Beside()
     torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-11)  # fp64, chains of sums of up to 24 terms
     (y * upstream).sum().backward()
     (expected * upstream).sum().backward()
@@ -144,7 +144,8 @@ def test_dropout_bias_and_entropy_are_the_references(kernel):
     for request in (kernel, "reference"):
         dropout = 0.0 if noise is None else 0.3
         layer = layer_of(model_of(6, kernel=request, dropout=dropout, entropy_penalty=0.1))
-        found.append(layer(x, MASKS["documents"], TURN, noise, bias))
+        y, beside = layer(x, MASKS["documents"], TURN, noise, bias)
+        found.append((y, beside.entropy_B))
     torch.testing.assert_close(*found, rtol=1e-11, atol=1e-11)
 
 
