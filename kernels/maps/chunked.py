@@ -67,14 +67,13 @@ def _pass(pair: Pair, divergence: Divergence, seen: Seen, weight_BQ: Tensor | No
     loss_B = torch.zeros(len(student.q), dtype=pair.wide, device=student.q.device)
     gradients = Gradients(pair, wanted)
     for block in walk(student, seen):
-        logs = pair.logs(block, divergence)
-        value_BHQ, centre, state = divergence.terms(*logs, pair.spare(block))
+        value_BHQ, centre, state = divergence.terms(*pair.weights(block, divergence))
         weight = _weight(block, divergence, weight_BQ, loss_B)
         loss_B[block.samples] += (value_BHQ if weight is None else value_BHQ * weight).sum((1, 2))
         if any(wanted):
             gradients.add(block, divergence.slope(state, centre), weight)
     share = 1 / student.q.shape[1]
-    return loss_B * share, gradients.total(share)
+    return loss_B * share, gradients.total(share * divergence.factor)
 
 
 def _weight(block: Block, divergence: Divergence, weight_BQ: Tensor | None, like: Tensor) -> Tensor | None:

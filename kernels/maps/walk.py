@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headway.kernels.attention.dense import per_query_head
 from headway.kernels.attention.slopes import Bias, Slopes, block_of
-from headway.kernels.maps.divergences import Divergence, Spare
+from headway.kernels.maps.divergences import Divergence, Weights
 from headway.kernels.maps.operands import Scores, Seen
 
 ROWS = 128
@@ -100,8 +100,8 @@ class Memory:
         return flat[:size].view(shape)
 
 
-TEACHER, STUDENT, SPARE = 0, 1, 2
-"""Numbers of memory; any after the last are spare too."""
+TEACHER, STUDENT, SPARE, TEACHER_WEIGHTS, STUDENT_WEIGHTS, SPARE_WEIGHTS = range(6)
+"""Numbers of memory."""
 
 
 @dataclass(frozen=True)
@@ -134,36 +134,58 @@ class Pair:
         )  # fmt: skip
         return cls(teachers, _laid_out(student), student.k.shape[1], wide, Memory(student.q.device))
 
-    def logs(
+    def weights(
         self, block: Block, divergence: Divergence, sums: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Log-weights of teacher and student, or their scores if those are compared, [B, H, Q, K].
+    ) -> tuple[Weights, Weights]:
+        """What is compared of teacher and student, [B, H, Q, K].
 
         `sums`: log-sum-exps of both, [B, G H, Q] and [B, H, Q], where the keys here are not all.
         """
-        count, total = len(self.teachers), None
-        for g, teacher in enumerate(self.teachers):
-            t = self._scores(teacher, block, TEACHER if g == 0 else SPARE)
-            if divergence.of_weights:
-                t = _normalised(t, block, None if sums is None else sums[0][:, g::count])
-            if total is None:
-                total = t
-            elif divergence.of_weights:
-                torch.logaddexp(total, t, out=total)
+        lse_teacher, lse_student = (None, None) if sums is None else sums
+        each = self._each_teacher(block, divergence, lse_teacher)
+        log, p = next(each)
+        for more in each:
+            if divergence.compares == "scores":
+                log += more.log
             else:
-                total += t
-        assert total is not None
-        if count > 1:
-            total = total.sub_(math.log(count)) if divergence.of_weights else hide_(total.div_(count), block)
-        s = self._scores(self.student, block, STUDENT)
-        return total, _normalised(s, block, None if sums is None else sums[1]) if divergence.of_weights else s
+                torch.logaddexp(log, more.log, out=log)
+                p += more.p
+        count = len(self.teachers)
+        if count > 1 and divergence.compares == "scores":
+            hide_(log.div_(count), block)
+        elif count > 1:
+            log -= math.log(count)
+            p /= count
+        numbers = STUDENT, STUDENT_WEIGHTS
+        return Weights(log, p), self._weights(self.student, block, divergence, lse_student, numbers)
 
-    def _scores(self, scores: Scores, block: Block, number: int) -> Tensor:
-        return block_scores(scores, block, self.memory, number, self.wide)
+    def _each_teacher(self, block: Block, divergence: Divergence, lse: Tensor | None) -> Iterator[Weights]:
+        for g, scores in enumerate(self.teachers):
+            theirs = None if lse is None else lse[:, g :: len(self.teachers)]
+            numbers = (SPARE, SPARE_WEIGHTS) if g else (TEACHER, TEACHER_WEIGHTS)
+            yield self._weights(scores, block, divergence, theirs, numbers)
 
-    def spare(self, block: Block) -> Spare:
-        """Memory for a block's terms."""
-        return lambda number: self.memory.of(SPARE + number, block.shape, self.wide)
+    def _weights(
+        self,
+        scores: Scores,
+        block: Block,
+        divergence: Divergence,
+        lse: Tensor | None,
+        numbers: tuple[int, int],
+    ) -> Weights:
+        """Scores, or their softmax and its logarithm; `lse` is the log-sum-exp over all keys."""
+        log = block_scores(scores, block, self.memory, numbers[0], self.wide)
+        if divergence.compares == "scores":
+            return Weights(log, log)
+        p = self.memory.of(numbers[1], block.shape, self.wide)
+        if lse is not None:
+            log -= block.rows(lse).unsqueeze(-1)
+            # A power of 2, because PyTorch's exp of what is not seen takes 40 times as long on CPU.
+            return Weights(log, torch.mul(log, 1 / math.log(2), out=p).exp2_())
+        torch.softmax(log, -1, out=p)
+        if divergence.compares != "weights":  # the greatest score and weight tell the log-sum-exp
+            log -= log.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
+        return Weights(log, p)
 
 
 def block_scores(scores: Scores, block: Block, memory: Memory, number: int, wide: torch.dtype) -> Tensor:
@@ -177,7 +199,8 @@ def block_scores(scores: Scores, block: Block, memory: Memory, number: int, wide
         narrow = memory.of(number, tuple(flat.shape), q.dtype)
         flat.copy_(torch.bmm(q, k.mT, out=narrow)).mul_(scores.scale)
     if scores.bias is not None:
-        out += block_of(_heads(scores.bias, block.heads), block.queries, block.keys)
+        bias = block_of(_heads(scores.bias, block.heads), block.queries, block.keys)
+        out += bias
     return hide_(out, block)
 
 
@@ -185,12 +208,6 @@ def hide_(scores: Tensor, block: Block) -> Tensor:
     if block.hidden is not None:
         scores[..., block.sure :].masked_fill_(block.hidden, torch.finfo(scores.dtype).min)
     return scores
-
-
-def _normalised(scores: Tensor, block: Block, lse: Tensor | None) -> Tensor:
-    if lse is None:
-        return torch.log_softmax(scores, -1, out=scores)
-    return scores.sub_(block.rows(lse).unsqueeze(-1))
 
 
 def _laid_out(scores: Scores) -> Scores:
