@@ -22,7 +22,7 @@ class Weights(NamedTuple):
     """A block of weights.
 
     Attributes:
-        log: their logarithms; scores, or anything, where those, or only weights, are compared.
+        log: their logarithms; the scores, where those are compared; memory that is free, where only weights are.
         p: the weights, in memory of their own; anything where scores are compared.
     """
 
@@ -67,12 +67,13 @@ def _reverse_kl(teacher: Weights, student: Weights) -> tuple[Tensor, Tensor, Sta
 
 
 def _js(teacher: Weights, student: Weights) -> tuple[Tensor, Tensor, State]:
-    (log_p, p), (log_q, q) = teacher, student
-    # Where both weights are 0 the logarithm of their mean must be finite.
-    log_m = (p + q).mul_(0.5).clamp_(min=torch.finfo(p.dtype).tiny).log_()
-    pull = log_q.sub_(log_m).mul_(q)
+    (free, p), (also_free, q) = teacher, student
+    least = torch.finfo(p.dtype).tiny  # of what is divided by, and of what has a logarithm: 0 log 0 is 0
+    m = torch.add(p, q, out=free).mul_(0.5).clamp_(min=least)
+    pull = torch.div(q, m, out=also_free).clamp_(min=least).log_().mul_(q)
     centre = pull.sum(-1)
-    return log_p.sub_(log_m).mul_(p).sum(-1).add_(centre).mul_(0.5), centre, (pull, q)
+    theirs = torch.div(p, m, out=m).clamp_(min=least).log_().mul_(p)
+    return theirs.sum(-1).add_(centre).mul_(0.5), centre, (pull, q)
 
 
 def _mse(teacher: Weights, student: Weights) -> tuple[Tensor, Tensor, State]:
@@ -101,7 +102,7 @@ def _centred(state: State, centre: Tensor | None) -> Tensor:
 DIVERGENCES = {
     "kl": Divergence(_kl, _plain),
     "reverse_kl": Divergence(_reverse_kl, _centred),
-    "js": Divergence(_js, _centred, 0.5),
+    "js": Divergence(_js, _centred, 0.5, compares="weights"),
     "mse": Divergence(_mse, _centred, 2.0, mean=True, compares="weights"),
     "scores": Divergence(_scores, _plain, 2.0, mean=True, compares="scores"),
 }

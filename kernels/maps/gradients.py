@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headway.kernels.maps.walk import SPARE, Block, Pair
+from headway.kernels.maps.pair import SPARE, Pair
+from headway.kernels.maps.walk import Block
 
 
 class Wanted(NamedTuple):

@@ -16,7 +16,8 @@ from torch import Tensor
 from headway.kernels.maps.divergences import DIVERGENCES
 from headway.kernels.maps.gradients import Gradients, Wanted
 from headway.kernels.maps.operands import Scores, Seen
-from headway.kernels.maps.walk import STUDENT, Pair, block_scores, walk
+from headway.kernels.maps.pair import STUDENT, Pair, block_scores
+from headway.kernels.maps.walk import walk
 
 
 @torch.no_grad()
