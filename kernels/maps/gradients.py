@@ -35,7 +35,9 @@ class Gradients:
         self.pair = pair
         self.dq = torch.zeros_like(q, dtype=pair.wide) if wanted.q else None
         self.dk = torch.zeros_like(k, dtype=pair.wide) if wanted.k else None
-        self.d_bias = torch.zeros_like(bias, dtype=pair.wide) if wanted.bias and bias is not None else None
+        self.d_bias = (
+            torch.zeros_like(bias, dtype=pair.wide) if wanted.bias and isinstance(bias, Tensor) else None
+        )
 
     def add(self, block: Block, slope: Tensor, weight: Tensor | None) -> None:
         """Add a block's.
