@@ -81,12 +81,12 @@ def _measure(
     mask = Mask("causal" in mechanism(name).supports)
     x = torch.randn(1, tokens, HEADS * DIM, device=device, dtype=dtype)
     times: list[tuple[float, float]] = []
-    peak, held = 0, _begin(device)
+    peak, held = 0, begin(device)
     rounds = 0
     while rounds <= ROUNDS and (rounds < 2 or sum(map(sum, times)) < limit):
         times.append(_once(layer, x, mask, device))
         if rounds == 0:
-            peak = _peak(device) - held
+            peak = peak_since(device) - held
             times.clear()  # the first call warms up
         rounds += 1
     forward, backward = (statistics.median(part) for part in zip(*times, strict=True))
@@ -113,7 +113,7 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _begin(device: torch.device) -> int:
+def begin(device: torch.device) -> int:
     """Bytes that are held now; peaks count from here on."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -126,8 +126,8 @@ def _begin(device: torch.device) -> int:
     return _status("VmRSS")
 
 
-def _peak(device: torch.device) -> int:
-    """Bytes at the peak since `_begin`."""
+def peak_since(device: torch.device) -> int:
+    """Bytes at the peak since `begin`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _status("VmHWM") if STATUS.exists() else 0

@@ -39,6 +39,10 @@ class Slopes(NamedTuple):
         """The description of some heads."""
         return self._replace(slopes=self.slopes[first : first + count])
 
+    def every(self, first: int, step: int) -> Slopes:
+        """The description of every so many heads."""
+        return self._replace(slopes=self.slopes[first::step])
+
 
 class Distances(NamedTuple):
     """A bias that is a table of the distance from query to key, for models that are not trained: it has no gradient.
@@ -71,6 +75,10 @@ class Distances(NamedTuple):
     def of_heads(self, first: int, count: int) -> Distances:
         """The description of some heads."""
         return self._replace(table=self.table[first : first + count])
+
+    def every(self, first: int, step: int) -> Distances:
+        """The description of every so many heads."""
+        return self._replace(table=self.table[first::step])
 
 
 Bias = Tensor | Slopes

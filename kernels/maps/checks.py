@@ -54,7 +54,7 @@ def _check_bias(whose: str, bias: Fixed | None, wanted: tuple[int, ...]) -> None
     if bias is None:
         return
     shape = bias.shape if isinstance(bias, Tensor) else (len(bias[0]), len(bias.queries), len(bias.keys))
-    if shape != wanted:
+    if tuple(shape) != wanted:
         raise ValueError(f"{whose}_bias is {list(shape)}: it must be [heads, Q, S] = {list(wanted)}")
 
 
@@ -65,23 +65,21 @@ def described(mask: Mask | Tensor | None, causal: bool, scores: Scores) -> Seen:
         ValueError: the mask's shape or dtype does not fit, or a causal one's lengths.
     """
     (batch, _, queries, _), keys = scores.q.shape, scores.k.shape[2]
-    pairs = None
-    if mask is None:
-        mask = Mask(causal)
-    elif isinstance(mask, Tensor):
+    seen = Seen(Mask(causal))
+    if isinstance(mask, Tensor):
         if mask.dtype != torch.bool:
             raise ValueError(f"mask is {mask.dtype}: a tensor must be bool, true where a key is seen")
         if mask.dim() == 2:
-            mask = _padding(mask, causal, (batch, queries, keys))
+            seen = Seen(_padding(mask, causal, (batch, queries, keys)))
         else:
-            mask, pairs = Mask(causal), _pairs(mask, (batch, 1, queries, keys))
-    else:
-        mask = mask._replace(causal=mask.causal or causal)
+            seen = Seen(Mask(causal), _pairs(mask, (batch, 1, queries, keys)))
+    elif mask is not None:
         if mask.split is not None:
             raise ValueError("mask.split: distillation of maps needs all columns of the sequences here")
-    if mask.causal and mask.shift is None and queries != keys:
+        seen = Seen(mask._replace(causal=mask.causal or causal))
+    if seen.mask.causal and seen.mask.shift is None and queries != keys:
         raise ValueError(f"causal: {queries} queries and {keys} keys; they must be as many")
-    return Seen(mask, pairs)
+    return seen
 
 
 def _padding(real: Tensor, causal: bool, wanted: tuple[int, int, int]) -> Mask:

@@ -16,7 +16,8 @@ from headway.kernels.attention.slopes import learned
 from headway.kernels.maps.divergences import DIVERGENCES, Divergence
 from headway.kernels.maps.gradients import Gradients, Wanted
 from headway.kernels.maps.operands import Scores, Seen
-from headway.kernels.maps.walk import Block, Pair, walk
+from headway.kernels.maps.pair import Pair
+from headway.kernels.maps.walk import Block, walk
 
 
 @torch.compiler.disable
@@ -42,7 +43,7 @@ class _Sums(torch.autograd.Function):
             ctx.dtypes = tuple(None if x is None else x.dtype for x in (q, k, bias))
         if wanted.bias:
             ctx.again = lambda weight_BQ: _pass(pair, divergence, seen, weight_BQ, wanted)[1]
-            ctx.rows = rows
+            ctx.rows = q.new_ones(1, q.shape[2]) if rows is None else rows
         return loss_B
 
     @staticmethod
@@ -51,30 +52,28 @@ class _Sums(torch.autograd.Function):
         dq, dk, d_bias = ctx.saved_tensors
         if d_bias is not None and len(upstream_B):
             # A bias is shared by the samples, and so is its gradient: it scales only if they all are scaled alike.
-            if bool((upstream_B == upstream_B[0]).all()):
-                d_bias = d_bias * upstream_B[0]
-            else:
-                rows = torch.ones_like(dq[:, 0, :, 0]) if ctx.rows is None else ctx.rows
-                d_bias = ctx.again(rows * upstream_B[:, None])[2]
+            alike = bool((upstream_B == upstream_B[0]).all())
+            d_bias = d_bias * upstream_B[0] if alike else ctx.again(upstream_B[:, None] * ctx.rows)[2]
         scaled = (None if x is None else x * upstream_B[:, None, None, None] for x in (dq, dk))
         found = zip((*scaled, d_bias), ctx.dtypes, strict=True)
         return *(None if x is None else x.to(dtype) for x, dtype in found), *[None] * 6
 
 
-def _pass(pair: Pair, divergence: Divergence, seen: Seen, weight_BQ: Tensor | None, wanted: Wanted):
-    """Loss [B] and its gradients, over all blocks. `weight_BQ`: of rows, 1 if None."""
+def _pass(
+    pair: Pair, divergence: Divergence, seen: Seen, weight_BQ: Tensor | None, wanted: Wanted
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Loss [B] and its gradients by q, k and bias, over all blocks. `weight_BQ`: of rows, 1 if None."""
     student = pair.student
     loss_B = torch.zeros(len(student.q), dtype=pair.wide, device=student.q.device)
     gradients = Gradients(pair, wanted)
     for block in walk(student, seen):
-        logs = pair.logs(block, divergence)
-        value_BHQ, centre, state = divergence.terms(*logs, pair.spare(block))
+        value_BHQ, centre, state = divergence.terms(*pair.weights(block, divergence))
         weight = _weight(block, divergence, weight_BQ, loss_B)
         loss_B[block.samples] += (value_BHQ if weight is None else value_BHQ * weight).sum((1, 2))
         if any(wanted):
             gradients.add(block, divergence.slope(state, centre), weight)
     share = 1 / student.q.shape[1]
-    return loss_B * share, gradients.total(share)
+    return loss_B * share, gradients.total(share * divergence.factor)
 
 
 def _weight(block: Block, divergence: Divergence, weight_BQ: Tensor | None, like: Tensor) -> Tensor | None:

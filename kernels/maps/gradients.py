@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headway.kernels.maps.walk import SPARE, Block, Pair
+from headway.kernels.maps.pair import SPARE, Pair
+from headway.kernels.maps.walk import Block
 
 
 class Wanted(NamedTuple):
@@ -34,7 +35,9 @@ class Gradients:
         self.pair = pair
         self.dq = torch.zeros_like(q, dtype=pair.wide) if wanted.q else None
         self.dk = torch.zeros_like(k, dtype=pair.wide) if wanted.k else None
-        self.d_bias = torch.zeros_like(bias, dtype=pair.wide) if wanted.bias and bias is not None else None
+        self.d_bias = (
+            torch.zeros_like(bias, dtype=pair.wide) if wanted.bias and isinstance(bias, Tensor) else None
+        )
 
     def add(self, block: Block, slope: Tensor, weight: Tensor | None) -> None:
         """Add a block's.

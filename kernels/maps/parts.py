@@ -16,7 +16,8 @@ from torch import Tensor
 from headway.kernels.maps.divergences import DIVERGENCES
 from headway.kernels.maps.gradients import Gradients, Wanted
 from headway.kernels.maps.operands import Scores, Seen
-from headway.kernels.maps.walk import STUDENT, Pair, block_scores, walk
+from headway.kernels.maps.pair import STUDENT, Pair, block_scores
+from headway.kernels.maps.walk import walk
 
 
 @torch.no_grad()
@@ -46,7 +47,7 @@ def seen_keys(scores: Scores, seen: Seen) -> Tensor:
 def part_terms(
     teacher: Scores, student: Scores, loss: str, seen: Seen, lse_teacher: Tensor, lse_student: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A row's loss and centre, as far as they come from the part's keys: both [B, H, Q], fp32 or wider.
+    """A row's loss and its centre, as `part_gradients` takes it, from the part's keys: both [B, H, Q], fp32 or wider.
 
     Args:
         teacher, student: see `operands.Sums`; of the part's keys.
@@ -57,8 +58,8 @@ def part_terms(
     pair, divergence = Pair.of(teacher, student), DIVERGENCES[loss]
     value, centre = (student.q.new_zeros(student.q.shape[:3], dtype=pair.wide) for _ in range(2))
     for block in walk(pair.student, seen):
-        logs = pair.logs(block, divergence, (lse_teacher, lse_student))
-        some, middle, _ = divergence.terms(*logs, pair.spare(block))
+        weights = pair.weights(block, divergence, (lse_teacher, lse_student))
+        some, middle, _ = divergence.terms(*weights)
         block.rows(value).copy_(some)
         if middle is not None:
             block.rows(centre).copy_(middle)
@@ -88,7 +89,7 @@ def part_gradients(
     pair, divergence = Pair.of(teacher, student), DIVERGENCES[loss]
     gradients = Gradients(pair, wanted)
     for block in walk(pair.student, seen):
-        logs = pair.logs(block, divergence, (lse_teacher, lse_student))
-        _, _, state = divergence.terms(*logs, pair.spare(block))
+        weights = pair.weights(block, divergence, (lse_teacher, lse_student))
+        _, _, state = divergence.terms(*weights)
         gradients.add(block, divergence.slope(state, block.rows(centre)), block.rows(upstream))
-    return gradients.total(1.0)
+    return gradients.total(divergence.factor)
