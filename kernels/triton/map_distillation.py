@@ -156,15 +156,15 @@ def _forward(call: _Call) -> tuple[Tensor, ...]:
     values, lse_s = call.rows(size.heads), call.rows(size.heads)
     lse_t = call.rows(size.heads * call.group)
     if call.group == 1 and loss in ("kl", "reverse_kl"):
-        given = *call.operands, lse_t, lse_s, values
-        kernels.divergence_kernel[programs,](*given, **call.constants, **tiles)
+        found = lse_t, lse_s, values
+        kernels.divergence_kernel[programs,](*call.operands, *found, **call.constants, **tiles)
         return values, lse_t, lse_s, values, values
     if loss != "scores":
         _log_sums(call, call.teacher, size.heads * call.group, lse_t, "T")
         _log_sums(call, call.student, size.heads, lse_s, "S")
     centres, shares = call.rows(size.heads), call.rows(1)
-    given = *call.operands, lse_t, lse_s, values, centres, shares
-    kernels.terms_kernel[programs,](*given, G=call.group, **call.constants, **tiles)
+    written = lse_t, lse_s, values, centres, shares
+    kernels.terms_kernel[programs,](*call.operands, *written, G=call.group, **call.constants, **tiles)
     return values, lse_t, lse_s, centres, shares
 
 
@@ -220,7 +220,8 @@ def _biases(bias: Bias | None) -> Biases:
         return Biases(None, 0, 0, 0, None, None, None)
     if isinstance(bias, Slopes):
         return Biases(None, 0, 0, 0, *(x.contiguous() for x in bias))
-    return Biases(bias, *bias.stride(), None, None, None)
+    head, query, key = bias.stride()
+    return Biases(bias, head, query, key, None, None, None)
 
 
 def _lowered(seen: operands.Seen, rows: Tensor | None, student: Scores) -> _Lowered:
@@ -230,8 +231,8 @@ def _lowered(seen: operands.Seen, rows: Tensor | None, student: Scores) -> _Lowe
     if mask.shift or (mask.scope is not None and mask.window is None):
         places = mask._replace(documents=None, key_documents=None)
         written = lower(places, queries, keys, student.q.device)
-        assert written is not None
-        pairs = written if pairs is None else pairs & written
+        if written is not None:
+            pairs = written if pairs is None else pairs & written
         mask = mask._replace(causal=False, prefix=None, scope=None)
     theirs = mask.documents if mask.key_documents is None else mask.key_documents
     described = Seen(
@@ -244,14 +245,16 @@ def _lowered(seen: operands.Seen, rows: Tensor | None, student: Scores) -> _Lowe
     )  # fmt: skip
     if pairs is not None:
         allowed = pairs[:, 0].expand(batch, queries, keys).view(torch.uint8)
+        sample, query, key = allowed.stride()
         described = described._replace(
-            **dict(zip(Seen._fields[-4:], (allowed, *allowed.stride()), strict=True))
+            allowed=allowed, allowed_batch=sample, allowed_query=query, allowed_key=key
         )
     return _Lowered(described, mask.causal)
 
 
 def _of_samples(x: Tensor | None, batch: int) -> Tensor | None:
-    return None if x is None else x.expand(batch, *x.shape[1:]).contiguous()
+    """Numbers of documents or places for every sample; 32 bits hold them, and take half of the registers."""
+    return None if x is None else x.expand(batch, *x.shape[1:]).to(torch.int32).contiguous()
 
 
 def padded(width: int) -> int:
@@ -264,9 +267,9 @@ _BLOCKS = {
     4: {64: (32, 32, 4, 2), 128: (32, 32, 4, 1), 512: (16, 16, 4, 1)},
 }
 """By the bytes of a number and the width at most: queries (or keys) of a program, keys (or queries) that it takes at
-once, warps, stages. Chosen so that kernels compiled for sm_80, sm_90a and gfx942 spill no registers at widths of 64 and
-128, and take less than 99 KiB of shared memory there, what all GPUs since sm_80 have; fp32 products do not use tensor
-cores and need more registers. They are not tuned by time."""
+once, warps, stages. Chosen so that kernels of bf16 compiled for sm_80, sm_90a and gfx942 spill four registers at most
+at widths of 64 and 128, and take less than 99 KiB of shared memory, which all GPUs since sm_80 have; products of fp32
+use no tensor cores, and take more registers. They are not tuned by time."""
 
 
 def blocks(itemsize: int, width: int, keys: bool = False) -> dict[str, int]:

@@ -16,6 +16,9 @@ Where G teacher heads stand for a student's, p is the mean of their maps; for `s
 Shapes, `rows` and `cols`: see `map_tiles`.
 """
 
+# Triton gives the arguments their types; only constants are marked.
+# mypy: allow-incomplete-defs
+
 from __future__ import annotations
 
 import triton
@@ -33,6 +36,7 @@ from headway.kernels.triton.map_tiles import (
     teacher_keys,
     teacher_queries,
     tile,
+    wide,
 )
 
 # -- losses --------------------------------------------------------------------------------------------------------
@@ -64,6 +68,12 @@ def log_add(x, y):
 
 
 @triton.jit
+def log_mean(x, y):
+    """log((e^x + e^y) / 2), finite where both powers vanish."""
+    return tl.log(tl.maximum(0.5 * (tl.exp(x) + tl.exp(y)), 1e-37))
+
+
+@triton.jit
 def terms(t, s, LOSS: tl.constexpr):
     """f and q g of every key, n being 1; t, s: log p and log q, for `scores` the scores.
 
@@ -76,7 +86,7 @@ def terms(t, s, LOSS: tl.constexpr):
     elif LOSS == "reverse_kl":
         value = tl.exp(s) * (s - t) + (tl.exp(t) - tl.exp(s))
     elif LOSS == "js":
-        log_m = log_add(t, s) - 0.6931471805599453
+        log_m = log_mean(t, s)
         weighted = 0.5 * tl.exp(s) * (s - log_m)
         value = 0.5 * tl.exp(t) * (t - log_m) + weighted
     elif LOSS == "mse":
@@ -96,7 +106,7 @@ def score_gradient(t, s, centre, share, LOSS: tl.constexpr):
     elif LOSS == "reverse_kl":
         found = tl.exp(s) * (s - t - centre)
     elif LOSS == "js":
-        found = tl.exp(s) * (0.5 * (s - log_add(t, s) + 0.6931471805599453) - centre)
+        found = tl.exp(s) * (0.5 * (s - log_mean(t, s)) - centre)
     elif LOSS == "mse":
         found = tl.exp(s) * (2 * share * (tl.exp(s) - tl.exp(t)) - centre)
     else:
@@ -334,6 +344,6 @@ def bias_gradient_kernel(
         s = scores(q_s, k_s, student, h, rows, cols, sizes)
         ds = masked_gradient(t, s, seen, lse_s, centres, shares, b, h, rows, cols, sizes, LOSS, CAUSAL)
         total += ds * tl.load(upstream + b)
-    start = d_bias + h.to(tl.int64) * sizes.queries * sizes.keys
+    start = d_bias + wide(h) * sizes.queries * sizes.keys
     inside = (rows < sizes.queries) & (cols < sizes.keys)
-    tl.store(start + rows.to(tl.int64) * sizes.keys + cols, total, mask=inside)
+    tl.store(start + wide(rows) * sizes.keys + cols, total, mask=inside)

@@ -5,6 +5,9 @@ power of two that holds it. Scores are [M, N], or [N, M] where queries are summe
 queries and keys, are [M, 1] and [1, N], or [1, M] and [N, 1].
 """
 
+# Triton gives the arguments their types; only constants are marked.
+# mypy: allow-incomplete-defs
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -49,8 +52,8 @@ class Seen(NamedTuple):
 
     Attributes:
         counts: uint8 [B, Q], 0 for rows that do not count: they see nothing.
-        documents, key_documents: int [B, Q] and [B, K]; only keys of a query's document are seen.
-        prefix: int [B]; keys before it are seen in spite of causality.
+        documents, key_documents: int32 [B, Q] and [B, K]; only keys of a query's document are seen.
+        prefix: int32 [B]; keys before it are seen in spite of causality.
         window: width; only keys less than so many places away are seen.
         allowed: uint8 [B, Q, K] with its strides, 0 where a key is not seen.
     """
@@ -88,12 +91,21 @@ def place_of(heads, length, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def start_of(x, b, head, first):
+    """Where row `first` of x[b, head] is. Offsets in a whole tensor need 64 bits, those inside a tile do not."""
+    return x.data + wide(b) * x.batch + wide(head) * x.head + wide(first) * x.place
+
+
+@triton.jit
+def wide(number):
+    """In 64 bits; interpreted, a loop's number is Python's."""
+    return tl.cast(number, tl.int64)
+
+
+@triton.jit
 def tile(x, b, head, first, length, N: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
     """N rows of x[b, head] from `first` on, zeros beyond the ends, [N, W]."""
-    # Offsets of a whole tensor need 64 bits, those inside a tile do not.
-    start = (
-        x.data + b.to(tl.int64) * x.batch + head.to(tl.int64) * x.head + tl.cast(first, tl.int64) * x.place
-    )
+    start = start_of(x, b, head, first)
     row = tl.arange(0, N)[:, None]
     column = tl.arange(0, W)[None, :]
     inside = row < length - first
@@ -105,9 +117,7 @@ def tile(x, b, head, first, length, N: tl.constexpr, D: tl.constexpr, W: tl.cons
 @triton.jit
 def put(x, b, head, first, length, value, N: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
     """Writes what `tile` reads."""
-    start = (
-        x.data + b.to(tl.int64) * x.batch + head.to(tl.int64) * x.head + tl.cast(first, tl.int64) * x.place
-    )
+    start = start_of(x, b, head, first)
     place = tl.arange(0, N)[:, None]
     column = tl.arange(0, W)[None, :]
     inside = (place < length - first) & (column < D)
@@ -121,7 +131,7 @@ def teacher_queries(
     """Query tiles of the G teacher heads of student head h."""
     tiles = ()  # Triton has sums of tuples, but no stars
     for g in tl.static_range(G):
-        tiles = tiles + (tile(teacher.q, b, h * G + g, first, sizes.queries, M, D, W),)  # noqa: RUF005
+        tiles = tiles + (tile(teacher.q, b, h * G + g, first, sizes.queries, M, D, W),)  # type: ignore[assignment]  # noqa: RUF005
     return tiles
 
 
@@ -132,7 +142,8 @@ def teacher_keys(
     """Key tiles of the G teacher heads of student head h."""
     tiles = ()  # Triton has sums of tuples, but no stars
     for g in tl.static_range(G):
-        tiles = tiles + (tile(teacher.k, b, (h * G + g) // teacher.group, first, sizes.keys, N, D, W),)  # noqa: RUF005
+        head = (h * G + g) // teacher.group
+        tiles = tiles + (tile(teacher.k, b, head, first, sizes.keys, N, D, W),)  # type: ignore[assignment]  # noqa: RUF005
     return tiles
 
 
@@ -142,8 +153,8 @@ def scores(left, right, model, head, rows, cols, sizes):
     found = tl.dot(left, tl.trans(right), input_precision="ieee") * model.scale
     bias = model.bias
     if bias.dense is not None:
-        start = bias.dense + head.to(tl.int64) * bias.head
-        where = rows.to(tl.int64) * bias.query + cols.to(tl.int64) * bias.key
+        start = bias.dense + wide(head) * bias.head
+        where = wide(rows) * bias.query + wide(cols) * bias.key
         inside = (rows < sizes.queries) & (cols < sizes.keys)
         found += tl.load(start + where, mask=inside, other=0.0).to(tl.float32)
     if bias.slopes is not None:
@@ -172,8 +183,8 @@ def sees(seen, b, rows, cols, sizes, CAUSAL: tl.constexpr):
         theirs = tl.load(seen.key_documents + b * sizes.keys + cols, mask=cols < sizes.keys, other=0)
         ok = ok & (own == theirs)
     if seen.allowed is not None:
-        start = seen.allowed + b.to(tl.int64) * seen.allowed_batch
-        where = rows.to(tl.int64) * seen.allowed_query + cols.to(tl.int64) * seen.allowed_key
+        start = seen.allowed + wide(b) * seen.allowed_batch
+        where = wide(rows) * seen.allowed_query + wide(cols) * seen.allowed_key
         ok = ok & (tl.load(start + where, mask=inside, other=0) != 0)
     return ok
 
@@ -186,7 +197,7 @@ def key_range(seen, b, first, sizes, CAUSAL: tl.constexpr, M: tl.constexpr, N: t
     if CAUSAL:
         stop = tl.minimum(stop, first + M)
         if seen.prefix is not None:
-            stop = tl.maximum(stop, tl.minimum(sizes.keys, tl.load(seen.prefix + b).to(tl.int32)))
+            stop = tl.maximum(stop, tl.minimum(sizes.keys, tl.load(seen.prefix + b)))
     if seen.window is not None:
         start = tl.maximum(0, first - seen.window + 1) // N * N
         stop = tl.minimum(stop, first + M + seen.window - 1)
@@ -211,12 +222,12 @@ def query_range(seen, b, first, sizes, CAUSAL: tl.constexpr, M: tl.constexpr, N:
 @triton.jit
 def row(data, b, heads, head, rows, sizes):
     """Something of every row, [B, heads, Q], of some rows; 0 beyond the end."""
-    start = data + (b * heads + head).to(tl.int64) * sizes.queries
+    start = data + wide(b * heads + head) * sizes.queries
     return tl.load(start + rows, mask=rows < sizes.queries, other=0.0)
 
 
 @triton.jit
 def put_row(data, b, heads, head, rows, sizes, value):
     """Writes what `row` reads; `rows` is one-dimensional."""
-    start = data + (b * heads + head).to(tl.int64) * sizes.queries
+    start = data + wide(b * heads + head) * sizes.queries
     tl.store(start + rows, value, mask=rows < sizes.queries)
