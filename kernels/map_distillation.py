@@ -47,6 +47,8 @@ from headway.kernels.maps.operands import Scores, Sums
 from headway.kernels.precision import product_dtype
 
 KERNELS = ("reference", "chunked", "triton")
+WIDEST = 256
+"""Head dimension up to which Triton's tiles fit, and half of what G teacher heads have together, without padding."""
 
 
 class MapSums(NamedTuple):
@@ -137,23 +139,26 @@ def map_distillation_sums(
         return MapSums(compute(teacher, student, loss, seen, rows_BQ), rows_B)
 
 
-def choose(kernel: str, q: Tensor) -> Sums:
-    """The function that computes the sums.
+def choose(kernel: str, teacher: Scores, student: Scores) -> Sums:
+    """The function that computes the sums: Triton on GPUs, but for fp64 and heads that are too wide for it.
 
     Raises:
-        KernelUnavailable: it is unknown, or cannot run on the queries' device.
+        KernelUnavailable: it is unknown, or cannot compute these.
     """
-    fast = q.device.type == "cuda" and q.dtype != torch.float64
-    name = ("triton" if fast else "chunked") if kernel == "auto" else kernel
-    if name not in KERNELS:
-        raise KernelUnavailable(name, f"maps are distilled by {', '.join(KERNELS)}", "auto")
-    if name == "triton":
-        if not fast:
-            raise KernelUnavailable(name, f"it takes no fp64, and runs on cuda, not on {q.device}", "chunked")
+    if kernel not in ("auto", *KERNELS):
+        raise KernelUnavailable(kernel, f"maps are distilled by {', '.join(KERNELS)}", "auto")
+    group = teacher.q.shape[1] // student.q.shape[1]
+    device, narrow = student.q.device, torch.float64 not in (teacher.q.dtype, student.q.dtype)
+    fits = max(student.q.shape[3], teacher.q.shape[3], teacher.q.shape[3] * group // 2) <= WIDEST
+    able = device.type == "cuda" and narrow and fits
+    if kernel == "triton" and not able:
+        rule = f"it takes no fp64 and heads up to {WIDEST} wide, and runs on cuda, not on {device}"
+        raise KernelUnavailable(kernel, rule, "chunked")
+    if kernel == "triton" or (kernel == "auto" and able):
         from headway.kernels.triton.map_distillation import sums  # Triton is not installed everywhere
 
         return sums
-    return reference.sums if name == "reference" else chunked.sums
+    return reference.sums if kernel == "reference" else chunked.sums
 
 
 def relation_loss(
