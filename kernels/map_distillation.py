@@ -134,7 +134,7 @@ def map_distillation_sums(
     rows_BQ = seen.rows(student)
     batch, _, queries, _ = q_student.shape
     rows_B = torch.full((batch,), queries, device=q_student.device) if rows_BQ is None else rows_BQ.sum(1)
-    compute = choose(kernel, q_student)
+    compute = choose(kernel, teacher, student)
     with torch.autocast(q_student.device.type, enabled=False):
         return MapSums(compute(teacher, student, loss, seen, rows_BQ), rows_B)
 

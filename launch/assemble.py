@@ -120,7 +120,8 @@ def assemble(resolved: Resolved, world: World) -> Parts:
     inputs = dataset.inputs
     source = find_teacher(job, dataset)
     told = dataset.specials, dataset.starts
-    objective = build_objective(job, inputs, *told, device="meta", teacher=source and shape_of(source))
+    shape = None if source is None else shape_of(source)
+    objective = build_objective(job, inputs, *told, device="meta", teacher=shape)
     loader = Loader(
         SampleStream(dataset.train, job.train.seed),
         objective.collate,

@@ -118,7 +118,8 @@ def shape_of(source: TeacherSource) -> TeacherShape:
     classes = shapes["head.weight"][0] if model.family == "vit" and "head.weight" in shapes else 0
     if model.family == "vit" or table is None or not has_head(source):
         return TeacherShape(model, classes=classes)
-    return TeacherShape(model, *table, "head.bias" in shapes)
+    vocab, width = table
+    return TeacherShape(model, vocab, width, "head.bias" in shapes)
 
 
 def teacher_job(source: TeacherSource, job: Job, precision: str) -> Job:

@@ -71,7 +71,7 @@ class TeacherSource:
         found = hashlib.sha256(json.dumps(self.folder.hf_config, sort_keys=True).encode())
         for name, tensor in self.folder.tensors():
             found.update(name.encode())
-            found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+            found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         return found.hexdigest()
 
     def pieces(self) -> list[str] | None:
@@ -80,8 +80,9 @@ class TeacherSource:
             found = find_tokenizer(self.folder.path)
             if found is None:
                 return None
-            settings = config.Tokenizer(kind=found.kind, path=str(self.folder.path / found.file))
-            return load_tokenizer(settings, self.folder.path / found.file).pieces()
+            path = self.folder.path / found.file
+            settings = config.Tokenizer.model_validate({"kind": found.kind, "path": str(path)})
+            return load_tokenizer(settings, path).pieces()
         try:
             return find_job_tokenizer(self.job)[1].pieces()
         except HeadwayError:

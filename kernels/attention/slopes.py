@@ -5,7 +5,7 @@ Shapes: H query heads, Q queries, K keys.
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -121,14 +121,19 @@ def block_of(bias: Fixed, queries: slice | Tensor = _ALL, keys: slice | Tensor =
     return bias[:, queries][:, :, keys]
 
 
-Some = TypeVar("Some", Tensor, Slopes, Distances)
+@overload
+def part_of(bias: Bias, queries: slice = _ALL, keys: slice = _ALL) -> Bias: ...
 
 
-def part_of(bias: Some, queries: slice = _ALL, keys: slice = _ALL) -> Some:
+@overload
+def part_of(bias: Fixed, queries: slice = _ALL, keys: slice = _ALL) -> Fixed: ...
+
+
+def part_of(bias: Fixed, queries: slice = _ALL, keys: slice = _ALL) -> Fixed:
     """Some queries and keys of a bias, described as it was."""
     return bias[:, queries, keys] if isinstance(bias, Tensor) else bias.of(queries, keys)
 
 
-def learned(bias: Bias | None) -> Tensor | None:
+def learned(bias: Fixed | None) -> Tensor | None:
     """The bias if it is a tensor, which may want a gradient."""
     return bias if isinstance(bias, torch.Tensor) else None

@@ -10,18 +10,19 @@ Shapes: B batch, H student heads, G H teacher heads, S rows here, M keys here, T
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from headway.kernels.attention.dense import per_query_head
 from headway.kernels.attention.masks import Mask
-from headway.kernels.attention.slopes import Distances, Fixed, Slopes, learned, part_of
+from headway.kernels.attention.slopes import Distances, Slopes, learned, part_of
 from headway.kernels.maps.divergences import DIVERGENCES
 from headway.kernels.maps.gradients import Wanted
 from headway.kernels.maps.operands import Scores, Seen
 from headway.kernels.maps.parts import log_sums, part_gradients, part_terms, seen_keys
+from headway.kernels.precision import product_dtype
 from headway.parallel.context.exchange import Team
 from headway.parallel.context.ring import Homeward, Part, Task, travel
 from headway.pretrain.models.attention import Shown
@@ -41,12 +42,14 @@ def compare(
 @torch.compiler.disable
 def _compare(team: Team, shown: Shown, q: Tensor, k: Tensor, bias_HR: Tensor | None, loss: str) -> Tensor:
     assert shown.mask.split is not None
-    dtype = shown.q_BHSD.dtype
+    dtype = product_dtype(shown.q_BHSD)
     bias = None if bias_HR is None else _here(bias_HR, team, shown.mask.split[0])
     teacher = Scores(q.to(dtype), per_query_head(k, q).to(dtype), q.shape[-1] ** -0.5, bias)
-    student = Scores(shown.q_BHSD, shown.k_BKMD, shown.scale, shown.bias_HSM)
+    student = Scores(shown.q_BHSD.to(dtype), shown.k_BKMD.to(dtype), shown.scale, shown.bias_HSM)
     task = Task(team, shown.mask, None, 1.0)
-    out: Tensor = _Compare.apply(student.q, student.k, learned(student.bias), teacher, student, loss, task)
+    own = learned(shown.bias_HSM)
+    with torch.autocast(q.device.type, enabled=False):
+        out: Tensor = _Compare.apply(student.q, student.k, own, teacher, student, loss, task)
     return out
 
 
@@ -107,12 +110,10 @@ class Keys(NamedTuple):
         return torch.cat(flat, -1)[None, :, None].contiguous()
 
     def unpacked(self, packed: Tensor) -> tuple[Tensor, Tensor]:
-        sizes = [h * d for h, d in zip(self.heads, self.widths, strict=True)]
-        theirs, ours = packed[0, :, 0].split(sizes, -1)
-        return tuple(  # type: ignore[return-value]
-            x.unflatten(-1, (h, d)).transpose(1, 2)
-            for x, h, d in zip((theirs, ours), self.heads, self.widths, strict=True)
-        )
+        shapes = list(zip(self.heads, self.widths, strict=True))
+        flat = packed[0, :, 0].split([h * d for h, d in shapes], -1)
+        theirs, ours = (x.unflatten(-1, shape).transpose(1, 2) for x, shape in zip(flat, shapes, strict=True))
+        return theirs, ours
 
 
 def _parts(
@@ -123,22 +124,15 @@ def _parts(
     for stop, (source, packed) in enumerate(travel(keys.packed(teacher, student), task)):
         theirs, ours = keys.unpacked(packed)
         for part in task.parts(source):
-            pair = (
-                Scores(
-                    s.q[:, :, part.queries].detach(),
-                    k[:, :, part.keys],
-                    s.scale,
-                    _some(s.bias, part),
-                )
-                for s, k in ((teacher, theirs), (student, ours))
-            )
+            pair = _some(teacher, theirs, part), _some(student, ours, part)
             yield stop, packed.shape[3], part, *pair, Seen(part.mask)
 
 
-def _some(bias: Fixed | None, part: Part) -> Any:
-    if bias is None:
-        return None
-    return part_of(bias.detach() if isinstance(bias, Tensor) else bias, part.queries, part.places)  # type: ignore
+def _some(scores: Scores, k: Tensor, part: Part) -> Scores:
+    """A model's scores of a part of rows and keys."""
+    bias = scores.bias.detach() if isinstance(scores.bias, Tensor) else scores.bias
+    some = None if bias is None else part_of(bias, part.queries, part.places)
+    return Scores(scores.q[:, :, part.queries].detach(), k[:, :, part.keys], scores.scale, some)
 
 
 def _counting(mask: Mask, task: Task, seen_BS: Tensor) -> Tensor:
@@ -195,12 +189,17 @@ class _Compare(torch.autograd.Function):
                 d_k = torch.zeros(1, *k.shape[:2], columns, k.shape[3], dtype=wide, device=q.device)
                 at = stop
             here = part.queries
-            rows = (x[:, :, here] for x in (lse_teacher, lse_student, centre, upstream))
-            some_q, some_k, some_bias = part_gradients(theirs, ours, loss, sees, *rows, wanted)
+            rows = [x[:, :, here] for x in (lse_teacher, lse_student, centre, upstream)]
+            found = part_gradients(theirs, ours, loss, sees, rows[0], rows[1], rows[2], rows[3], wanted)
+            some_q, some_k, some_bias = found
+            assert some_q is not None
+            assert some_k is not None
+            assert d_k is not None
             dq[:, :, here] += some_q
             d_k[0, :, :, part.keys] += some_k
-            if d_bias is not None:
+            if d_bias is not None and some_bias is not None:
                 d_bias[:, here, part.places] += some_bias
+        assert d_k is not None  # every rank stops at its own keys
         d_k = homeward.add(d_k)
         given = None if d_bias is None else d_bias.to(bias.dtype)
         return dq.to(q.dtype), d_k[0].to(k.dtype), given, *[None] * 4

@@ -36,8 +36,9 @@ def lay_out(job: Job, ours: Layout, ranks: int) -> Layout:
         JobError: the axes do not make up the ranks.
     """
     wanted = job.parallel.teacher
-    axes = {"tensor": wanted.tensor or ours.tensor, "context": wanted.context or ours.context}
-    return mesh.lay_out(Parallel(**axes, replicate=wanted.replicate, shard=wanted.shard), ranks)
+    tensor, context = wanted.tensor or ours.tensor, wanted.context or ours.context
+    axes = Parallel(tensor=tensor, context=context, replicate=wanted.replicate, shard=wanted.shard)
+    return mesh.lay_out(axes, ranks)
 
 
 def hire(

@@ -25,7 +25,7 @@ from headway.pretrain.models.layers import narrowed
 from headway.pretrain.objectives import Objective
 from headway.pretrain.objectives.classify import Classifier
 from headway.pretrain.objectives.distill import names
-from headway.pretrain.objectives.distill.distillation import Wanted
+from headway.pretrain.objectives.distill.distillation import DOCUMENTS, Wanted
 from headway.pretrain.objectives.distill.show import ask, collect, install
 
 
@@ -87,7 +87,8 @@ class Teaching(nn.Module):
 
     def _top(self, rows_NE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Likeliest words of every row, in chunks of rows: logits are never whole."""
-        weight, bias = self.objective.head_weight, self.objective.head_bias
+        weight: Any = self.objective.head_weight
+        bias = self.objective.head_bias
         step = chunk_rows(weight.shape[0], 4, rows_NE.device.type)
         parts = [
             self.words(nn.functional.linear(rows_NE[i : i + step], weight, bias), k, self.temperature)
@@ -98,23 +99,17 @@ class Teaching(nn.Module):
 
     def _mean(self, final_BSE: Tensor, batch: Batch) -> Tensor:
         """Mean of a row's last hidden states over the places that count, [B, E]."""
-        tower = len(self.objective.towers) - 1
-        documents = batch.get(("documents", "target_documents")[tower])
+        documents = batch.get(DOCUMENTS[len(self.objective.towers) - 1])
         team = self.slicer.team if self.slicer is not None and self.slicer.cut.sequences else None
-        x_BSE, counted = final_BSE.to(torch.promote_types(final_BSE.dtype, torch.float32)), None
-        if documents is not None:
-            counted = (documents >= 0).sum(1, keepdim=True).clamp(min=1)
-            here = documents
-            if team is not None:
-                runs = team.runs(documents.shape[1])
-                here = torch.cat([documents[:, run.start : run.stop] for run in runs], 1)
-            x_BSE = torch.where(here[..., None] >= 0, x_BSE, 0)
-        total = x_BSE.sum(1)
-        length = final_BSE.shape[1] if team is None else None
+        x_BSE = final_BSE.to(torch.promote_types(final_BSE.dtype, torch.float32))
+        here = documents
+        if documents is not None and team is not None:
+            here = torch.cat([documents[:, run.start : run.stop] for run in team.runs(documents.shape[1])], 1)
+        counted_BS = x_BSE.new_ones(x_BSE.shape[:2]) if here is None else (here >= 0).to(x_BSE.dtype)
+        sums_BE, counts_B = (x_BSE * counted_BS[..., None]).sum(1), counted_BS.sum(1, keepdim=True)
         if team is not None:
-            total = team.sum(total)
-            length = int(team.sum(torch.tensor(final_BSE.shape[1], device=total.device)))
-        return total / (length if counted is None else counted)
+            sums_BE, counts_B = team.sum(sums_BE), team.sum(counts_B)
+        return sums_BE / counts_B.clamp(min=1)
 
 
 def likeliest(logits_NV: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,14 +152,14 @@ def shard(teaching: Teaching, world: World) -> None:
 
 def _over_ranks(objective: Objective, world: World) -> Any:
     """`likeliest` where each rank has the logits of some words."""
-    table = objective.model.embed.tokens  # type: ignore[union-attr]
-    first: int = table.first  # type: ignore[union-attr, assignment]
+    table: Any = objective.get_submodule("model.embed.tokens")
+    first: int = table.first
     group = world.group("tensor")
 
     def words(logits_NV: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         values, numbers, lse = likeliest(logits_NV, min(k, logits_NV.shape[1]), temperature)
         ranks = world.layout.tensor
-        width = -(-table.num_embeddings // ranks)  # type: ignore[operator]
+        width = -(-table.num_embeddings // ranks)
         pad = min(k, width) - values.shape[1]
         mine = torch.cat(
             (

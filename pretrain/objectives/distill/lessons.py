@@ -65,7 +65,7 @@ def lessons(settings: Distill, student: Model, teacher: Model) -> list[list[Less
                 continue
             how, field = _how(settings, name)
             for layer, source in enumerate(layer_map(how, ours, theirs, field)):
-                blocks[layer] = replace(blocks[layer], **{name: source})
+                blocks[layer] = replace(blocks[layer], **{name: source})  # type: ignore[arg-type]
                 if name == "attention" and tower and term.across:
                     blocks[layer] = replace(blocks[layer], across=source)
         if settings.states.weight and settings.states.embeddings:

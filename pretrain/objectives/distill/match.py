@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headway.kernels.attention.masks import Mask
-from headway.kernels.attention.slopes import Bias, Distances
+from headway.kernels.attention.slopes import Distances, Fixed
 from headway.kernels.map_distillation import map_distillation_sums, relation_heads
 from headway.pretrain.config import Model
 from headway.pretrain.config.distill import Distill
@@ -96,7 +96,7 @@ class Match(Tap):
         name = Target(self.lesson.tower, layer, "q", across)
         if name.name not in taught or name._replace(what="k").name not in taught:
             return None
-        q, k = (taught[name._replace(what=what).name].transpose(1, 2) for what in ("q", "k"))  # type: ignore
+        q, k = (taught[x.name].transpose(1, 2) for x in (name, name._replace(what="k")))
         by_distance = taught.get(name._replace(what="bias").name)
         return q, k, None if by_distance is None else by_distance[0].T
 
@@ -106,10 +106,10 @@ class Match(Tap):
         if theirs is None:
             return None
         ours = {"queries": shown.q_BHSD, "keys": shown.k_BKMD, "values": shown.v_BKMD}[of]
+        theirs = relation_heads(theirs.transpose(1, 2), self.heads)
         return self.maps(
-            relating(shown, ours, self.heads), *[relation_heads(theirs.transpose(1, 2), self.heads)] * 2, None,
-            self.settings.relations.loss,
-        )  # fmt: skip
+            relating(shown, ours, self.heads), theirs, theirs, None, self.settings.relations.loss
+        )
 
 
 def compare_maps(shown: Shown, q_BHSD: Tensor, k_BHMD: Tensor, bias_HR: Tensor | None, loss: str) -> Tensor:
@@ -119,7 +119,7 @@ def compare_maps(shown: Shown, q_BHSD: Tensor, k_BHMD: Tensor, bias_HR: Tensor |
 
 
 @torch.compiler.disable
-def sums(shown: Shown, q_BHSD: Tensor, k_BHMD: Tensor, bias: Bias | None, loss: str) -> Tensor:
+def sums(shown: Shown, q_BHSD: Tensor, k_BHMD: Tensor, bias: Fixed | None, loss: str) -> Tensor:
     """`map_distillation_sums` of what a student's attention shows."""
     return map_distillation_sums(
         q_BHSD.to(shown.q_BHSD.dtype), k_BHMD.to(shown.q_BHSD.dtype), shown.q_BHSD, shown.k_BKMD,

@@ -88,7 +88,9 @@ def ask(teacher: Objective, wanted: Collection[Target]) -> None:
             asked = {
                 (t.what, t.across) for t in wanted if t.tower == tower and t.layer // stack.repeats == number
             }
-            block.tap.asked = frozenset(asked)
+            tap = block.tap
+            assert isinstance(tap, Show)
+            tap.asked = frozenset(asked)
 
 
 def collect(tower: int, hidden: Hidden, wanted: Collection[Target]) -> dict[str, Tensor]:
