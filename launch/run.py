@@ -134,6 +134,7 @@ def train_and_save(parts: Parts, folder: Path, recorder: Recorder, stop: StopReq
         keep_last=job.checkpoint.keep_last,
         keep_every=job.checkpoint.keep_every,
         incarnation=incarnation(),
+        group=world.everyone,
         timeout=job.parallel.timeout / 2,  # the others wait for rank 0 in a collective meanwhile
     )
     saver = saving.Saver(checkpointer, parts, recorder)

@@ -80,17 +80,18 @@ def restore(parts: Parts, path: Path) -> tuple[int, list[str]]:
     """
     state, imported = parts.engine.state(), read_manifest(path).numbers.get("imported")
     if imported:
-        notes = from_checkpoint(weights_of(parts.engine), path, parts.job)
+        notes = from_checkpoint(weights_of(parts.engine), path, parts.job, parts.world.everyone)
         parts.engine.weights_changed()
         return 0, [f"the weights were imported from {imported}, training begins here", *notes]
-    numbers: dict[str, Any] = load(path, state, verify=False)  # `choose` has verified it
+    group = parts.world.everyone
+    numbers: dict[str, Any] = load(path, state, verify=False, group=group)  # `choose` has verified it
     parts.engine.load(State({}, numbers))
     return int(numbers["step"]), parts.loader.load(numbers["data"])
 
 
 def weights_only(parts: Parts, start: str) -> None:
     """Begin a new run with the weights of a checkpoint, a run's newest one, or a folder of Hugging Face."""
-    notes = start_from(weights_of(parts.engine), parts.job, start)
+    notes = start_from(weights_of(parts.engine), parts.job, start, parts.world.everyone)
     parts.engine.weights_changed()
     if parts.world.main:
         print("".join(f"  {note}\n" for note in notes), end="")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from headway.parallel.checkpoint.boxes import Box
@@ -45,12 +46,15 @@ TRAINING = (
 """Settings of a model that do not change what its weights mean."""
 
 
-def start_from(weights: Mapping[str, Tensor], job: Job, place: str) -> list[str]:
+def start_from(
+    weights: Mapping[str, Tensor], job: Job, place: str, group: dist.ProcessGroup | None = None
+) -> list[str]:
     """Fill a new run's weights; collective.
 
     Args:
         weights: canonical name -> live tensor, plain or DTensor.
         place: `train.start_from`.
+        group: the ranks that hold them; all if None.
 
     Returns:
         What a person should know, a line each.
@@ -66,18 +70,20 @@ def start_from(weights: Mapping[str, Tensor], job: Job, place: str) -> list[str]
             raise CheckpointError(f"{place}: Headway has no place for {', '.join(unknown)}")
         unused = [f"{place}: {name} is not used" for name in lost]
         return fill(weights, folder.tensors(), place, job) + unused
-    return from_checkpoint(weights, find_checkpoint(place), job)
+    return from_checkpoint(weights, find_checkpoint(place), job, group)
 
 
-def from_checkpoint(weights: Mapping[str, Tensor], path: Path, job: Job) -> list[str]:
+def from_checkpoint(
+    weights: Mapping[str, Tensor], path: Path, job: Job, group: dist.ProcessGroup | None = None
+) -> list[str]:
     """Fill weights from a checkpoint of Headway: what has the same shape is read shard by shard."""
     entries = read_manifest(path).tensors
     there = {name: entry for name, entry in entries.items() if is_weight(name)}
     other = {n for n in there.keys() & weights.keys() if there[n].shape != tuple(weights[n].shape)}
     same = State({name: t for name, t in weights.items() if name in there and name not in other})
-    load(path, same, strict=False)
+    load(path, same, strict=False, group=group)
     whole = {n: torch.empty(there[n].shape, dtype=getattr(torch, there[n].dtype)) for n in other}
-    load(path, State(whole), strict=False, verify=False)
+    load(path, State(whole), strict=False, verify=False, group=group)
     absent = {name: torch.empty(()) for name in there.keys() - weights.keys()}
     rest = {name: t for name, t in weights.items() if name not in same.tensors}
     return fill(rest, [*whole.items(), *absent.items()], str(path), job)

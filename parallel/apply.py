@@ -117,6 +117,7 @@ def replicate(objective: Objective, world: World) -> nn.Module:
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
         init_sync=False,
+        process_group=world.everyone,
     )
 
 

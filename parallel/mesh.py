@@ -78,6 +78,18 @@ def lay_out(parallel: Parallel, world: int) -> Layout:
     return replace(layout, expert=layout.fold if parallel.expert == -1 else parallel.expert)
 
 
+def lay_out_teacher(parallel: Parallel, ours: Layout, ranks: int) -> Layout:
+    """A teacher's layout over so many ranks (`parallel.teacher`), by the student's where nothing is said.
+
+    Raises:
+        JobError: the axes do not make up the ranks.
+    """
+    wanted = parallel.teacher
+    tensor, context = wanted.tensor or ours.tensor, wanted.context or ours.context
+    axes = Parallel(tensor=tensor, context=context, replicate=wanted.replicate, shard=wanted.shard)
+    return lay_out(axes, ranks)
+
+
 def _nearest(sizes: dict[str, int], world: int) -> str:
     """Lower the innermost axes to common divisors and give the rest to `shard`."""
     left, legal = world, {}
@@ -130,6 +142,10 @@ class World:
     mesh: DeviceMesh | None
     experts: DeviceMesh | None = None
     """Axes pipeline, replicate, copies, expert; only where experts are spread."""
+    everyone: dist.ProcessGroup | None = None
+    """Its ranks, where the run has others beside them; None for all."""
+    teaches: bool = False
+    """Whether these ranks are a teacher's alone."""
 
     @property
     def main(self) -> bool:
@@ -162,7 +178,7 @@ class World:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         if any(self.place(axis) for axis in AXES if axis not in along):
             total.zero_()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.everyone)
         return total.tolist()
 
     def any(self, flag: bool) -> bool:
@@ -171,7 +187,7 @@ class World:
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.everyone)
 
 
 def start(
@@ -185,6 +201,8 @@ def start(
         if not dist.is_initialized():
             timeout = timedelta(seconds=job.parallel.timeout)
             dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+        if apart := job.parallel.teacher.ranks:
+            return _start_apart(job, layout, rank, (size - apart, apart), local_rank, device, backend)
         mesh = _mesh(device.type, layout)
         if layout.expert > 1:
             shape = (layout.pipeline, layout.replicate, layout.fold // layout.expert, layout.expert)
@@ -194,10 +212,34 @@ def start(
     return World(rank, size, local_rank, device, backend, layout, mesh, experts)
 
 
-def _mesh(device_type: str, layout: Layout) -> DeviceMesh:
-    """All ranks. An axis of one gets no group: with NCCL each takes memory of the device, with gloo three threads."""
+def _start_apart(
+    job: Job,
+    layout: Layout,
+    rank: int,
+    sizes: tuple[int, int],
+    local_rank: int,
+    device: torch.device,
+    backend: str,
+) -> World:
+    """The student's ranks and, after them, those of its teacher: each side its own mesh, which both sides make."""
+    ours, theirs = sizes
+    layouts = layout, lay_out_teacher(job.parallel, layout, theirs)
+    groups = dist.new_group(list(range(ours))), dist.new_group(list(range(ours, ours + theirs)))
+    meshes = [_mesh(device.type, one, first) for one, first in zip(layouts, (0, ours), strict=True)]
+    side = int(rank >= ours)
+    place = rank - ours * side, sizes[side], local_rank, device, backend
+    return World(*place, layouts[side], meshes[side], everyone=groups[side], teaches=bool(side))
+
+
+def _mesh(device_type: str, layout: Layout, first: int | None = None) -> DeviceMesh:
+    """All ranks, or those from the first on. An axis of one gets no group: with NCCL each takes memory of the device,
+    with gloo three threads."""
     axes = tuple(axis for axis in AXES if getattr(layout, axis) > 1 or axis == "shard")
-    return init_device_mesh(device_type, tuple(getattr(layout, a) for a in axes), mesh_dim_names=axes)
+    shape = tuple(getattr(layout, axis) for axis in axes)
+    if first is None:
+        return init_device_mesh(device_type, shape, mesh_dim_names=axes)
+    ranks = torch.arange(first, first + math.prod(shape)).view(shape)
+    return DeviceMesh(device_type, ranks, mesh_dim_names=axes)
 
 
 def beside(world: World, layout: Layout) -> World:

@@ -144,7 +144,7 @@ def _gathered(values: Tensor, world: World) -> list[Tensor]:
     """What every rank holds, on the CPU."""
     flat = values.reshape(-1)
     every = torch.empty(world.size * flat.numel(), dtype=flat.dtype, device=flat.device)
-    dist.all_gather_into_tensor(every, flat)
+    dist.all_gather_into_tensor(every, flat, group=world.everyone)
     return list(every.view(world.size, *values.shape).cpu())
 
 
@@ -226,7 +226,7 @@ def _told(sentence: str, source: int, world: World) -> str:
     values = torch.zeros(TEXT, dtype=torch.uint8)
     values[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
     values = values.to(world.device)
-    dist.broadcast(values, source)
+    dist.broadcast(values, source, group=world.everyone)
     return bytes(values.tolist()).rstrip(b"\0").decode(errors="replace")
 
 

@@ -21,6 +21,9 @@ class Run(Section):
 class TeacherLayout(Section):
     """How the teacher of a distillation is spread over the run's ranks; the student's layout if nothing is given."""
 
+    ranks: Count = 0
+    """The last so many ranks of the run are the teacher's alone; with 0 all ranks are the student's and the
+    teacher's."""
     tensor: Positive | None = None
     """As the student's if not given."""
     context: Positive | None = None

@@ -21,8 +21,9 @@ from torch.distributed.tensor import DTensor
 
 from headway.parallel import mesh
 from headway.parallel.checkpoint.layout import held
-from headway.parallel.distill.hire import copy_rows, hire
-from headway.parallel.distill.teacher import LiveTeacher
+from headway.parallel.distill.apart import FarTeacher
+from headway.parallel.distill.hire import copy_rows, hire, serve
+from headway.parallel.distill.teacher import Teacher
 from headway.parallel.engines.native import NativeEngine
 from headway.pretrain.config import Job
 from headway.pretrain.data.ramp import BatchSizes
@@ -67,6 +68,8 @@ class Running:
         self.here = join(self.job, rank, world, device)
         taught = name in TEACHERS
         self.objective, samples = build(self.job, teacher=shape_of_teacher(name) if taught else None)
+        if self.here.teaches:
+            return
         self.engine = NativeEngine(
             self.job, self.objective, self.here, precision=precision, compiled=compiled
         )
@@ -110,7 +113,7 @@ def shape_of_teacher(name: str) -> TeacherShape:
     return TeacherShape(job.model, words, job.model.hidden, job.model.family == "bert", 5)
 
 
-def hire_teacher(name: str, engine: NativeEngine) -> LiveTeacher:
+def hire_teacher(name: str, engine: NativeEngine) -> Teacher:
     """The teacher beside an engine, with its initial weights; the student's copy of its head as it is."""
     job = teacher_job(name, engine.precision)
     teacher = hire(engine, job, build(job)[0], lambda weights: None)
@@ -126,8 +129,9 @@ def hire_teacher(name: str, engine: NativeEngine) -> LiveTeacher:
 def join(job: Job, rank: int, world: int, device: str = "cpu") -> mesh.World:
     """This rank's place in the job's layout; cases of one call that are laid out alike share their groups, for each
     group of gloo has threads of its own, which wake a hundred times a second."""
-    layout = mesh.lay_out(job.parallel, world)
-    key = layout, device, dist.group.WORLD if world > 1 else None
+    layout = mesh.lay_out(job.parallel, world - job.parallel.teacher.ranks)
+    apart = str(job.parallel.teacher) if job.parallel.teacher.ranks else ""
+    key = layout, apart, device, dist.group.WORLD if world > 1 else None
     if _joined.get("key") != key:
         backend = "gloo" if device == "cpu" else "nccl"
         here = mesh.start(job, layout, rank, world, rank, torch.device(device), backend)
@@ -142,9 +146,13 @@ def curves(
     rank: int, world: int, parallel: Tree, names: list[str], steps: int = STEPS, **settings: Any
 ) -> dict[str, tuple[Any, ...]]:
     """Name -> the fields of the `Curve` of some steps at a layout; `settings` are those of `Running`."""
-    found = {}
+    found: dict[str, tuple[Any, ...]] = {}
     for name in names:
         running = Running(name, rank, world, parallel, steps=steps, **settings)
+        if running.here.teaches:
+            theirs = teacher_job(name, str(running.job.precision))
+            serve(running.job, running.objective, theirs, build(theirs)[0], running.here, lambda weights: None)
+            continue
         results = [running.step(step) for step in range(steps)]
         metrics = [{k: np.array(v) for k, v in r.metrics.items()} for r in results]
         losses, norms = [r.loss for r in results], [r.grad_norm for r in results]
@@ -154,6 +162,8 @@ def curves(
             metrics,
             running.parts(),
         )  # plain things, which go from process to process
+        if isinstance(running.engine.teacher, FarTeacher):
+            running.engine.teacher.close()
     return found
 
 
@@ -219,7 +229,7 @@ def prove(
     found = pool(curves, ranks=ranks_of(parallel), timeout=600, parallel=parallel, names=names, **settings)
     for name in names:
         expected = alone(name, more, steps)
-        each = [Curve(*rank[name]) for rank in found]
+        each = [Curve(*rank[name]) for rank in found if name in rank]
         _note(precision, parallel, name, each, expected)
         for one in each:
             compare(name, one, expected, precision)
@@ -229,7 +239,7 @@ def prove(
 
 def ranks_of(parallel: Tree) -> int:
     """Ranks of a layout whose axes are all given."""
-    return prod(parallel.get(axis, 1) for axis in mesh.AXES)
+    return prod(parallel.get(axis, 1) for axis in mesh.AXES) + parallel.get("teacher", {}).get("ranks", 0)
 
 
 def compare(name: str, found: Curve, expected: Curve, precision: str = "fp64") -> None:
