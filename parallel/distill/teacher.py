@@ -80,6 +80,12 @@ class LiveTeacher:
     def signature(self, step: int | None) -> str:
         return str(self.distillation.wanted(step))
 
+    def attention_maps(self, batch: Batch) -> Tensor:
+        """The teacher's weights of every layer that has some and of every head, whole on every rank, [layers, B, H, S,
+        S]. Collective; the batch is the same everywhere."""
+        with self.autocast():
+            return self.teaching.attention_maps(batch)
+
     def teach(self, micros: Sequence[Batch], step: int | None) -> Iterator[Batch]:
         wanted = self.distillation.wanted(step)
         if not wanted.others:
