@@ -58,18 +58,17 @@ def compare(parts: Parts, objective: Objective, batch: Batch, maps: AttentionMap
     there, notes = present(layers, (job.model, teacher.model), known)
     if job.model.family == "t5":
         notes.append("Maps are those of the encoder.")
-    if theirs.shape[-1] != len(maps.tokens):
-        rule = f"the student reads {len(maps.tokens)} places of the sample, the teacher {theirs.shape[-1]}"
-        return MapPairs.none(f"Maps cannot be compared: {rule}.")
+    if fault := unlike(maps, theirs, job.model, teacher.model):
+        return MapPairs.none(f"Maps cannot be compared: {fault}.")
+    student = maps.weights[[known[0].index(ours) for ours, _ in there]]
+    taught = theirs[[known[1].index(layer) for _, layer in there], 0].float().cpu().numpy()
+    seen = [softmax(job.model, ours) for ours, _ in there]
+    averaged = [learned_from(*each, heads) for each in zip(taught, student, seen, strict=True)]
     documents = batch.get("documents")
     counted = None if documents is None else (documents[0] >= 0).cpu().numpy()
-    student = maps.weights[[known[0].index(ours) for ours, _ in there]]
-    taught = averaged(theirs[[known[1].index(layer) for _, layer in there], 0], heads)
-    for i, (ours, _) in enumerate(there):
-        if softmax(job.model, ours):
-            taught[i] = narrowed(taught[i], student[i])
     learned = "attention" in job.objective.distill.terms
-    return MapPairs(maps.tokens, there, heads, student, taught, counted, learned, tuple(notes))
+    beside = np.array(averaged).reshape(student.shape)
+    return MapPairs(maps.tokens, there, heads, student, beside, counted, learned, tuple(notes))
 
 
 def layer_pairs(job: Job, teacher: Model) -> Layers:
@@ -131,15 +130,35 @@ def softmax(model: Model, layer: int) -> bool:
     return part is not None and part.fused
 
 
-def averaged(maps_LHSS: torch.Tensor, heads: list[list[int]]) -> Array:
-    """Means over the teacher's heads that belong to each of the student's: [L, H, S, S] of the student's H."""
-    wide = maps_LHSS.float().cpu().numpy()
-    return np.stack([wide[:, group].mean(1) for group in heads], 1)
+def unlike(maps: AttentionMaps, theirs: torch.Tensor, student: Model, teacher: Model) -> str | None:
+    """What keeps a student's maps [L, H, S, S] from being compared with a teacher's [L, B, H, S, S]."""
+    if theirs.shape[-1] != len(maps.tokens):
+        return f"the student reads {len(maps.tokens)} places of the sample, the teacher {theirs.shape[-1]}"
+    for whose, model, count in (
+        ("student", student, maps.weights.shape[1]),
+        ("teacher", teacher, theirs.shape[2]),
+    ):
+        if count != model.heads:
+            return f"the {whose}'s {model.heads} heads have {count} maps"
+    return None
 
 
-def narrowed(teacher: Array, student: Array) -> Array:
-    """A teacher's weights over the keys that a student sees, as maps are learned: a window of the student's leaves the
-    rest out."""
-    kept = np.where(student > 0, teacher, 0)
-    total = kept.sum(-1, keepdims=True)
-    return kept / np.where(total > 0, total, 1)
+def learned_from(teacher: Array, student: Array, seen: bool, heads: list[list[int]]) -> Array:
+    """The means of the teacher's maps that belong to each head of the student, [H, S, S], as the loss takes them.
+
+    Args:
+        teacher: [heads, S, S].
+        student: [H, S, S].
+        seen: the student gives every key that it sees a weight: where it has none the teacher's do not count either (a
+            window of the student's leaves the rest out), and what is left of each map sums to 1.
+        heads: see `head_groups`.
+    """
+    found = []
+    for q_SS, group in zip(student, heads, strict=True):
+        p_GSS = teacher[group]
+        if seen:
+            p_GSS = np.where(q_SS != 0, p_GSS, 0)
+            total = p_GSS.sum(-1, keepdims=True)
+            p_GSS = p_GSS / np.where(total > 0, total, 1)
+        found.append(p_GSS.mean(0))
+    return np.stack(found)

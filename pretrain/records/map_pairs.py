@@ -76,7 +76,7 @@ def divergences(
         counted: bool [S], which rows count; all if None.
 
     Returns:
-        NaN where no row counts.
+        NaN where no row counts, or a weight is below 0 (differential attention has such).
     """
     p, q = teacher.astype(np.float64), student.astype(np.float64)
     total_p, total_q = p.sum(-1, keepdims=True), q.sum(-1, keepdims=True)
@@ -91,9 +91,9 @@ def divergences(
 
 
 def _relative(p: Array, q: Array) -> Array:
-    """KL(p || q) of rows; what p does not look at adds nothing."""
+    """KL(p || q) of rows; what p does not look at adds nothing, a weight below 0 makes it NaN."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        each = np.where(p > 0, p * (np.log(p) - np.log(q)), 0)
+        each = np.where(p == 0, 0, p * (np.log(p) - np.log(q)))
     return each.sum(-1)
 
 
