@@ -58,8 +58,8 @@ def compare(parts: Parts, objective: Objective, batch: Batch, maps: AttentionMap
     there, notes = present(layers, (job.model, teacher.model), known)
     if job.model.family == "t5":
         notes.append("Maps are those of the encoder.")
-    if fault := unlike(maps, theirs, job.model, teacher.model):
-        return MapPairs.none(f"Maps cannot be compared: {fault}.")
+    if unsuited := unlike(maps, theirs, job.model, teacher.model):
+        return MapPairs.none(f"Maps cannot be compared: {unsuited}.")
     student = maps.weights[[known[0].index(ours) for ours, _ in there]]
     taught = theirs[[known[1].index(layer) for _, layer in there], 0].float().cpu().numpy()
     seen = [softmax(job.model, ours) for ours, _ in there]
