@@ -77,6 +77,7 @@ def test_rows_that_see_nothing_and_keys_without_weight():
     assert js == pytest.approx((np.log(2 / 3) * 0.5 + np.log(2) * 0.5 + np.log(4 / 3)) / 2)
     assert divergences(q[:1].repeat(2, 0), p[:1].repeat(2, 0))[0] == pytest.approx(np.log(2))
     assert np.isnan(divergences(p, np.zeros((2, 2)))).all()
+    assert np.isnan(divergences(p, np.array([[1.5, -0.5], [0.5, 0.5]]))).all()
     assert np.isnan(divergences(np.full((2, 2), np.nan), q)).all()
     assert [amount(v) for v in (0.0, -1e-17, 1.23456, 0.0123, 0.00012, np.inf, np.nan)] == [
         "0.000", "0.000", "1.235", "0.012", "1.2e-4", "∞", "–",
