@@ -11,6 +11,7 @@ import torch
 from rich.table import Table
 
 from headway.launch.assemble import Parts
+from headway.launch.compare import compare
 from headway.launch.console import console
 from headway.launch.scores import score
 from headway.pretrain.data.store import TokenStore
@@ -22,6 +23,7 @@ from headway.pretrain.objectives.causal import CausalLM
 from headway.pretrain.objectives.mae import MaskedAutoencoder
 from headway.pretrain.recipe import as_plain, leaves
 from headway.pretrain.records.attention_maps import AttentionMaps
+from headway.pretrain.records.map_pairs import MapPairs
 from headway.pretrain.records.pictures import draw_reconstructions
 from headway.pretrain.records.records import Recorder
 from headway.pretrain.records.report import write_report
@@ -63,6 +65,23 @@ class Finished:
         out.print(f"\nreport: {self.folder / 'report.html'}")
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What a model does with a sample.
+
+    Attributes:
+        completion: of the prompt.
+        maps: attention.
+        painted: reconstructed images.
+        pairs: attention beside the teacher's.
+    """
+
+    completion: str | None = None
+    maps: AttentionMaps | None = None
+    painted: str | None = None
+    pairs: MapPairs | None = None
+
+
 def heldout_values(parts: Parts, limit: int | None) -> dict[str, float]:
     """Held-out loss in nats and the objective's metrics; of text that is read whole also bits per byte.
 
@@ -98,7 +117,7 @@ def finish(parts: Parts, folder: Path, recorder: Recorder) -> Finished:
 
 def report(parts: Parts, folder: Path, values: dict | None = None) -> dict:
     """Write `summary.json` and `report.html`; returns the summary. Collective; the first rank writes."""
-    completion, maps, painted = show(parts)
+    shown = show(parts)
     if not parts.world.main:
         return {}
     hardware = parts.hardware
@@ -112,20 +131,22 @@ def report(parts: Parts, folder: Path, values: dict | None = None) -> dict:
         "peak_flops": hardware.peak,
         "peak_source": hardware.peak_source,
     }
-    if completion is not None:
-        summary |= {"prompt": parts.job.tracking.prompt, "completion": completion}
-    write_report(folder, with_origins(parts), maps, summary, painted)
+    if shown.completion is not None:
+        summary |= {"prompt": parts.job.tracking.prompt, "completion": shown.completion}
+    write_report(folder, with_origins(parts), shown.maps, summary, shown.painted, shown.pairs)
     return Finished.read(folder).summary
 
 
-def show(parts: Parts) -> tuple[str | None, AttentionMaps | None, str | None]:
-    """A completion, attention maps and pictures, each where the objective has it; collective."""
+def show(parts: Parts) -> Shown:
+    """What people look at, each where the objective has it; collective."""
     objective = parts.engine.whole()
     if objective is None:
         if parts.world.main:
             print("  the report has no samples or maps: the stages' weights are too large for one rank")
-        return None, None, None
-    return complete(parts, objective), draw_maps(parts, objective), paint(parts, objective)
+        return Shown()
+    batch = beginning(parts)
+    completion, maps = complete(parts, objective), draw_maps(parts, objective, batch)
+    return Shown(completion, maps, paint(parts, objective), compare(parts, objective, batch, maps))
 
 
 def with_origins(parts: Parts) -> dict:
@@ -174,12 +195,18 @@ def example(parts: Parts, count: int) -> Batch:
     return {name: tensor.to(parts.world.device) for name, tensor in batch.items()}
 
 
-def draw_maps(parts: Parts, objective: Objective) -> AttentionMaps | None:
-    """Attention of every head on the beginning of a text, or on an image, if there is any; collective."""
-    tokenizer, batch = parts.dataset.tokenizer, example(parts, 1)
+def beginning(parts: Parts) -> Batch:
+    """The beginning of a text, or an image."""
+    batch = example(parts, 1)
     for name in ("tokens", "targets", "documents", "segments"):
         if name in batch:
             batch[name] = batch[name][:, :MAP_TOKENS]
+    return batch
+
+
+def draw_maps(parts: Parts, objective: Objective, batch: Batch) -> AttentionMaps | None:
+    """Attention of every head on one sample, if there is any; collective."""
+    tokenizer = parts.dataset.tokenizer
     maps = objective.attention_maps(batch)[:, 0].float().cpu().numpy().astype(np.float32)
     if len(maps) == 0:
         return None

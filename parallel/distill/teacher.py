@@ -61,6 +61,12 @@ class LiveTeacher:
     def signature(self, step: int | None) -> str:
         return str(self.routes.distillation.wanted(step))
 
+    def attention_maps(self, batch: Batch) -> Tensor:
+        """The teacher's weights of every layer that has some and of every head, whole on every rank, [layers, B, H, S,
+        S]. Collective; the batch is the same everywhere."""
+        with self.autocast():
+            return self.teaching.attention_maps(batch)
+
     def teach(self, micros: Sequence[Batch], step: int | None) -> Iterator[Batch]:
         wanted = self.routes.distillation.wanted(step)
         sizes = [sizes_of(micro, step, self.routes, self.world) for micro in micros]
@@ -97,7 +103,7 @@ def delivered(routes: Routes, found: Batch, wanted: Wanted, sizes: list[int]) ->
 
 def sizes_of(micro: Batch, step: int | None, routes: Routes, world: World) -> list[int]:
     """Rows of every data rank of the student; equal in training, and perhaps not in an evaluation."""
-    layout, mine = routes.seats.layout, len(micro["slot"])
+    layout, mine = routes.seats.layout, len(next(iter(micro.values())))
     if step is not None or layout.data == 1:
         return [mine] * layout.data
     counts = torch.zeros(layout.data, dtype=torch.int64, device=world.device)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from headway.kernels.cross_entropy import chunk_rows
 from headway.parallel import expert
@@ -66,6 +66,10 @@ class Teaching(nn.Module):
         if wanted.others:
             found[names.OTHERS] = self._mean(hidden.final, whole)
         return found | self._predicted(hidden.final, wanted)
+
+    def attention_maps(self, batch: Batch) -> Tensor:
+        """Of all layers that have some, whole on every rank, [layers, B, H, S, S]. Collective, of equal batches."""
+        return self.objective.attention_maps(batch)
 
     def _predicted(self, final: Tensor, wanted: Wanted) -> Batch:
         if wanted.classes:
@@ -148,6 +152,7 @@ def shard(teaching: Teaching, world: World) -> None:
     for block in blocks_of(teaching.objective):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(teaching, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(teaching, "attention_maps")
 
 
 def _over_ranks(objective: Objective, world: World) -> Any:

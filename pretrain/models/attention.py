@@ -369,10 +369,7 @@ def attention_maps(model: nn.Module, *inputs: Any, **named: Any) -> Tensor:
         q_BHSD, k_BKMD, _, mask, _, bias, own = arguments
         maps.append(core.weights(q_BHSD, k_BKMD, mask, bias, own))
 
-    towers = [m for name, m in model.named_modules() if name.rpartition(".")[2] == "blocks"]
-    cores = [
-        core for block in towers[0] if (core := getattr(block.attention, "core", None)) and core.has_weights
-    ]
+    cores = [core for _, core in _with_weights(model)]
     if not cores:
         return torch.empty(0, 1, 0, 0, 0)
     hooks = [core.register_forward_pre_hook(record) for core in cores]
@@ -383,3 +380,21 @@ def attention_maps(model: nn.Module, *inputs: Any, **named: Any) -> Tensor:
         for hook in hooks:
             hook.remove()
     return torch.stack(maps)
+
+
+def mapped_layers(model: nn.Module) -> list[int]:
+    """Numbers of the layers (uses of blocks, from 0) whose maps `attention_maps` gives, in its order."""
+    stack: Any = _first_stack(model)
+    return [
+        number * stack.repeats + time for number, _ in _with_weights(model) for time in range(stack.repeats)
+    ]
+
+
+def _first_stack(model: nn.Module) -> Any:
+    return next(m for name, m in model.named_modules() if name.rpartition(".")[2] == "blocks")
+
+
+def _with_weights(model: nn.Module) -> list[tuple[int, Core]]:
+    """Numbers and cores of the first tower's blocks that have attention weights."""
+    cores = ((i, getattr(block.attention, "core", None)) for i, block in enumerate(_first_stack(model)))
+    return [(i, core) for i, core in cores if core is not None and core.has_weights]

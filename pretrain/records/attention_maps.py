@@ -42,12 +42,11 @@ def draw_heads(maps: AttentionMaps, pixels: int = 2_000_000) -> dict[str, Any]:
     """
     layers, heads, size, _ = maps.weights.shape
     shown = min(size, max(1, int((pixels / max(1, layers * heads)) ** 0.5)))
-    weights = np.nan_to_num(maps.weights[:, :, :shown, :shown].astype(np.float64), posinf=0, neginf=0)
-    weights = weights.clip(0, 1)
+    weights = _cleaned(maps.weights[:, :, :shown, :shown])
     return {
         "size": shown,
         "cut": size if shown < size else 0,
-        "tokens": [_readable(token) for token in maps.tokens[:shown]],
+        "tokens": [readable(token) for token in maps.tokens[:shown]],
         "layers": [[{"picture": _png(w_SS), **describe_head(w_SS)} for w_SS in layer] for layer in weights],
     }
 
@@ -68,6 +67,15 @@ def describe_head(w_SS: NDArray[np.floating]) -> dict[str, float]:
     return {"entropy": float(entropy), "reach": float(reach), "first": float(p_SS[:, 0].mean())}
 
 
+def draw_map(w_SS: NDArray[np.floating]) -> str:
+    """A head's picture alone, as a data URI."""
+    return _png(_cleaned(w_SS))
+
+
+def _cleaned(weights: NDArray[np.floating]) -> NDArray[np.floating]:
+    return np.nan_to_num(weights.astype(np.float64), posinf=0, neginf=0).clip(0, 1)
+
+
 def _png(w_SS: NDArray[np.floating]) -> str:
     from PIL import Image  # comes with matplotlib
 
@@ -77,6 +85,6 @@ def _png(w_SS: NDArray[np.floating]) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _readable(token: str) -> str:
+def readable(token: str) -> str:
     """Pieces mark a leading space by a low line, and line ends may be byte pieces."""
     return token.replace("\u2581", " ").replace("<0x0A>", "\n").replace("\u0120", " ").replace("\u010a", "\n")

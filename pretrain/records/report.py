@@ -16,7 +16,8 @@ import numpy as np
 
 from headway.pretrain.files import publish
 from headway.pretrain.records.attention_maps import AttentionMaps, draw_heads
-from headway.pretrain.records.figures import SECOND, Curve, draw
+from headway.pretrain.records.charts import column, learned_charts, loss_chart, small_charts
+from headway.pretrain.records.map_pairs import MapPairs, draw_pairs
 from headway.pretrain.records.metrics import plain, read_metrics
 from headway.pretrain.records.progress import clock, short
 from headway.pretrain.records.records import read_events
@@ -34,6 +35,7 @@ def write_report(
     maps: AttentionMaps | None = None,
     summary: Mapping[str, Any] | None = None,
     painted: str | None = None,
+    pairs: MapPairs | None = None,
 ) -> Path:
     """Write `summary.json` and `report.html` of a run, finished or not; returns the path of the page.
 
@@ -46,6 +48,7 @@ def write_report(
             `completion`, and `score`: `title`, `note`, `lower` (is better) and `entries`, (name, value) each, this
             model first.
         painted: a picture of masked, reconstructed and true images, as a data URI.
+        pairs: attention of a student and of its teacher on that sample.
     """
     rows, events = read_metrics(run_dir), read_events(run_dir)
     derived, saved = derive(rows, events), _saved(run_dir)
@@ -69,8 +72,10 @@ def write_report(
         painted=painted,
         loss=loss_chart(rows),
         charts=small_charts(rows),
+        learned=learned_charts(rows),
         settings=settings,
         heads=draw_heads(maps) if maps else None,
+        pairs=draw_pairs(pairs) if pairs else None,
         checkpoints=checkpoints(run_dir),
         events=[e for e in events if e.get("kind") not in ("eval", "checkpoint")][-50:],
         skipped=sum(bool(row.get("skipped")) for row in rows),
@@ -88,17 +93,17 @@ def derive(rows: list[dict[str, Any]], events: list[dict[str, Any]]) -> dict[str
     found: dict[str, Any] = {"status": "running" if running else str(ends[-1].get("status"))}
     if not rows:
         return found
-    tokens, seconds = _column(rows, "tokens"), _column(rows, "step_seconds")
+    tokens, seconds = column(rows, "tokens"), column(rows, "step_seconds")
     found |= {
         "steps": rows[-1]["step"],
         "tokens": int(np.nansum(tokens)),
         "seconds": float(np.nansum(seconds)),
     }
     for name, key in (("tokens_per_second", "tokens_per_second"), ("mfu", "mfu")):
-        values = _column(rows, key)
+        values = column(rows, key)
         if np.isfinite(values).any():
             found[name] = float(np.nanmedian(values))
-    memory, loss, heldout = (_column(rows, key) for key in ("memory_gib", "loss", "heldout_loss"))
+    memory, loss, heldout = (column(rows, key) for key in ("memory_gib", "loss", "heldout_loss"))
     if np.isfinite(memory).any():
         found["memory_gib"] = float(np.nanmax(memory))
     if np.isfinite(loss[-10:]).any():
@@ -160,32 +165,6 @@ def _baselines(saved: Mapping[str, Any]) -> dict[str, Any]:
     return {"score": {**saved["score"], "entries": entries}}
 
 
-def loss_chart(rows: list[dict[str, Any]]) -> Any:
-    """Training loss, and held-out loss where it was taken."""
-    steps = [row["step"] for row in rows]
-    curves = [Curve("train", steps, _column(rows, "loss").tolist(), smooth=True)]
-    curves.append(Curve("held-out", steps, _column(rows, "heldout_loss").tolist(), SECOND, points=True))
-    return draw(curves, "loss", width=1000, height=340)
-
-
-def small_charts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The other curves: title, note, picture."""
-    wanted = [
-        ("lr", "Learning rate", "", True),
-        ("grad_norm", "Gradient norm", "before clipping", False),
-        ("tokens_per_second", "Throughput", "tokens a second", True),
-        ("memory_gib", "Memory", "GiB, peak so far", True),
-    ]
-    steps, found = [row["step"] for row in rows], []
-    for key, title, note, zero in wanted:
-        smooth = key in ("grad_norm", "tokens_per_second")
-        curve = Curve(title.lower(), steps, _column(rows, key).tolist(), smooth=smooth)
-        picture = draw([curve], key, width=480, height=190, zero=zero)
-        if picture:
-            found.append({"title": title, "note": note, "picture": picture})
-    return found
-
-
 def checkpoints(run_dir: Path) -> list[dict[str, Any]]:
     """Checkpoints that lie in the run folder: name, bytes, time, and whether `LATEST` names it."""
     folder = run_dir / "checkpoints"
@@ -220,11 +199,6 @@ def environment() -> dict[str, str]:
 def show(value: Any) -> str:
     """A setting as the recipe would spell it."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _column(rows: list[dict[str, Any]], key: str) -> np.ndarray:
-    values = (row.get(key, math.nan) for row in rows)
-    return np.array([v if isinstance(v, int | float) else math.nan for v in values], dtype=float)
 
 
 def _saved(run_dir: Path) -> dict[str, Any]:

@@ -105,3 +105,31 @@ if (attention) {
   const first = attention.querySelector(".heads button");
   if (first) choose(first);
 }
+
+// Teacher and student: what both give the key under the pointer.
+const spoken = document.querySelector("#pairs .reading");
+if (spoken) {
+  const tokens = JSON.parse(spoken.dataset.tokens), size = tokens.length;
+  const quote = (i) => "“" + tokens[i].replace(/\n/g, "↵") + "” (" + (i + 1) + ")";
+  const levels = new Map();  // picture -> its grey levels, once it has been pointed at
+  const level = (picture, q, k) => {
+    if (!levels.has(picture)) {
+      const canvas = Object.assign(document.createElement("canvas"), { width: size, height: size });
+      const context = canvas.getContext("2d", { willReadFrequently: true });
+      context.drawImage(picture, 0, 0);
+      levels.set(picture, context.getImageData(0, 0, size, size).data);
+    }
+    return levels.get(picture)[4 * (q * size + k)];
+  };
+  for (const both of document.querySelectorAll(".both")) {
+    const pictures = [...both.querySelectorAll("img")];
+    for (const picture of pictures)
+      picture.addEventListener("pointermove", (event) => {
+        const frame = picture.getBoundingClientRect();
+        const cell = (offset, length) => Math.max(0, Math.min(size - 1, Math.floor((offset / length) * size)));
+        const q = cell(event.clientY - frame.top, frame.height), k = cell(event.clientX - frame.left, frame.width);
+        const [student, teacher] = pictures.map((p) => (100 * (level(p, q, k) / 255) ** 2).toFixed(1) + "%");
+        spoken.textContent = quote(q) + " attends to " + quote(k) + ": student " + student + ", teacher " + teacher;
+      });
+  }
+}
