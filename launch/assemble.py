@@ -102,7 +102,7 @@ def run_folder(job: Job) -> Path:
 def join(job: Job) -> World:
     """Find the ranks, lay them out, check what the engine can do, and join them."""
     ranks = find_ranks()
-    layout = mesh.lay_out(job.parallel, ranks.world)
+    layout = mesh.lay_out(job.parallel, mesh.students(job, ranks.world))
     device = devices.choose_device(job.parallel.device, ranks.local_rank)
     capabilities.check(job, layout, device.type)
     rows_per_micro_batch(job, layout.data)

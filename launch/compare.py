@@ -12,6 +12,7 @@ import torch
 
 from headway.kernels.attention.registry import mechanism
 from headway.launch.assemble import Parts
+from headway.parallel.distill.apart import FarTeacher
 from headway.parallel.distill.student import heads_of
 from headway.parallel.distill.teacher import LiveTeacher
 from headway.pretrain.config import Job, Model
@@ -26,6 +27,9 @@ from headway.pretrain.records.attention_maps import AttentionMaps
 from headway.pretrain.records.map_pairs import Array, MapPairs
 
 CACHED = f"The teacher is read from a cache, which has no attention maps: {FIELD}.teacher would show them."
+APART = (
+    "The teacher computes on ranks of its own (parallel.teacher.ranks), which have ended when this is drawn."
+)
 NO_MAPS = "The {} has no attention maps: none of its layers weighs places ({})."
 
 Layers = list[tuple[int, int]]
@@ -44,7 +48,7 @@ def compare(parts: Parts, objective: Objective, batch: Batch, maps: AttentionMap
     if not job.objective.distill.on:
         return None
     if not isinstance(teacher, LiveTeacher):
-        return MapPairs.none(CACHED)
+        return MapPairs.none(APART if isinstance(teacher, FarTeacher) else CACHED)
     if maps is None:
         return MapPairs.none(NO_MAPS.format("student", words(job.model, range(job.model.layers))))
     try:

@@ -8,17 +8,20 @@ from functools import partial
 from pathlib import Path
 
 from headway.launch import saving
-from headway.launch.assemble import Parts, assemble, join, run_folder
+from headway.launch.assemble import Parts, assemble, choose_hardware, join, run_folder
 from headway.launch.environment import incarnation
 from headway.launch.finish import Finished, finish, heldout_values, report
 from headway.launch.ledger import open_ledger
 from headway.launch.resume import check_resumable, keep_choices, set_aside
 from headway.launch.signals import StopRequest
-from headway.launch.teacher import begin_with
+from headway.launch.teacher import begin_with, teach
 from headway.parallel import mesh
 from headway.parallel.checkpoint.save import Checkpointer
+from headway.parallel.distill.apart import FarTeacher
 from headway.parallel.engines import capabilities
+from headway.parallel.mesh import World
 from headway.pretrain import device as devices
+from headway.pretrain.config import Job
 from headway.pretrain.errors import HeadwayError, Interrupted, JobError
 from headway.pretrain.files import publish
 from headway.pretrain.inert import inert, refuse_inert
@@ -32,7 +35,7 @@ def check(recipes: Sequence[str], sets: Sequence[str], ranks: int) -> None:
     """Refuse a job that cannot run on so many ranks, before any is started; raises JobError."""
     resolved = resolve(recipes, sets)
     refuse_inert(resolved)
-    layout = mesh.lay_out(resolved.job.parallel, ranks)
+    layout = mesh.lay_out(resolved.job.parallel, mesh.students(resolved.job, ranks))
     capabilities.check(resolved.job, layout, devices.choose_device(resolved.job.parallel.device).type)
     mesh.rows_per_micro_batch(resolved.job, layout.data)
     compare_with_saved(run_folder(resolved.job), resolved)
@@ -51,15 +54,26 @@ def train(
         stack.callback(mesh.stop)
         if fresh and world.main and (aside := set_aside(folder)):
             print(f"{folder} was set aside as {aside}")
-        world.barrier()
+        world.meet()
         resolved, notes = compare_with_saved(folder, resolved)
-        world.barrier()
+        world.meet()
+        if world.teaches:
+            return be_teacher(resolved.job, world, stack.enter_context(stop or StopRequest()))
         parts = assemble(resolved, world)
         stack.callback(parts.loader.close)
+        if isinstance(parts.engine.teacher, FarTeacher):
+            stack.callback(parts.engine.teacher.close)
         if world.main:
             tell(parts, notes)
         # From here on there is state to save; before, an interrupt simply ends the process.
         run(parts, folder, stack.enter_context(stop or StopRequest()))
+
+
+def be_teacher(job: Job, world: World, stop: StopRequest) -> None:
+    """What a rank does that is the teacher's alone."""
+    teach(job, world, choose_hardware(job, world).precision)
+    if stop.asked:
+        raise Interrupted("asked to stop, as the student was")
 
 
 def compare_with_saved(folder: Path, resolved: Resolved) -> tuple[Resolved, list[str]]:

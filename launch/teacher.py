@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch.distributed as dist
 from torch import Tensor
 
 from headway.launch.start_from import is_weight, start_from
 from headway.launch.teacher_source import TeacherSource, open_teacher
-from headway.parallel.distill.hire import copy_rows
+from headway.parallel.distill.apart import FarTeacher
+from headway.parallel.distill.hire import Fill, copy_rows, serve
 from headway.parallel.distill.hire import hire as put_beside
 from headway.parallel.distill.teacher import LiveTeacher
 from headway.parallel.engines.native import NativeEngine
+from headway.parallel.mesh import World
 from headway.pretrain.config import Job, Parallel
-from headway.pretrain.data.dataset import Dataset
+from headway.pretrain.data.dataset import Dataset, open_dataset
 from headway.pretrain.errors import JobError
 from headway.pretrain.hf.writing import inputs_of
 from headway.pretrain.models.inputs import Inputs
-from headway.pretrain.objectives import build_objective
+from headway.pretrain.objectives import Objective, build_objective
 from headway.pretrain.objectives.distill.attach import TeacherShape
 from headway.pretrain.objectives.distill.layers import layer_map
 
@@ -135,8 +138,8 @@ def teacher_job(source: TeacherSource, job: Job, precision: str) -> Job:
 
 def hire(
     source: TeacherSource, job: Job, engine: NativeEngine, dataset: Dataset, precision: str
-) -> LiveTeacher:
-    """Build the teacher beside a student's engine, and give both what they take from its weights. Collective.
+) -> LiveTeacher | FarTeacher:
+    """Put the teacher beside a student's engine, and give the student what it takes from its weights. Collective.
 
     Args:
         source: checked.
@@ -148,30 +151,55 @@ def hire(
     Raises:
         JobError: the teacher's layout is impossible, or the student's does not suit what it learns.
     """
-    chosen = job.objective.distill.precision
-    theirs = teacher_job(source, job, PRECISIONS[precision] if chosen == "auto" else chosen)
-    known = inputs_of(theirs, source.shapes)
-    reads = dataset.inputs._replace(vocab=known.vocab, classes=known.classes)
-    if (
-        theirs.model.positions == "learned"
-        and theirs.model.max_positions is None
-        and job.model.family != "vit"
-    ):
-        model = theirs.model.model_copy(update={"max_positions": known.length})
-        theirs = theirs.model_copy(update={"model": model})
-    objective = build_objective(theirs, reads, dataset.specials, device="meta")
-
-    def fill(weights: Mapping[str, Tensor]) -> None:
-        start_from({n: t for n, t in weights.items() if is_weight(n)}, source.job, str(source.path))
-
-    teacher = put_beside(engine, theirs, objective, fill)
+    theirs, objective = build_teacher(source, job, dataset, precision)
+    teacher = put_beside(engine, theirs, objective, filler(source, None))
     assert engine.objective.distillation is not None
     fill_head(source, dict(engine.objective.distillation.named_parameters()))
     return teacher
 
 
+def teach(job: Job, world: World, precision: str) -> None:
+    """Be a rank of the teacher until the student, which is on other ranks, is done. Collective.
+
+    Args:
+        job: the student's.
+        world: of the teacher's ranks.
+        precision: of the student, resolved.
+    """
+    dataset = open_dataset(job, progress=False)
+    source = find_teacher(job, dataset)
+    assert source is not None, "rules want a teacher where it has ranks of its own"
+    told = dataset.inputs, dataset.specials, dataset.starts
+    student = build_objective(job, *told, device="meta", teacher=shape_of(source))
+    serve(
+        job, student, *build_teacher(source, job, dataset, precision), world, filler(source, world.everyone)
+    )
+
+
+def build_teacher(source: TeacherSource, job: Job, dataset: Dataset, precision: str) -> tuple[Job, Objective]:
+    """A teacher's job for this run, and the teacher on the meta device."""
+    chosen = job.objective.distill.precision
+    theirs = teacher_job(source, job, PRECISIONS[precision] if chosen == "auto" else chosen)
+    known, model = inputs_of(theirs, source.shapes), theirs.model
+    if model.positions == "learned" and model.max_positions is None and model.family != "vit":
+        model = model.model_copy(update={"max_positions": known.length})
+        theirs = theirs.model_copy(update={"model": model})
+    reads = dataset.inputs._replace(vocab=known.vocab, classes=known.classes)
+    return theirs, build_objective(theirs, reads, dataset.specials, device="meta")
+
+
+def filler(source: TeacherSource, group: dist.ProcessGroup | None) -> Fill:
+    """What gives a teacher its weights, on the ranks of a group."""
+
+    def fill(weights: Mapping[str, Tensor]) -> None:
+        chosen = {name: tensor for name, tensor in weights.items() if is_weight(name)}
+        start_from(chosen, source.job, str(source.path), group)
+
+    return fill
+
+
 def fill_head(source: TeacherSource, parameters: Mapping[str, Tensor]) -> None:
-    """Give a student the head that its teacher's hidden states are read by. Collective."""
+    """Give a student the head that its teacher's hidden states are read by."""
     frozen = {name: p for name, p in parameters.items() if name.startswith("head.")}
     if not frozen:
         return
@@ -184,7 +212,7 @@ def fill_head(source: TeacherSource, parameters: Mapping[str, Tensor]) -> None:
 
 def begin_with(source: TeacherSource, job: Job, weights: Mapping[str, Tensor]) -> None:
     """Fill a new student with weights of its teacher: those of the layers that `objective.distill.init` names, and all
-    that are not in layers. Collective.
+    that are not in layers.
 
     Raises:
         JobError: shapes differ.

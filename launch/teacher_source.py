@@ -15,12 +15,11 @@ from torch import Tensor
 
 from headway.launch.companions import find_job_tokenizer
 from headway.launch.start_from import find_checkpoint, is_weight
-from headway.parallel.checkpoint.load import load
+from headway.parallel.checkpoint.load import read
 from headway.parallel.checkpoint.manifest import read_manifest
 from headway.pretrain import config
 from headway.pretrain.config import Job
 from headway.pretrain.data.tokenizer import load_tokenizer
-from headway.pretrain.engine import State
 from headway.pretrain.errors import CheckpointError, HeadwayError, JobError
 from headway.pretrain.hf.folder import Folder, is_folder, open_folder
 from headway.pretrain.hf.tokenizers import find_tokenizer
@@ -53,14 +52,14 @@ class TeacherSource:
         return {n: tuple(e.shape) for n, e in read_manifest(self.path).tensors.items() if is_weight(n)}
 
     def tensors(self, names: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-        """Those of some names, one at a time, whole, on the host. Collective."""
+        """Those of some names, one at a time, whole, on the host."""
         if self.folder is not None:
             yield from (pair for pair in self.folder.tensors() if pair[0] in names)
             return
         entries = read_manifest(self.path).tensors
         for name in sorted(names.keys() & entries.keys()):
             tensor = torch.empty(entries[name].shape, dtype=getattr(torch, entries[name].dtype))
-            load(self.path, State({name: tensor}), strict=False, verify=False)
+            read(self.path, {name: tensor})
             yield name, tensor
 
     @cached_property

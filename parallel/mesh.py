@@ -78,6 +78,29 @@ def lay_out(parallel: Parallel, world: int) -> Layout:
     return replace(layout, expert=layout.fold if parallel.expert == -1 else parallel.expert)
 
 
+def students(job: Job, ranks: int) -> int:
+    """How many of a run's ranks are the student's, where a teacher has some of its own; all otherwise.
+
+    Raises:
+        JobError: there are no others, or axes that such a teacher does not go with.
+    """
+    apart = job.parallel.teacher.ranks
+    if apart >= ranks:
+        rule = f"leaves the student none of the {ranks} ranks that were started"
+        raise JobError("parallel.teacher.ranks", apart, rule, 0)
+    if apart:
+        for axis in ("context", "expert"):
+            if (size := getattr(job.parallel, axis)) != 1:
+                rule = (
+                    "a teacher on ranks of its own goes with the axes pipeline, replicate, shard and tensor"
+                )
+                raise JobError(f"parallel.{axis}", size, rule, 1)
+        if (job.parallel.teacher.context or 1) > 1:
+            rule = "a teacher on ranks of its own is spread by tensor, replicate and shard"
+            raise JobError("parallel.teacher.context", job.parallel.teacher.context, rule, 1)
+    return ranks - apart
+
+
 def lay_out_teacher(parallel: Parallel, ours: Layout, ranks: int) -> Layout:
     """A teacher's layout over so many ranks (`parallel.teacher`), by the student's where nothing is said.
 
@@ -184,6 +207,11 @@ class World:
     def any(self, flag: bool) -> bool:
         """Whether any rank says so; all ranks learn the same answer."""
         return flag if self.size == 1 else self.sum(float(flag), along=AXES)[0] > 0
+
+    def meet(self) -> None:
+        """Wait for all ranks of the run, a teacher's too."""
+        if dist.is_initialized():
+            dist.barrier()
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -81,6 +81,18 @@ def load(
     return manifest.numbers
 
 
+def read(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill some tensors from a checkpoint by this process alone, which asks no other rank and checks no digests.
+
+    Raises:
+        CheckpointError: a tensor is not there, or has another dtype or shape.
+    """
+    manifest = read_manifest(path)
+    _check_tensors(path, manifest, tensors, strict=True)
+    for file, pieces in sorted(_plan(manifest, held(tensors)).items()):
+        _read(path / file, pieces)
+
+
 def _check_tensors(path: Path, manifest: Manifest, tensors: dict[str, Tensor], strict: bool) -> None:
     faults = []
     for name, tensor in tensors.items():

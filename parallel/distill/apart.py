@@ -91,7 +91,9 @@ def serve(
         given = []
         for sizes in asked["sizes"]:
             path = routes.inputs(sizes)
-            given.append(dict(zip(blank, routes.exchange([Item(x, path) for x in blank.values()]), strict=True)))
+            given.append(
+                dict(zip(blank, routes.exchange([Item(x, path) for x in blank.values()]), strict=True))
+            )
         for sizes, rows in zip(asked["sizes"], given, strict=True):
             found = compute(teaching, rows, wanted, routes.mine(sizes), autocast)
             if kind not in told:

@@ -54,7 +54,7 @@ def hire(engine: NativeEngine, theirs: Job, objective: Objective, fill: Fill) ->
     layout = mesh.lay_out_teacher(job.parallel, world.layout, apart or world.size)
     routes = Routes(seats, theirs.model, seats.distillation, layout, world.rank, apart=apart > 0)
     if apart:
-        return FarTeacher(routes, world, Messages(dist.group.WORLD, world.device))
+        return FarTeacher(routes, world, Messages(_everyone(), world.device))
     beside = world if layout == world.layout else mesh.beside(world, layout)
     teaching, autocast = spread(job, theirs, objective, beside, fill)
     return LiveTeacher(teaching, routes, world, autocast)
@@ -75,7 +75,7 @@ def serve(job: Job, student: Objective, theirs: Job, objective: Objective, world
     seats = seats_of(job, student, theirs, layout, plan)
     routes = Routes(seats, theirs.model, seats.distillation, world.layout, dist.get_rank(), apart=True)
     teaching, autocast = spread(job, theirs, objective, world, fill)
-    answer(teaching, routes, world, Messages(dist.group.WORLD, world.device), autocast)
+    answer(teaching, routes, world, Messages(_everyone(), world.device), autocast)
 
 
 def seats_of(job: Job, student: Objective, theirs: Job, layout: Layout, plan: Plan | None) -> Seats:
@@ -95,6 +95,12 @@ def spread(
     teaching.to(DTYPES[theirs.precision])
     narrow = AUTOCAST.get(theirs.precision)
     return teaching, partial(torch.autocast, world.device.type, narrow) if narrow else nullcontext
+
+
+def _everyone() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None, "ranks have met"
+    return group
 
 
 @torch.no_grad()

@@ -60,12 +60,16 @@ class Routes:
     def inputs(self, sizes: list[int]) -> Route:
         """Of rows that a model reads; a rank of the teacher that has none reads the first, for company."""
         rows = self.rows(sizes)
-        return self._found("inputs", sizes, lambda: self._ways(self._students(sizes), [r or (0,) for r in rows]))
+        return self._found(
+            "inputs", sizes, lambda: self._ways(self._students(sizes), [r or (0,) for r in rows])
+        )
 
     def slots(self, sizes: list[int]) -> Route:
         """Of places in the global batch, which all of the student's ranks learn."""
         every = tuple(range(sum(sizes)))
-        return self._found("slots", sizes, lambda: self._back(self._students(sizes), [every] * len(self.places)))
+        return self._found(
+            "slots", sizes, lambda: self._back(self._students(sizes), [every] * len(self.places))
+        )
 
     def outputs(self, found: dict[str, Tensor], wanted: Wanted, sizes: list[int]) -> list[Item]:
         """Of what a teacher gives, tensor by tensor."""

@@ -22,6 +22,7 @@ from headway.parallel.distill.redistribute import Item
 from headway.parallel.distill.routes import Routes
 from headway.parallel.distill.teaching import Teaching
 from headway.parallel.mesh import World
+from headway.pretrain.config import Model
 from headway.pretrain.engine import Batch
 from headway.pretrain.objectives.distill import names
 from headway.pretrain.objectives.distill.distillation import Wanted
@@ -57,6 +58,11 @@ class LiveTeacher:
             world: of the student.
         """
         self.teaching, self.routes, self.world, self.autocast = teaching, routes, world, autocast
+
+    @property
+    def model(self) -> Model:
+        """Its shape."""
+        return self.routes.model
 
     def signature(self, step: int | None) -> str:
         return str(self.routes.distillation.wanted(step))

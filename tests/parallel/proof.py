@@ -151,7 +151,9 @@ def curves(
         running = Running(name, rank, world, parallel, steps=steps, **settings)
         if running.here.teaches:
             theirs = teacher_job(name, str(running.job.precision))
-            serve(running.job, running.objective, theirs, build(theirs)[0], running.here, lambda weights: None)
+            serve(
+                running.job, running.objective, theirs, build(theirs)[0], running.here, lambda weights: None
+            )
             continue
         results = [running.step(step) for step in range(steps)]
         metrics = [{k: np.array(v) for k, v in r.metrics.items()} for r in results]
