@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -30,7 +29,6 @@ from headway.parallel import mesh
 from headway.parallel.engines.native import NativeEngine
 from headway.pretrain.engine import StepResult
 from headway.pretrain.hf.folder import open_folder, tree_of
-from headway.pretrain.hf.links import Lazy
 from headway.pretrain.hf.writing import inputs_of
 from headway.pretrain.objectives import build_objective
 from headway.pretrain.recipe import validate
@@ -96,7 +94,7 @@ class Twins:
             distill: `objective.distill`, without the teacher.
             more: further settings of the student's job.
         """
-        self.student, self.teacher = student, teacher
+        self.student, self.teacher, self.place = student, teacher, place
         for name, model in (("student", student), ("teacher", teacher)):
             model.save_pretrained(place / name)
         self.folder = open_folder(place / "student")
@@ -161,12 +159,18 @@ class Twins:
         assert not [name for name, g in found.items() if g.abs().max() > 0]
         return result
 
+    @torch.no_grad()
     def gradients(self) -> dict[str, Tensor]:
-        """Gradients of transformers' student under Headway's names, and those of the leaves."""
-        named = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in self.student.named_parameters()}
-        theirs = replace(self.folder, source=Lazy(frozenset(self.folder.source.names), named.__getitem__))
+        """Gradients of transformers' student under Headway's names, saved as if they were its weights, and those of the
+        leaves."""
+        values = {p: p.clone() for p in self.student.parameters()}
+        for p in values:
+            p.copy_(torch.zeros_like(p) if p.grad is None else p.grad)
+        self.student.save_pretrained(self.place / "gradients")
+        for p, value in values.items():
+            p.copy_(value)
         own = {n: torch.zeros_like(x) if x.grad is None else x.grad for n, x in self.leaves.items()}
-        return dict(theirs.tensors()) | own
+        return dict(open_folder(self.place / "gradients").tensors()) | own
 
 
 # -- what transformers shows -----------------------------------------------------------------------------------
@@ -209,22 +213,26 @@ def exact() -> Iterator[None]:
         yield
 
 
+PRODUCTS = {"query": 0, "key": 1, "value": 2, "q_proj": 0, "k_proj": 1, "v_proj": 2}
+"""What transformers calls the layers of queries, keys and values, in BERT and in ViT."""
+
+
 def look(model: nn.Module, *args: Tensor, **inputs: Any) -> Seen:
-    """A forward of a model of transformers, with queries, keys and values where it has layers of those names."""
-    found: dict[str, list[Tensor]] = {"query": [], "key": [], "value": []}
+    """A forward of a model of transformers, with queries, keys and values where it has layers of such names."""
+    found: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
     heads = getattr(model.config, "num_attention_heads", 1)
     hooks = [
         module.register_forward_hook(
-            lambda m, i, x, kind=name.rsplit(".")[-1]: found[kind].append(x.unflatten(-1, (heads, -1)).transpose(1, 2))
+            lambda m, i, x, which=which: found[which].append(x.unflatten(-1, (heads, -1)).transpose(1, 2))
         )
         for name, module in model.named_modules()
-        if name.rsplit(".")[-1] in found
+        if (which := PRODUCTS.get(name.rpartition(".")[2])) is not None
     ]
     with exact():
         out = model(*args, output_attentions=True, output_hidden_states=True, **inputs)
     for hook in hooks:
         hook.remove()
-    return Seen(out, found["query"], found["key"], found["value"])
+    return Seen(out, *found)
 
 
 def look_at_both(twins: Twins, *args: Tensor, **inputs: Any) -> tuple[Seen, Seen]:
@@ -271,6 +279,11 @@ def over_rows(each: Tensor, seen: Tensor) -> Tensor:
 
 def kl_of_maps(teacher: Tensor, student: Tensor, seen: Tensor) -> Tensor:
     """KL(teacher || student) of attention weights [B, H, S, S], by torch; hidden keys have no weight in both."""
-    floor = torch.finfo(student.dtype).tiny
-    each = F.kl_div(student.clamp(min=floor).log(), teacher, reduction="none").sum(-1)
-    return over_rows(each, seen)
+    return over_rows(kl(teacher, student), seen)
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of rows of weights, by torch. Where both are 0 there is nothing, and no gradient."""
+    there = (p > 0) | (q > 0)
+    log_p, log_q = (torch.where(there, x, 1).log() for x in (p, q))
+    return torch.where(there, F.kl_div(log_q, log_p, reduction="none", log_target=True), 0).sum(-1)
