@@ -69,10 +69,16 @@ def vortex_convolution():
 @cache
 def distillation():
     """`KDLoss` of torchdistill (Matsubara), and `kd_ce_loss` of TextBrewer."""
-    _open()
-    from torchdistill.losses.mid_level import KDLoss
+    return torchdistill().KDLoss, textbrewer().kd_ce_loss
 
-    return KDLoss, textbrewer().kd_ce_loss
+
+@cache
+def torchdistill():
+    """Losses of torchdistill (Matsubara 2021)."""
+    _open()
+    import torchdistill.losses.mid_level as module
+
+    return module
 
 
 @cache

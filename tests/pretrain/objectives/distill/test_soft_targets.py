@@ -44,7 +44,7 @@ def test_all_words_are_torchdistills(kind, tmp_path):
     loss = oracles.distillation()[0]("head", "output", "head", "output", TEMPERATURE, TASK, WEIGHT)
     expected = loss({"head": {"output": student}}, {"head": {"output": teacher}}, labels)
     result = twins.check(batch, expected)
-    assert result.metrics["task_loss"] == pytest.approx(float(F.cross_entropy(student, labels)), rel=1e-12)
+    assert result.metrics["task_loss"] == pytest.approx(F.cross_entropy(student, labels).item(), rel=1e-12)
 
 
 def outcomes(student, teacher, k):
@@ -77,7 +77,7 @@ def test_directions_and_likeliest_words_are_torchs(kind, direction, k, tmp_path)
         log_p, log_q = (F.log_softmax(x / TEMPERATURE, -1) for x in (teacher, student))
     soft = TEMPERATURE**2 * divergence(log_p, log_q, direction)
     result = twins.check(batch, TASK * F.cross_entropy(student, labels) + WEIGHT * soft)
-    assert result.metrics["soft_loss"] == pytest.approx(float(soft), rel=1e-11)
+    assert result.metrics["soft_loss"] == pytest.approx(soft.item(), rel=1e-11)
 
 
 def test_the_teacher_alone(tmp_path):

@@ -4,7 +4,7 @@
     twins.check(batch, loss)
 
 holds a step of Headway's engine to a loss that a test composes of what transformers gives: the loss, and its gradients
-by all parameters, in fp64. Losses sum over a few hundred terms in another order, gradients go through a few blocks:
+by all parameters, in fp64 and in two micro-batches. Losses sum over a few hundred terms in another order, gradients go through a few blocks:
 1e-15 each, 1e-13 together. Bounds leave a factor of 100.
 
 Shapes: B batch, S sequence, H heads, D their width, E hidden size, V vocabulary.
@@ -104,6 +104,7 @@ class Twins:
             "data": {"seq_len": LENGTH},
             "optimizer": {"lr": 1e-2, "weight_decay": 0.1},
             "train": {"global_batch": ROWS, "steps": 20, "compile": False},
+            "parallel": {"micro_batch": ROWS // 2},
             "precision": "fp64",
         }
         self.job = job = validate(merged(merged(tree_of(self.folder.settings), settings), more or {}))
@@ -258,11 +259,11 @@ def numbered(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return batch | {"slot": torch.arange(ROWS), "sample": torch.arange(ROWS)}
 
 
-def masked_batch(padded: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def masked_batch(padded: bool = True, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A batch of BERT: Headway's, and what transformers is called with. A third of the real places have a label."""
-    tokens, labels, seen = words(), words(seed=1), real() if padded else torch.ones(ROWS, LENGTH, dtype=torch.bool)
+    tokens, labels, seen = words(seed=seed), words(seed=seed + 1), real() if padded else torch.ones(ROWS, LENGTH, dtype=torch.bool)
     labels = labels.masked_fill(~seen | (torch.arange(LENGTH) % 3 != 1), -100)
-    segments = words(seed=2) % 2
+    segments = words(seed=seed + 2) % 2
     ours = {"tokens": tokens, "labels": labels, "segments": segments}
     if padded:
         ours["documents"] = seen.int() - 1
