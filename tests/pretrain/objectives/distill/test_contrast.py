@@ -29,7 +29,9 @@ def means(seen):
 def projected(twins, ours, theirs):
     """Representations by the student [B, W], and by the teacher [M, W], of norm 1."""
     z = twins.linear("distillation.contrast.project", ours)
-    return F.normalize(z, dim=-1), F.normalize(twins.linear("distillation.contrast.project_teacher", theirs), dim=-1)
+    return F.normalize(z, dim=-1), F.normalize(
+        twins.linear("distillation.contrast.project_teacher", theirs), dim=-1
+    )
 
 
 def test_codir_is_infonce_over_the_global_batch(tmp_path):
@@ -55,7 +57,7 @@ def test_crd_is_torchdistills_with_as_much_noise_as_data(tmp_path):
 
 @pytest.mark.parametrize("kind", ["codir", "crd"])
 def test_samples_of_steps_before_are_told_from_too(kind, tmp_path):
-    """Of three steps, the first fills 4 of 6 places, and the third sees what the two before it left: the newest first."""
+    """Of three steps, the first fills 4 of 6 places, and the third sees what both before it left: the newest first."""
     twins = pair(tmp_path, {"kind": kind, "queue": 6}, STILL)
     before = torch.empty(0, 32, dtype=torch.float64)
     for step in range(3):

@@ -1,4 +1,4 @@
-"""Attention of all families: causal maps of GPT-2, the three kinds of maps of T5, documents, heads that differ, patches."""
+"""Attention of all families: causal maps of GPT-2, three kinds of maps of T5, documents, heads that differ, patches."""
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from .twins import (
     Twins,
     kl,
     kl_of_maps,
+    look,
     look_at_both,
     make,
     masked_batch,
@@ -45,11 +46,17 @@ def causal(place, distill, student=None, teacher=None, more=None, documents=None
 
 def test_causal_maps(tmp_path):
     """KL of rows over the keys before them; the states of a pre-norm model are those of the stream."""
-    distill = {"attention": {"weight": 1.0}, "states": {"weight": 0.5, "layers": [1, None]}, "final": {"weight": 0.3}}
+    distill = {
+        "attention": {"weight": 1.0},
+        "states": {"weight": 0.5, "layers": [1, None]},
+        "final": {"weight": 0.3},
+    }
     twins, batch, ours, theirs, task = causal(tmp_path, distill)
     maps = mean(kl_of_maps(theirs.maps[j], ours.maps[i], EVERY) for i, j in ((0, 1), (1, 3)))
     states = F.mse_loss(twins.linear("model.blocks.0.tap.project", ours.states[1]), theirs.states[2])
-    projected = twins.linear("distillation.project", ours.states[-1])  # behind the last norm, as the head reads it
+    projected = twins.linear(
+        "distillation.project", ours.states[-1]
+    )  # behind the last norm, as the head reads it
     cosine = (1 - F.cosine_similarity(projected, theirs.states[-1], -1)).mean()
     result = twins.check(batch, task + maps + 0.5 * states + 0.3 * cosine)
     assert result.metrics["learned/attention"] == pytest.approx(maps.item(), rel=1e-11)
@@ -57,10 +64,14 @@ def test_causal_maps(tmp_path):
 
 def test_states_of_a_last_layer_stand_before_the_last_norm(tmp_path):
     """transformers shows them behind it: so its last block's are taken by a hook."""
-    twins = Twins(make("gpt2"), make("gpt2", 1), tmp_path, {"task": 0.0, "states": {"weight": 1.0, "layers": "last"}})
+    twins = Twins(
+        make("gpt2"), make("gpt2", 1), tmp_path, {"task": 0.0, "states": {"weight": 1.0, "layers": "last"}}
+    )
     kept = []
     for model in (twins.student, twins.teacher):
-        model.transformer.h[-1].register_forward_hook(lambda m, i, x: kept.append(x[0] if isinstance(x, tuple) else x))
+        model.transformer.h[-1].register_forward_hook(
+            lambda m, i, x: kept.append(x[0] if isinstance(x, tuple) else x)
+        )
     ours, theirs = look_at_both(twins, words())
     assert not torch.equal(kept[0], ours.states[-1])
     twins.check(numbered({"tokens": words(), "labels": words(seed=1)}), F.mse_loss(*kept))
@@ -79,6 +90,19 @@ def test_documents_of_a_row_do_not_see_each_other(tmp_path):
     each = [jensen_shannon(a, b) for a, b in zip(theirs.maps, ours.maps, strict=True)]
     task = F.cross_entropy(ours.logits.flatten(0, 1), labels.flatten())
     twins.check(numbered({"tokens": tokens, "labels": labels, "documents": documents}), task + mean(each))
+
+
+def test_a_student_that_sees_less_learns_what_its_teacher_thinks_of_that(tmp_path):
+    """Of a window of keys: the teacher's weights there, brought to a sum of one."""
+    band = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().triu(-4)  # itself and the 4 before it
+    more = {"model": {"attention": {"mechanism": "window", "window": 5}}}
+    twins = Twins(make("gpt2"), make("gpt2", 1), tmp_path, {"task": 0.0, "attention": {"weight": 1.0}}, more)
+    hidden = torch.zeros(1, 1, LENGTH, LENGTH, dtype=torch.float64).masked_fill(~band, -1e300)
+    ours = look(twins.student, words(), attention_mask=hidden)
+    _, theirs = look_at_both(twins, words())
+    weights = [p * band / (p * band).sum(-1, keepdim=True) for p in theirs.maps]
+    loss = mean(kl_of_maps(p, q, EVERY) for p, q in zip(weights, ours.maps, strict=True))
+    twins.check(numbered({"tokens": words(), "labels": words(seed=1)}), loss)
 
 
 def jensen_shannon(p, q):
@@ -145,7 +169,7 @@ def kl_of_layers(theirs, ours, seen):
 
 @pytest.mark.parametrize("across", [True, False])
 def test_maps_of_encoders_decoders_and_between_them(across, tmp_path):
-    """With biases by distance. Each tower's mean is over its own rows; cross maps are over the keys that are no padding."""
+    """With biases by distance. Each tower's mean is over its own rows; cross maps are over keys that are no padding."""
     distill = {"attention": {"weight": 0.7, "across": across}}
     twins, batch, ours, theirs, task = seq2seq(tmp_path, distill, hidden=32, heads=3)
     parts = {
@@ -204,10 +228,14 @@ def test_a_vit_learns_soft_labels_and_states(tmp_path):
     logits = {"weight": 0.6, "temperature": 3.0}
     distill = {"task": 0.4, "logits": logits, "states": {"weight": 0.5}, "final": {"weight": 0.1}}
     twins, batch, ours, theirs, labels = images(tmp_path, distill, "vit", layers=2)
-    soft = F.kl_div(*(F.log_softmax(x.logits / 3, -1) for x in (ours, theirs)), reduction="batchmean", log_target=True)
+    soft = F.kl_div(
+        *(F.log_softmax(x.logits / 3, -1) for x in (ours, theirs)), reduction="batchmean", log_target=True
+    )
     pairs = list(zip(ours.states[1:], theirs.states[1:], strict=True))
     states = mean(F.mse_loss(a, b) for a, b in pairs)
-    norms = [model.vit.layernorm(x.states[-1]) for model, x in ((twins.student, ours), (twins.teacher, theirs))]
+    norms = [
+        model.vit.layernorm(x.states[-1]) for model, x in ((twins.student, ours), (twins.teacher, theirs))
+    ]
     cosine = (1 - F.cosine_similarity(norms[0], norms[1].detach(), -1)).mean()
     loss = 0.4 * F.cross_entropy(ours.logits, labels) + 0.6 * 9 * soft + 0.5 * states + 0.1 * cosine
     twins.check(batch, loss)
@@ -228,7 +256,10 @@ def test_patches_relate_to_each_other(tmp_path):
 
 
 def test_a_teacher_is_asked_for_no_more_than_is_learned(tmp_path):
-    distill = {"attention": {"weight": 1.0, "layers": [None, 2]}, "relations": {"weight": 1.0, "of": ["keys"]}}
+    distill = {
+        "attention": {"weight": 1.0, "layers": [None, 2]},
+        "relations": {"weight": 1.0, "of": ["keys"]},
+    }
     twins, batch, *_ = causal(tmp_path, distill)
     asked = {Target(0, 2, "q"), Target(0, 2, "k"), Target(0, 2, "bias"), Target(0, 3, "keys")}
     assert set(twins.objective.distillation.wanted(0).targets) == asked

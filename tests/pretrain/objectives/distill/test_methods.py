@@ -35,12 +35,16 @@ DISTILBERT = {"logits": {"weight": 5.0, "temperature": 2.0}, "final": {"weight":
 
 
 def distilbert(batch, ours, theirs):
-    """As `distiller.py` of the authors with its weights of 5, 2 and 1, but for means over labels' places."""
+    """As the authors' `distiller.py` composes soft targets (`restrict_ce_to_mask`: at the places that have a label) and
+    cosines, with its weights of 5 and 1."""
     chosen = batch["labels"] != -100
     log_q, p = F.log_softmax(ours.logits[chosen] / 2, -1), F.softmax(theirs.logits[chosen] / 2, -1)
-    soft = nn.KLDivLoss(reduction="batchmean")(log_q, p) * 2**2
+    return 5 * nn.KLDivLoss(reduction="batchmean")(log_q, p) * 2**2, cosine_of_states(ours, theirs)
+
+
+def cosine_of_states(ours, theirs):
     x, y = ours.states[-1][SEEN], theirs.states[-1][SEEN]
-    return 5 * soft, nn.CosineEmbeddingLoss(reduction="mean")(x, y, torch.ones(len(x)))
+    return nn.CosineEmbeddingLoss(reduction="mean")(x, y, torch.ones(len(x)))
 
 
 def test_distilbert(tmp_path):
@@ -52,11 +56,10 @@ def test_distilbert(tmp_path):
 
 
 def test_distilbert_of_another_width(tmp_path):
-    """TextBrewer's cosine, of projected states."""
+    """Projected states, and TextBrewer's cosine of them."""
     twins, batch, ours, theirs, task = pair(tmp_path, {"final": {"weight": 1.0}})
     x = twins.linear("distillation.project", ours.states[-1])
-    _, cosine = distilbert(batch, ours._replace(out=ours.out | {"hidden_states": (x,)}), theirs)
-    twins.check(batch, task + cosine)
+    twins.check(batch, task + oracles.textbrewer().cos_loss(x[SEEN], theirs.states[-1][SEEN]))
 
 
 @pytest.mark.parametrize(("how", "layers"), [("uniform", (1, 3)), ("top", (2, 3)), ([0, 2], (0, 2))])
@@ -102,8 +105,8 @@ def hidden_losses(twins, ours, theirs, layers):
 def score_loss(ours, theirs, layers):
     """Mean squared error of scores before the softmax (equation 7), over keys that are seen, heads and rows.
 
-    TextBrewer's `att_mse_loss` with a mask is a mean over all pairs of places, where this is one over rows of means over
-    keys: in a batch with padding, short samples have less weight there.
+    TextBrewer's `att_mse_loss` with a mask is a mean over all pairs of places, where this is one over rows of means
+    over keys: in a batch with padding, short samples have less weight there.
     """
     each = []
     for i, j in enumerate(layers):
@@ -118,7 +121,9 @@ TINYBERT = {
 }
 
 
-@pytest.mark.parametrize(("how", "layers"), [("uniform", (1, 3)), ("top", (2, 3)), ("bottom", (0, 1)), ([3, 1], (3, 1))])
+@pytest.mark.parametrize(
+    ("how", "layers"), [("uniform", (1, 3)), ("top", (2, 3)), ("bottom", (0, 1)), ([3, 1], (3, 1))]
+)
 def test_tinybert(how, layers, tmp_path):
     twins, batch, ours, theirs, task = pair(tmp_path, TINYBERT | {"layers": how}, {"heads": 3, "hidden": 30})
     attention, hidden = score_loss(ours, theirs, layers), hidden_losses(twins, ours, theirs, layers)
@@ -213,3 +218,32 @@ def test_minilm_of_an_upper_layer(tmp_path):
     distill = {"relations": {"weight": 1.0, "heads": 4, "layers": [None, 2]}}
     twins, batch, ours, theirs, task = pair(tmp_path, distill)
     twins.check(batch, task + relations(ours, theirs, "v", 4, source=2))
+
+
+# -- other teachers, other losses ------------------------------------------------------------------------------
+
+
+def test_a_teacher_whose_layers_share_weights(tmp_path):
+    """ALBERT: a block that is used four times shows what it is asked of each use."""
+    distill = {"task": 0.0, "attention": {"weight": 1.0, "layers": [0, 2]}, "relations": {"weight": 1.0}}
+    twins = Twins(make("bert"), make("albert", 1, layers=4, hidden=30), tmp_path, distill)
+    batch, inputs = masked_batch()
+    ours, theirs = look_at_both(twins, **inputs)
+    maps = [kl_of_maps(theirs.maps[j], ours.maps[i], SEEN) for i, j in enumerate((0, 2))]
+    assert not torch.equal(theirs.maps[0], theirs.maps[2])
+    twins.check(batch, torch.stack(maps).mean() + relations(ours, theirs, "v", 3))
+
+
+def test_the_weight_of_the_objectives_own_loss_is_of_all_its_parts(tmp_path):
+    """Of next-sentence prediction too."""
+    more = {"objective": {"masking": {"pairs": "next"}}}
+    twins = Twins(
+        make("bert_pairs"), make("bert", 1), tmp_path, {"task": 0.3, "final": {"weight": 1.0}}, more
+    )
+    batch, inputs = masked_batch()
+    batch["pair"] = torch.tensor([0, 1, 1, 0])
+    ours, theirs = look_at_both(twins, **inputs)
+    chosen = batch["labels"] != -100
+    words = F.cross_entropy(ours.out.prediction_logits[chosen], batch["labels"][chosen])
+    pairs = F.cross_entropy(ours.out.seq_relationship_logits, batch["pair"])
+    twins.check(batch, 0.3 * (words + pairs) + cosine_of_states(ours, theirs))

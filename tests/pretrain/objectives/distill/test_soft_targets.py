@@ -58,6 +58,7 @@ def outcomes(student, teacher, k):
 
 def divergence(log_p, log_q, kind):
     """By torch's KL, mean over rows."""
+
     def kl(p, q):
         return F.kl_div(q, p, reduction="batchmean", log_target=True)
 
@@ -83,7 +84,11 @@ def test_directions_and_likeliest_words_are_torchs(kind, direction, k, tmp_path)
 def test_the_teacher_alone(tmp_path):
     """Without the objective's own loss labels say where, not what."""
     twins, batch, student, teacher, _ = both("gpt2", tmp_path, {}, task=0.0)
-    soft = F.kl_div(*(F.log_softmax(x / TEMPERATURE, -1) for x in (student, teacher)), reduction="batchmean", log_target=True)
+    soft = F.kl_div(
+        *(F.log_softmax(x / TEMPERATURE, -1) for x in (student, teacher)),
+        reduction="batchmean",
+        log_target=True,
+    )
     twins.check(batch, WEIGHT * TEMPERATURE**2 * soft)
 
 

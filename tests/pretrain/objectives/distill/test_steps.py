@@ -18,6 +18,10 @@ def task_of(ours, batch):
     return F.cross_entropy(ours.logits[chosen], batch["labels"][chosen])
 
 
+def means(x):
+    return torch.stack([row[seen].mean(0) for row, seen in zip(x, SEEN, strict=True)])
+
+
 def test_parts_of_the_loss_come_and_go(tmp_path):
     """`begin` is the first step that has a part, `end` the first that has it no more."""
     distill = {
@@ -32,27 +36,26 @@ def test_parts_of_the_loss_come_and_go(tmp_path):
     filled = []
     for step in range(4):
         ours, theirs = look_at_both(twins, **inputs)
-        loss, learned = task_of(ours, batch), {"task_loss", "accuracy"}
-        chosen = batch["labels"] != -100
+        parts, last = {}, ours.states[2]
         if step in (1, 2):
+            chosen = batch["labels"] != -100
             logs = [F.log_softmax(x.logits[chosen], -1) for x in (ours, theirs)]
-            loss, learned = loss + F.kl_div(*logs, reduction="batchmean", log_target=True), learned | {"soft_loss"}
+            parts["soft_loss"] = F.kl_div(*logs, reduction="batchmean", log_target=True)
         if step >= 2:
-            loss, learned = loss + kl_of_maps(theirs.maps[1], ours.maps[1], SEEN), learned | {"learned/attention"}
+            parts["learned/attention"] = kl_of_maps(theirs.maps[1], ours.maps[1], SEEN)
         if step < 2:
-            x = twins.linear("model.blocks.1.tap.project", ours.states[2])
-            loss, learned = loss + F.mse_loss(x[SEEN], theirs.states[2][SEEN]), learned | {"learned/states"}
+            x = twins.linear("model.blocks.1.tap.project", last)
+            parts["learned/states"] = F.mse_loss(x[SEEN], theirs.states[2][SEEN])
         if step == 3:
-            x = twins.linear("distillation.project", ours.states[2])
-            cosine = 1 - F.cosine_similarity(x, theirs.states[2], -1)[SEEN]
-            loss, learned = loss + cosine.mean(), learned | {"learned/final"}
+            x = twins.linear("distillation.project", last)
+            parts["learned/final"] = (1 - F.cosine_similarity(x, theirs.states[2], -1)[SEEN]).mean()
         if step == 1:
-            z, t = (torch.stack([r[s].mean(0) for r, s in zip(x.states[2], SEEN, strict=True)]) for x in (ours, theirs))
-            z = F.normalize(twins.linear("distillation.contrast.project", z), dim=-1)
-            t = F.normalize(twins.linear("distillation.contrast.project_teacher", t), dim=-1)
-            loss, learned = loss + F.cross_entropy(z @ t.T / 0.07, torch.arange(4)), learned | {"contrast"}
-        result = twins.check(batch, loss, step)
-        assert result.metrics.keys() == learned, step
+            z = twins.linear("distillation.contrast.project", means(last))
+            t = twins.linear("distillation.contrast.project_teacher", means(theirs.states[2]))
+            cosines = F.normalize(z, dim=-1) @ F.normalize(t, dim=-1).T
+            parts["contrast"] = F.cross_entropy(cosines / 0.07, torch.arange(4))
+        result = twins.check(batch, task_of(ours, batch) + sum(parts.values()), step)
+        assert result.metrics.keys() == parts.keys() | {"task_loss", "accuracy"}, step
         filled.append(int(twins.objective.distillation.contrast.filled))
         twins.student.zero_grad()
         twins.leaves.clear()
@@ -75,25 +78,26 @@ def moved(before, objective):
 
 
 def block_of(name):
+    """Number of a parameter's block; -1 outside of blocks."""
     parts = name.split(".")
-    return int(parts[parts.index("blocks") + 1]) if "blocks" in parts else None
+    return int(parts[parts.index("blocks") + 1]) if "blocks" in parts else -1
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb", "muon"])
 def test_layers_are_matched_one_by_one_and_those_below_rest(optimizer, tmp_path):
     """MobileBERT, section 3.3: while a layer is matched, those below and the embeddings stay the same bits, whatever
     the decay of weights and the moments of steps before; then all go on."""
-    distill = {"attention": {"weight": 1.0, "begin": 1, "progressive": 2}, "states": {"weight": 1.0, "layers": "top"}}
-    distill["states"] |= {"begin": 1, "progressive": 2, "loss": "normalised"}
+    each = {"weight": 1.0, "begin": 1, "progressive": 2}
+    distill = {"attention": each, "states": each | {"layers": "top", "loss": "normalised"}}
     more = {"optimizer": {"name": optimizer}}
     twins = Twins(make("bert", layers=3), make("bert", 1, layers=6), tmp_path, distill, more)
-    batch, inputs = masked_batch()
+    batch, _ = masked_batch()
     for step in range(8):
         matched = (step - 1) // 2 if step else None
         below = matched if matched is not None and matched < 3 else 0
         before = {name: p.detach().clone() for name, p in twins.objective.named_parameters()}
         result, _ = twins.step(batch, step)
-        rest = {n for n in before if below and ("embed" in n or (block_of(n) is not None and block_of(n) < below))}
+        rest = {n for n in before if below and ("embed" in n or -1 < block_of(n) < below)}
         learned = {n for n, p in twins.objective.named_parameters() if p.requires_grad}
         assert moved(before, twins.objective) == learned - rest, step
         expected = {"learned/attention", "learned/states"} if matched in (0, 1, 2) else set()
@@ -128,11 +132,13 @@ def test_the_longer_tower_says_when_layers_one_by_one_are_done(tmp_path):
     for step in range(4):
         before = {name: p.detach().clone() for name, p in twins.objective.named_parameters()}
         twins.step(batch, step)
-        still = {n for n in before if block_of(n) is not None} - moved(before, twins.objective)
-        assert still == {n for n in before if step < 3 and block_of(n) is not None and block_of(n) < step}, step
+        still = {n for n in before if block_of(n) >= 0} - moved(before, twins.objective)
+        assert still == {n for n in before if step < 3 and -1 < block_of(n) < step}, step
 
 
-@pytest.mark.parametrize(("step", "layer", "below"), [(4, None, 0), (5, 0, 0), (7, 0, 0), (8, 1, 1), (13, 2, 2), (14, None, 0)])
+@pytest.mark.parametrize(
+    ("step", "layer", "below"), [(4, None, 0), (5, 0, 0), (7, 0, 0), (8, 1, 1), (13, 2, 2), (14, None, 0)]
+)
 def test_which_layer_a_step_matches(step, layer, below):
     settings = Distill.model_validate({"attention": {"weight": 1.0, "begin": 5, "progressive": 3}})
     found = [i for i in range(3) if active(settings.attention, Lesson(0, i, attention=i), step)]
@@ -146,7 +152,12 @@ def test_which_layer_a_step_matches(step, layer, below):
 def test_an_evaluation_tells_the_task_and_what_is_learned(tmp_path):
     """Held-out loss is the objective's own, without weights. Rows that fill up a batch count nowhere. Windows do not
     hide what a held-out row says."""
-    distill = {"task": 0.3, "logits": {"weight": 2.0}, "attention": {"weight": 5.0, "begin": 9}, "contrast": {"weight": 1.0}}
+    distill = {
+        "task": 0.3,
+        "logits": {"weight": 2.0},
+        "attention": {"weight": 5.0, "begin": 9},
+        "contrast": {"weight": 1.0},
+    }
     twins = Twins(make("bert"), make("bert", 1), tmp_path, distill)
     batch, inputs = masked_batch()
     there = torch.tensor([True, False, True, True])
@@ -159,7 +170,9 @@ def test_an_evaluation_tells_the_task_and_what_is_learned(tmp_path):
     expected = {
         "loss": F.cross_entropy(ours.logits[chosen], batch["labels"][chosen]),
         "soft_loss": F.kl_div(*logs, reduction="batchmean", log_target=True),
-        "learned/attention": torch.stack([kl_of_maps(p[there], q[there], SEEN[there]) for p, q in pairs]).mean(),
+        "learned/attention": torch.stack(
+            [kl_of_maps(p[there], q[there], SEEN[there]) for p, q in pairs]
+        ).mean(),
     }
     assert found.keys() == expected.keys() | {"accuracy"}
     for name, value in expected.items():

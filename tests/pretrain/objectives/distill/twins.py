@@ -3,9 +3,9 @@
     twins = Twins(make("bert", layers=2), make("bert", layers=4), tmp_path, {"attention": {"weight": 1.0}})
     twins.check(batch, loss)
 
-holds a step of Headway's engine to a loss that a test composes of what transformers gives: the loss, and its gradients
-by all parameters, in fp64 and in two micro-batches. Losses sum over a few hundred terms in another order, gradients go through a few blocks:
-1e-15 each, 1e-13 together. Bounds leave a factor of 100.
+holds a step of Headway's engine, of two micro-batches, to a loss that a test composes of what transformers gives: the
+loss, and its gradients by all parameters, in fp64. Losses sum a few hundred terms in another order, gradients go
+through a few blocks: 1e-15 each, 1e-13 together. Bounds leave a factor of 100.
 
 Shapes: B batch, S sequence, H heads, D their width, E hidden size, V vocabulary.
 """
@@ -47,11 +47,22 @@ def make(kind: str, seed: int = 0, **shape: Any) -> nn.Module:
     import transformers
 
     layers, hidden, heads = shape.pop("layers", 2), shape.pop("hidden", 24), shape.pop("heads", 3)
-    usual = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads, "intermediate_size": 40}
+    usual = {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "intermediate_size": 40,
+    }
     words = {"vocab_size": VOCAB, "max_position_embeddings": LENGTH}
     if kind == "gpt2":
         off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
-        sizes = {"n_layer": layers, "n_embd": hidden, "n_head": heads, "n_positions": LENGTH, "vocab_size": VOCAB}
+        sizes = {
+            "n_layer": layers,
+            "n_embd": hidden,
+            "n_head": heads,
+            "n_positions": LENGTH,
+            "vocab_size": VOCAB,
+        }
         config, model = transformers.GPT2Config, transformers.GPT2LMHeadModel
         keys = sizes | off
     elif kind == "t5":
@@ -64,6 +75,19 @@ def make(kind: str, seed: int = 0, **shape: Any) -> nn.Module:
         more = {"embedding_size": 10, "intra_bottleneck_size": 18, "num_feedforward_networks": 2}
         config, model = transformers.MobileBertConfig, transformers.MobileBertForMaskedLM
         keys = usual | words | NO_DROPOUT | more
+    elif kind == "albert":
+        more = {"embedding_size": 10, "classifier_dropout_prob": 0.0}
+        config, model, keys = (
+            transformers.AlbertConfig,
+            transformers.AlbertForMaskedLM,
+            usual | words | NO_DROPOUT | more,
+        )
+    elif kind == "bert_pairs":
+        config, model, keys = (
+            transformers.BertConfig,
+            transformers.BertForPreTraining,
+            usual | words | NO_DROPOUT,
+        )
     elif kind in ("vit", "deit"):
         images = {"image_size": 12, "patch_size": 4, "num_labels": CLASSES}
         config = transformers.ViTConfig if kind == "vit" else transformers.DeiTConfig
@@ -85,7 +109,12 @@ class Twins:
     """The pair. The student's own parts (projections) have weights away from 0 too."""
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module, place: Path, distill: dict[str, Any], more: dict[str, Any] | None = None
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        place: Path,
+        distill: dict[str, Any],
+        more: dict[str, Any] | None = None,
     ) -> None:
         """
         Args:
@@ -110,7 +139,9 @@ class Twins:
         self.job = job = validate(merged(merged(tree_of(self.folder.settings), settings), more or {}))
         weights = dict(self.folder.tensors())
         inputs = inputs_of(job, {name: tuple(w.shape) for name, w in weights.items()})
-        self.inputs = inputs = inputs._replace(length=job.row_tokens, target_length=TARGET if job.model.family == "t5" else 0)
+        self.inputs = inputs = inputs._replace(
+            length=job.row_tokens, target_length=TARGET if job.model.family == "t5" else 0
+        )
         self.world = mesh.start(job, mesh.lay_out(job.parallel, 1), 0, 1, 0, torch.device("cpu"), "gloo")
         self.objective = build_objective(job, inputs, device="meta", teacher=shape_of(self.source))
         self.engine = NativeEngine(job, self.objective, self.world, precision="fp64", compiled=False)
@@ -261,7 +292,11 @@ def numbered(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def masked_batch(padded: bool = True, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A batch of BERT: Headway's, and what transformers is called with. A third of the real places have a label."""
-    tokens, labels, seen = words(seed=seed), words(seed=seed + 1), real() if padded else torch.ones(ROWS, LENGTH, dtype=torch.bool)
+    tokens, labels, seen = (
+        words(seed=seed),
+        words(seed=seed + 1),
+        real() if padded else torch.ones(ROWS, LENGTH, dtype=torch.bool),
+    )
     labels = labels.masked_fill(~seen | (torch.arange(LENGTH) % 3 != 1), -100)
     segments = words(seed=seed + 2) % 2
     ours = {"tokens": tokens, "labels": labels, "segments": segments}
