@@ -199,15 +199,14 @@ RULES += [
 ]
 
 
-# A part of distillation that has no weight; the rows' contrast reads which heads are compared, too.
+def _learned(name: str, field: str) -> Callable[[Job], bool]:
+    """Whether the part has a weight that a setting of distillation is of; rows read `attention.heads` too."""
+    names = {name, "rows"} if (name, field) == ("attention", "heads") else {name}
+    return lambda j: bool(names & j.objective.distill.terms.keys())
+
+
 RULES += [
-    (
-        f"objective.distill.{name}.{field}",
-        lambda j, name=name, shared=(name, field) == ("attention", "heads"): (
-            name in j.objective.distill.terms or (shared and "rows" in j.objective.distill.terms)
-        ),
-        f"objective.distill.{name}.weight is 0",
-    )
+    (f"objective.distill.{name}.{field}", _learned(name, field), f"objective.distill.{name}.weight is 0")
     for name in TERMS
     for field in type(getattr(Distill(), name)).model_fields
     if field != "weight"

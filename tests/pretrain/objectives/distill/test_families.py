@@ -219,6 +219,8 @@ def test_deit_learns_hard_labels_and_attention(tmp_path):
     seen = torch.ones(ROWS, 11, dtype=torch.bool)
     maps = mean(kl_of_maps(theirs.maps[j], ours.maps[i], seen) for i, j in ((0, 1), (1, 3)))
     loss = 0.5 * F.cross_entropy(ours.out.cls_logits, labels) + 0.5 * hard + 0.8 * maps
+    held_out = twins.engine.evaluate(batch)  # both heads answer together, and labels count alone
+    assert held_out["loss"][0] / ROWS == pytest.approx(F.cross_entropy(ours.logits, labels).item(), rel=1e-11)
     result = twins.check(batch, loss)
     assert result.metrics["soft_loss"] == pytest.approx(hard.item(), rel=1e-11)
 
