@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from headway.kernels.attention.registry import mechanism, words
 from headway.pretrain.config import Attention, Job
+from headway.pretrain.config.distill import TERMS, Distill
 from headway.pretrain.errors import JobError
 from headway.pretrain.recipe import DEFAULT, Resolved
 
@@ -127,6 +128,46 @@ RULES: list[Rule] = [
     ("parallel.context_method", lambda j: j.parallel.context != 1, "parallel.context is 1"),
     ("parallel.expert", lambda j: j.model.experts.count > 0, "model.experts.count is 0: the model is dense"),
     ("parallel.check_every", lambda j: _spread(j), "one process has no replicas to compare"),
+    (
+        "parallel.teacher.",
+        lambda j: j.objective.distill.teacher is not None,
+        "objective.distill.teacher is not given",
+    ),
+    (
+        "objective.distill.",
+        lambda j: j.objective.distill.on,
+        "neither objective.distill.teacher nor objective.distill.cache is given",
+    ),
+    (
+        "objective.distill.precision",
+        lambda j: j.objective.distill.teacher is not None,
+        "objective.distill.teacher is not given",
+    ),
+    (
+        "objective.distill.layers",
+        lambda j: _by_common_map(j.objective.distill),
+        "no part of the loss is learned by these layers",
+    ),
+    (
+        "objective.distill.attention.across",
+        lambda j: j.model.family == "t5",
+        "only the family t5 has cross-attention",
+    ),
+    (
+        "objective.distill.logits.top_k",
+        lambda j: j.objective.name != "classify",
+        "a classifier is compared in all its classes",
+    ),
+    (
+        "objective.distill.logits.temperature",
+        lambda j: not j.objective.distill.logits.hard,
+        "objective.distill.logits.hard: a label has no temperature",
+    ),
+    (
+        "objective.distill.logits.divergence",
+        lambda j: not j.objective.distill.logits.hard,
+        "objective.distill.logits.hard: labels have the cross-entropy",
+    ),
     ("tracking.project", lambda j: j.tracking.wandb != "off", "tracking.wandb is off"),
     ("tracking.group", lambda j: j.tracking.wandb != "off", "tracking.wandb is off"),
     ("tracking.tags", lambda j: j.tracking.wandb != "off", "tracking.wandb is off"),
@@ -156,6 +197,25 @@ RULES += [
         "model.attention.pattern names the layers' mechanisms",
     ),
 ]
+
+
+def _learned(name: str, field: str) -> Callable[[Job], bool]:
+    """Whether the part has a weight that a setting of distillation is of; rows read `attention.heads` too."""
+    names = {name, "rows"} if (name, field) == ("attention", "heads") else {name}
+    return lambda j: bool(names & j.objective.distill.terms.keys())
+
+
+RULES += [
+    (f"objective.distill.{name}.{field}", _learned(name, field), f"objective.distill.{name}.weight is 0")
+    for name in TERMS
+    for field in type(getattr(Distill(), name)).model_fields
+    if field != "weight"
+]
+
+
+def _by_common_map(settings: Distill) -> bool:
+    """Whether some part of the loss is learned by the layers that are given for all."""
+    return any(getattr(term, "layers", "own") is None for term in settings.terms.values())
 
 
 def _mixers_alone(job: Job) -> bool:

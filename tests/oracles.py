@@ -68,14 +68,26 @@ def vortex_convolution():
 
 @cache
 def distillation():
-    """`KDLoss` of torchdistill (Matsubara), and `kd_ce_loss` of TextBrewer (Yang et al. 2020), whose trainers want
-    tensorboard."""
-    _open()
-    from torchdistill.losses.mid_level import KDLoss
+    """`KDLoss` of torchdistill (Matsubara), and `kd_ce_loss` of TextBrewer."""
+    return torchdistill().KDLoss, textbrewer().kd_ce_loss
 
+
+@cache
+def torchdistill():
+    """Losses of torchdistill (Matsubara 2021)."""
+    _open()
+    import torchdistill.losses.mid_level as module
+
+    return module
+
+
+@cache
+def textbrewer():
+    """Losses of TextBrewer (Yang et al. 2020), whose trainers want tensorboard."""
+    _open()
     with mock.patch.dict(sys.modules, {"torch.utils.tensorboard": mock.MagicMock()}):
-        from textbrewer.losses import kd_ce_loss
-    return KDLoss, kd_ce_loss
+        import textbrewer.losses as module
+    return module
 
 
 def package_folder(name: str) -> Path:

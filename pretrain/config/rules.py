@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from headway.pretrain.config.distilling import check_distill
 from headway.pretrain.config.mechanisms import check_attention
 from headway.pretrain.errors import JobError
 
@@ -248,6 +249,7 @@ RULES = (
     check_trigram,
     check_masking,
     check_vision,
+    check_distill,
     check_batch,
     check_schedule,
 )

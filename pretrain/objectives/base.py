@@ -195,9 +195,13 @@ class Objective(nn.Module):
             return {"tokens": losses.total}, metrics
         if noise is None:
             return {"tokens": losses.task}, metrics | self._soft_metrics(losses, batch, count)
-        total = losses.total if taught(batch) else self.distillation.settings.task * losses.total
+        total = losses.total if taught(batch) else self.task_weight(noise) * losses.total
         metrics["task_loss"] = Mean(losses.task, count)
         return {"tokens": total}, metrics | self._soft_metrics(losses, batch, count)
+
+    def task_weight(self, noise: Noise | None) -> float:
+        """Of the objective's own loss: with a teacher, in training, as `objective.distill.task` says."""
+        return 1.0 if self.distillation is None or noise is None else self.distillation.settings.task
 
     def _soft_metrics(self, losses: Losses, batch: Batch, count: Tensor) -> dict[str, Mean]:
         return {"soft_loss": Mean(losses.soft, count)} if taught(batch) else {}

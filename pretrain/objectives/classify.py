@@ -86,9 +86,7 @@ class Classifier(Objective):
         metrics = {"accuracy": Mean((both_BY.argmax(1) == labels_B).sum(), valid(labels_B))}
         soft, teacher_BY = self.soft, batch.get(names.LOGITS)
         if soft is None or teacher_BY is None:
-            loss_B = self._label_loss(both_BY, batch, training)
-            if training and self.distillation is not None:
-                loss_B = self.distillation.settings.task * loss_B
+            loss_B = self.task_weight(noise) * self._label_loss(both_BY, batch, training)
         else:
             loss_B = self._label_loss(logits_BY if training else both_BY, batch, training)
             soft_B = torch.where(labels_B != IGNORE, soft.loss(taught_BY, teacher_BY), 0)

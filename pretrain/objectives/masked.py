@@ -132,7 +132,8 @@ class MaskedLM(Objective):
         each_BS = torch.zeros_like(labels_BS, dtype=losses.each.dtype).masked_scatter(chosen, losses.each)
         self.add_choices(terms, metrics, hidden.sides, each_BS, chosen, choices.here, choices.whole)
         if self.pair is not None:
-            terms["pairs"], metrics["pair_accuracy"] = self._pairs(hidden, batch["pair"])
+            pairs, metrics["pair_accuracy"] = self._pairs(hidden, batch["pair"])
+            terms["pairs"] = self.task_weight(noise) * pairs
         return self.output(terms, metrics, batch, hidden, noise)
 
     def read(self, final: Tensor) -> Tensor:

@@ -158,6 +158,44 @@ def test_settings_of_other_positions_and_mechanisms_have_no_effect(setting, idle
     inert.refuse_inert(recipe.resolve(["gpt/tiny"], [*needed, setting]))
 
 
+D = "objective.distill"
+TAUGHT = [f"{D}.teacher=runs/large", f"{D}.logits.weight=1"]
+CACHED = [f"{D}.cache=kept", f"{D}.logits.weight=1"]
+DISTILLED = [  # a setting, what leaves it without effect, what gives it one
+    (f"{D}.task=0.5", [], TAUGHT),
+    (f"{D}.logits.temperature=2", [], TAUGHT),
+    ("parallel.teacher.tensor=2", CACHED, TAUGHT),
+    (f"{D}.precision=bf16", CACHED, TAUGHT),
+    (f"{D}.layers=top", [*TAUGHT, f"{D}.relations.weight=1"], [*TAUGHT, f"{D}.attention.weight=1"]),
+    (f"{D}.attention.loss=js", TAUGHT, [*TAUGHT, f"{D}.attention.weight=1"]),
+    (f"{D}.attention.heads=[0,0,1,1]", TAUGHT, [*TAUGHT, f"{D}.rows.weight=1"]),
+    (f"{D}.states.begin=3", TAUGHT, [*TAUGHT, f"{D}.states.weight=1"]),
+    (f"{D}.contrast.queue=8", TAUGHT, [*TAUGHT, f"{D}.contrast.weight=1"]),
+]
+
+
+@pytest.mark.parametrize(("setting", "idle", "needed"), DISTILLED)
+def test_settings_of_what_is_not_learned_have_no_effect(setting, idle, needed):
+    field = setting.partition("=")[0]
+    with pytest.raises(JobError, match=rf"{field}.*has no effect"):
+        inert.refuse_inert(recipe.resolve(["gpt/tiny"], [*idle, setting]))
+    inert.refuse_inert(recipe.resolve(["gpt/tiny"], [*needed, setting]))
+
+
+HARD = f"{D}.logits.hard=true"
+
+
+@pytest.mark.parametrize(("name", "more", "setting"), [
+    ("gpt/tiny", f"{D}.attention.weight=1", f"{D}.attention.across=false"),
+    ("vit/tiny", f"{D}.logits.weight=2", f"{D}.logits.top_k=3"),
+    ("vit/tiny", HARD, f"{D}.logits.temperature=2.0"),
+    ("vit/tiny", HARD, f"{D}.logits.divergence=js"),
+])  # fmt: skip
+def test_settings_of_other_families_and_labels_have_no_effect(name, more, setting):
+    with pytest.raises(JobError, match=rf"{setting.partition('=')[0]}.*has no effect"):
+        inert.refuse_inert(recipe.resolve([name], [*TAUGHT, more, setting]))
+
+
 def test_a_pipeline_keeps_what_it_gathers():
     sets = ["parallel.pipeline=2", "parallel.shard=2", "parallel.reshard=false"]
     with pytest.raises(JobError, match="in a pipeline gathered parameters stay"):

@@ -6,6 +6,13 @@ from headway.pretrain.config import Job
 from headway.pretrain.errors import JobError
 
 VIT = {"family": "vit"}
+TEACHER = {"teacher": "runs/large"}
+
+
+def distilling(**settings):
+    return {"objective": {"distill": settings}}
+
+
 CASES = [
     ({"objective": {"name": "masked"}}, r"objective\.name = 'masked': trains bert.*causal"),
     (
@@ -132,6 +139,36 @@ CASES = [
     ),
     ({"train": {"ramp": {"start": 8, "increment": 5, "samples": 100}}}, r"train\.ramp\.increment = 5: .*4"),
     ({"train": {"ramp": {"start": 8, "increment": 8}}}, r"train\.ramp\.samples = None: must be given"),
+    (
+        distilling(logits={"weight": 1.0}, rows={"weight": 0.1}),
+        r"distill\.teacher = None: .*for objective\.distill\.logits\.weight, objective\.distill\.rows\.weight.*a run",
+    ),
+    (distilling(init="uniform"), r"objective\.distill\.teacher = None: .*for objective\.distill\.init"),
+    (distilling(**TEACHER), r"objective\.distill\.logits\.weight = 0\.0: .*something is learned.*1\.0"),
+    (
+        distilling(**TEACHER, init="top", task=0.0),
+        r"objective\.distill\.task = 0\.0: .*loss would be 0.*1\.0",
+    ),
+    (
+        distilling(cache="kept", init="top", logits={"weight": 1.0}),
+        r"objective\.distill\.init = 'top': .*a cache has none",
+    ),
+    (
+        distilling(**TEACHER, init="top") | {"train": {"start_from": "runs/small"}},
+        r"train\.start_from = 'runs/small': .*objective\.distill\.init.*not with both",
+    ),
+    (
+        distilling(**TEACHER, states={"weight": 1.0, "begin": 7, "end": 7}),
+        r"objective\.distill\.states\.end = 7: no step.*begin = 7.*8",
+    ),
+    (
+        distilling(**TEACHER, logits={"weight": 1.0, "hard": True}),
+        r"objective\.distill\.logits\.hard = True: .*classifiers, not of objective causal.*False",
+    ),
+    (
+        {"model": VIT, "objective": {"name": "mae", "distill": TEACHER | {"final": {"weight": 1.0}}}},
+        r"objective\.name = 'mae': learns from no teacher.*classify",
+    ),
 ]
 
 

@@ -25,7 +25,7 @@ from headway.pretrain.models.taps import set_tap
 from headway.pretrain.models.transformer import Stack
 from headway.pretrain.objectives.distill import names
 from headway.pretrain.objectives.distill.contrast import Contrastive
-from headway.pretrain.objectives.distill.lessons import frozen_below, lessons, targets
+from headway.pretrain.objectives.distill.lessons import depths, frozen_below, lessons, targets
 from headway.pretrain.objectives.distill.match import LEARNED, RESTING, Match, places, resting
 from headway.pretrain.objectives.distill.names import Target
 
@@ -81,7 +81,8 @@ class Distillation(nn.Module):
         """
         super().__init__()
         self.settings = settings = job.objective.distill
-        self.blocks, self.lengths = job.model.layers, (inputs.length, inputs.target_length)
+        self.blocks = max(depths(job.model))  # of the longer tower
+        self.lengths = inputs.length, inputs.target_length
         self.lessons = lessons(settings, job.model, teacher)
         self.classes = job.objective.name == "classify"
         full = settings.logits.weight > 0 and settings.logits.top_k is None and not self.classes

@@ -43,5 +43,5 @@ def _given(how: list[int | None], students: int, teachers: int, field: str) -> l
         raise JobError(field, how, rule, layer_map("last", students, teachers, field))
     if beyond := [layer for layer in how if layer is not None and layer >= teachers]:
         rule = f"the teacher has layers 0 to {teachers - 1}, and none {beyond[0]}"
-        raise JobError(field, how, rule, [min(i, teachers - 1) for i in range(students)])
+        raise JobError(field, how, rule, [None if x is None else min(x, teachers - 1) for x in how])
     return how

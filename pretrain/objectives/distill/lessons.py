@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
 
 from headway.kernels.attention.registry import mechanism
 from headway.pretrain.config import Model
@@ -71,6 +73,8 @@ def lessons(settings: Distill, student: Model, teacher: Model) -> list[list[Less
         if settings.states.weight and settings.states.embeddings:
             blocks[0] = replace(blocks[0], inputs=0)
         found.append(blocks)
+    for lesson in chain(*found):
+        _check_mechanisms(lesson, student, teacher)
     return found
 
 
@@ -141,8 +145,6 @@ def check_models(settings: Distill, student: Model, teacher: Model) -> None:
         raise JobError("model.unique_layers", student.unique_layers, rule, student.layers)
     if "attention" in settings.terms or "rows" in settings.terms:
         _check_heads(settings, student, teacher)
-        for model, whose in ((student, "student"), (teacher, "teacher")):
-            _check_softmax(model, whose, student)
     if "relations" in settings.terms:
         _check_relations(settings, student, teacher)
 
@@ -159,18 +161,35 @@ def _check_heads(settings: Distill, student: Model, teacher: Model) -> None:
         raise JobError(field, heads, rule, [i * theirs // ours for i in range(ours)])
 
 
-def _check_softmax(model: Model, whose: str, student: Model) -> None:
-    """Maps are compared where they are softmax(scores): a teacher's over all keys that the student sees."""
-    for layer in range(model.layers):
-        word = word_of(model.attention, Seat(layer))
-        row = mechanism(word)
-        fused = row.part is not None and row.part.fused
-        if not fused or (whose == "teacher" and row.part.scope is not None and model != student):
-            ours = "have the softmax of a product of queries and keys" + (
-                "" if whose == "student" else " over all keys"
-            )
-            rule = f"the {whose}'s maps must {ours} to be compared; {FIELD}.relations suits any attention by heads"
+def _check_mechanisms(lesson: Lesson, student: Model, teacher: Model) -> None:
+    """Maps are compared where they are softmax(scores), a teacher's over all keys that the student sees; relations
+    where there are heads."""
+    for name, source in (("attention", lesson.attention), ("rows", lesson.rows), ("across", lesson.across)):
+        if source is None:
+            continue
+        across = name == "across"
+        ours, theirs = _seen(student, lesson.layer, across), _seen(teacher, source, across)
+        for whose, layer, word in (("student", lesson.layer, ours[0]), ("teacher", source, theirs[0])):
+            part = mechanism(word).part
+            narrow = part is not None and part.scope is not None and whose == "teacher" and ours != theirs
+            if part is None or not part.fused or narrow:
+                over = " over all keys that the student sees" if whose == "teacher" else ""
+                rule = f"maps are compared that are the softmax of a product of queries and keys{over}"
+                rule += f"; {FIELD}.relations suits any attention by heads"
+                raise JobError(f"model.attention ({whose}, layer {layer})", word, rule, "dense")
+    if lesson.relations is None:
+        return
+    for whose, model, layer in (("student", student, lesson.layer), ("teacher", teacher, lesson.relations)):
+        word, _ = _seen(model, layer)
+        if mechanism(word).kind == "mixer":
+            rule = "has no queries, keys and values by heads that could be related"
             raise JobError(f"model.attention ({whose}, layer {layer})", word, rule, "dense")
+
+
+def _seen(model: Model, layer: int, across: bool = False) -> tuple[str, dict[str, Any]]:
+    """A layer's mechanism, and the numbers that it reads."""
+    word = word_of(model.attention, Seat(layer, cross=across))
+    return word, model.attention.settings(layer, mechanism(word).settings)
 
 
 def _check_relations(settings: Distill, student: Model, teacher: Model) -> None:
@@ -182,8 +201,3 @@ def _check_relations(settings: Distill, student: Model, teacher: Model) -> None:
                 rule = f"must divide the {width} features of the {whose}'s {what}"
                 nearest = max(n for n in range(1, heads + 1) if width % n == 0)
                 raise JobError(f"{FIELD}.relations.heads", heads, rule, nearest)
-    for layer in range(student.layers):
-        word = word_of(student.attention, Seat(layer))
-        if mechanism(word).kind == "mixer":
-            rule = "has no queries, keys and values by heads that could be related"
-            raise JobError("model.attention", word, rule, "dense")

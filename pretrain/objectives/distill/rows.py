@@ -47,7 +47,7 @@ def row_contrast(
     each_BQ = -torch.log_softmax(similar, -1).diagonal(dim1=-2, dim2=-1).mean(1)
     sums_B = torch.where(counted_BQ, each_BQ, 0).sum(1)
     whole_B = counting(shown.mask, torch.arange(length, device=taken.device), len(ours)).sum(1)
-    return sums_B * (whole_B / counted_BQ.sum(1).clamp(min=1))
+    return sums_B * whole_B / counted_BQ.sum(1).clamp(min=1)  # in their dtype: a ratio of integers is fp32
 
 
 def rows_of(
