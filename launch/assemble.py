@@ -10,7 +10,8 @@ import torch
 
 from headway.kernels.attention.choose import choose
 from headway.launch.environment import find_ranks
-from headway.launch.teacher import find_teacher, hire, shape_of
+from headway.launch.teacher import find_teacher, give_head, hire, shape_of
+from headway.launch.teacher_cache import check_cache, open_cache, read_beside, shape_in
 from headway.launch.teacher_source import TeacherSource
 from headway.parallel import mesh
 from headway.parallel.engines import capabilities
@@ -119,9 +120,12 @@ def assemble(resolved: Resolved, world: World) -> Parts:
     dataset = open_dataset(job, progress=world.main)
     inputs = dataset.inputs
     source = find_teacher(job, dataset)
+    cache = open_cache(job, source)
+    shape = shape_of(source) if source else shape_in(cache) if cache else None
     told = dataset.specials, dataset.starts
-    shape = None if source is None else shape_of(source)
     objective = build_objective(job, inputs, *told, device="meta", teacher=shape)
+    if cache is not None:
+        check_cache(cache, job, dataset, objective)
     loader = Loader(
         SampleStream(dataset.train, job.train.seed),
         objective.collate,
@@ -131,7 +135,11 @@ def assemble(resolved: Resolved, world: World) -> Parts:
         pin=world.device.type == "cuda",
     )
     engine = NativeEngine(job, objective, world, precision=hardware.precision, compiled=hardware.compiled)
-    if source is not None:
+    if cache is not None:
+        engine.teacher = read_beside(cache, engine)
+        if source is not None:
+            give_head(source, engine)
+    elif source is not None:
         engine.teacher = hire(source, job, engine, dataset, hardware.precision)
     evaluator = Evaluator(
         engine, dataset.heldout, objective.collate, world.device, world.data_rank, world.layout.data

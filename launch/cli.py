@@ -28,6 +28,8 @@ app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(config, name="config")
 attention = typer.Typer(help="List attention mechanisms, and compare their costs here.", no_args_is_help=True)
 app.add_typer(attention, name="attention")
+distill = typer.Typer(help="Keep what a teacher gives, for many students.", no_args_is_help=True)
+app.add_typer(distill, name="distill")
 
 Recipes = Annotated[list[str], typer.Argument(help="Recipe names (gpt/tiny) or YAML files; later ones win.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: a.b=c. May be repeated.")]
@@ -244,6 +246,35 @@ def attention_zoo(
     from headway.launch import zoo
 
     zoo.zoo(recipe or [], names or [], out)
+
+
+@distill.command("cache")
+def distill_cache(
+    recipes: Recipes,
+    out: Annotated[str, typer.Option("--out", help="New folder of the cache.", metavar="DIR")],
+    sets: Sets = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Of queries, keys, values and hidden states: bf16, fp32, fp64, or auto: the teacher's. "
+            "Logits and what else is small have fp32 at least."
+        ),
+    ] = "auto",
+    nproc: Annotated[int, typer.Option(help="Start this many local ranks.", min=1)] = 1,
+    debug: Debug = False,
+) -> None:
+    """Run a job's teacher over the samples that its steps draw, once, and keep all that any step needs of it.
+
+    Runs with `objective.distill.cache=DIR` read it, at any layout, without the teacher. The job's own layout may have
+    data axes only here; `parallel.teacher` spreads the teacher. Interrupted, it goes on when it is started again."""
+    from headway.launch import distill as caches
+    from headway.launch import local
+
+    if nproc > 1:
+        caches.check(recipes, sets or [], out, dtype, nproc)
+        local.start(nproc, sys.argv[1:])
+    else:
+        caches.cache(recipes, sets or [], out, dtype)
 
 
 def numbers(option: str, given: str) -> list[int]:

@@ -151,10 +151,8 @@ def hire(
     Raises:
         JobError: the teacher's layout is impossible, or the student's does not suit what it learns.
     """
-    theirs, objective = build_teacher(source, job, dataset, precision)
-    teacher = put_beside(engine, theirs, objective, filler(source, None))
-    assert engine.objective.distillation is not None
-    fill_head(source, dict(engine.objective.distillation.named_parameters()))
+    teacher = put_beside(engine, *blank(source, job, dataset, precision))
+    give_head(source, engine)
     return teacher
 
 
@@ -171,13 +169,19 @@ def teach(job: Job, world: World, precision: str) -> None:
     assert source is not None, "rules want a teacher where it has ranks of its own"
     told = dataset.inputs, dataset.specials, dataset.starts
     student = build_objective(job, *told, device="meta", teacher=shape_of(source))
-    serve(
-        job, student, *build_teacher(source, job, dataset, precision), world, filler(source, world.everyone)
-    )
+    theirs, objective, fill = blank(source, job, dataset, precision, world.everyone)
+    serve(job, student, theirs, objective, world, fill)
 
 
-def build_teacher(source: TeacherSource, job: Job, dataset: Dataset, precision: str) -> tuple[Job, Objective]:
-    """A teacher's job for this run, and the teacher on the meta device."""
+def blank(
+    source: TeacherSource,
+    job: Job,
+    dataset: Dataset,
+    precision: str,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Job, Objective, Fill]:
+    """A teacher to be spread: the job by which it is built, its objective on the meta device, and what fills its
+    weights on the ranks of a group. Other arguments are those of `hire`."""
     chosen = job.objective.distill.precision
     theirs = teacher_job(source, job, PRECISIONS[precision] if chosen == "auto" else chosen)
     known, model = inputs_of(theirs, source.shapes), theirs.model
@@ -185,22 +189,20 @@ def build_teacher(source: TeacherSource, job: Job, dataset: Dataset, precision: 
         model = model.model_copy(update={"max_positions": known.length})
         theirs = theirs.model_copy(update={"model": model})
     reads = dataset.inputs._replace(vocab=known.vocab, classes=known.classes)
-    return theirs, build_objective(theirs, reads, dataset.specials, device="meta")
-
-
-def filler(source: TeacherSource, group: dist.ProcessGroup | None) -> Fill:
-    """What gives a teacher its weights, on the ranks of a group."""
+    objective = build_objective(theirs, reads, dataset.specials, device="meta")
 
     def fill(weights: Mapping[str, Tensor]) -> None:
         chosen = {name: tensor for name, tensor in weights.items() if is_weight(name)}
         start_from(chosen, source.job, str(source.path), group)
 
-    return fill
+    return theirs, objective, fill
 
 
-def fill_head(source: TeacherSource, parameters: Mapping[str, Tensor]) -> None:
+def give_head(source: TeacherSource, engine: NativeEngine) -> None:
     """Give a student the head that its teacher's hidden states are read by."""
-    frozen = {name: p for name, p in parameters.items() if name.startswith("head.")}
+    assert engine.objective.distillation is not None
+    parameters = engine.objective.distillation.named_parameters()
+    frozen = {name: p for name, p in parameters if name.startswith("head.")}
     if not frozen:
         return
     table = "head.weight" if "head.weight" in source.shapes else "model.embed.tokens.weight"

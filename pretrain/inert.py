@@ -128,20 +128,15 @@ RULES: list[Rule] = [
     ("parallel.context_method", lambda j: j.parallel.context != 1, "parallel.context is 1"),
     ("parallel.expert", lambda j: j.model.experts.count > 0, "model.experts.count is 0: the model is dense"),
     ("parallel.check_every", lambda j: _spread(j), "one process has no replicas to compare"),
-    (
-        "parallel.teacher.",
-        lambda j: j.objective.distill.teacher is not None,
-        "objective.distill.teacher is not given",
+    *(
+        (field, lambda j: j.objective.distill.teacher is not None and j.objective.distill.cache is None, why)
+        for field in ("parallel.teacher.", "objective.distill.precision")
+        for why in ("no teacher computes here: objective.distill has none, or a cache in its stead",)
     ),
     (
         "objective.distill.",
         lambda j: j.objective.distill.on,
         "neither objective.distill.teacher nor objective.distill.cache is given",
-    ),
-    (
-        "objective.distill.precision",
-        lambda j: j.objective.distill.teacher is not None,
-        "objective.distill.teacher is not given",
     ),
     (
         "objective.distill.layers",

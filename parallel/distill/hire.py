@@ -50,13 +50,25 @@ def hire(engine: NativeEngine, theirs: Job, objective: Objective, fill: Fill) ->
     job, world = engine.job, engine.world
     plan = engine.pipeline.plan if engine.pipeline else None
     seats = seats_of(job, engine.objective, theirs, world.layout, plan)
-    apart = job.parallel.teacher.ranks
-    layout = mesh.lay_out_teacher(job.parallel, world.layout, apart or world.size)
-    routes = Routes(seats, theirs.model, seats.distillation, layout, world.rank, apart=apart > 0)
-    if apart:
-        return FarTeacher(routes, world, Messages(_everyone(), world.device))
+    if not (apart := job.parallel.teacher.ranks):
+        return spread_beside(seats, world, theirs, objective, fill)
+    layout = mesh.lay_out_teacher(job.parallel, world.layout, apart)
+    routes = Routes(seats, theirs.model, seats.distillation, layout, world.rank, apart=True)
+    return FarTeacher(routes, world, Messages(_everyone(), world.device))
+
+
+def spread_beside(seats: Seats, world: World, theirs: Job, objective: Objective, fill: Fill) -> LiveTeacher:
+    """Put a teacher on the ranks of those who ask it. Collective.
+
+    Args:
+        seats: what each rank asks.
+        world: of those who ask.
+        theirs, objective, fill: see `hire`.
+    """
+    layout = mesh.lay_out_teacher(seats.job.parallel, world.layout, world.size)
+    routes = Routes(seats, theirs.model, seats.distillation, layout, world.rank, apart=False)
     beside = world if layout == world.layout else mesh.beside(world, layout)
-    teaching, autocast = spread(job, theirs, objective, beside, fill)
+    teaching, autocast = spread(seats.job, theirs, objective, beside, fill)
     return LiveTeacher(teaching, routes, world, autocast)
 
 

@@ -116,7 +116,7 @@ class Routes:
 
     def _of_layer(self, target: Target, rows: Rows, theirs: Rows) -> Both:
         """Of a layer's tensor."""
-        length = self._length(target)
+        length = self.seats.length(target)
         heads = self.model.kv if target.what in ("keys", "values") else self.model.heads
         by_heads = target.what not in ("inputs", "states")
         have = []
@@ -136,7 +136,7 @@ class Routes:
             have = [Holding.of(mine) for mine in rows]
             want = [self.seats.of_rows(rank, theirs, name == names.OTHERS) for rank in students]
             return self._both(want, have, to_teacher=False)
-        length = self.distillation.lengths[len(self.distillation.lessons) - 1]
+        length = self.seats.last_length
         layout = replace(self.layout, context=1) if self.seats.images else self.layout
         have = [Holding.of(n, columns_of(length, layout, p)) for n, p in zip(rows, self.places, strict=True)]
         want = [self.seats.of_columns(rank, theirs, length) for rank in students]
@@ -149,12 +149,6 @@ class Routes:
             student = student + [none] * len(teacher)
             teacher = [none] * self.before + teacher
         return (student, teacher) if to_teacher else (teacher, student)
-
-    def _length(self, target: Target) -> int:
-        """Of the second dim of a layer's tensor."""
-        tower = target.tower - 1 if target.across and target.what != "q" else target.tower
-        length = self.distillation.lengths[tower]
-        return 2 * length - 1 if target.what == "bias" else length
 
     def _found(self, name: str, sizes: list[int], ways: Callable[[], Both]) -> Route:
         key = (name, *sizes)

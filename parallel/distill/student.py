@@ -70,6 +70,17 @@ class Seats:
             return Holding.of(tuple(n for some in rows for n in some))
         return Holding.of(rows[data_rank(place, self.layout)])
 
+    def length(self, target: Target) -> int:
+        """Of the second dim of a layer's tensor."""
+        tower = target.tower - 1 if target.across and target.what != "q" else target.tower
+        length = self.distillation.lengths[tower]
+        return 2 * length - 1 if target.what == "bias" else length
+
+    @property
+    def last_length(self) -> int:
+        """Of the last tower's rows."""
+        return self.distillation.lengths[len(self.distillation.lessons) - 1]
+
     def here(self, pipeline: int) -> Mapping[int, set[int]] | None:
         """Layers of every tower at a place of the pipeline; None for all."""
         if self.plan is None:

@@ -79,6 +79,11 @@ class LiveTeacher:
         answers = (self._answer(m, wanted, rows) for m, rows in zip(micros, sizes, strict=True))
         return with_others(answers, micros, sizes, self.routes) if wanted.others else answers
 
+    def give(self, micro: Batch, wanted: Wanted) -> Batch:
+        """What this rank's seat is about of a micro-batch, of which all ranks have as many rows; representations are
+        those of its rows alone. Collective."""
+        return self._answer(micro, wanted, [len(micro["key"])] * self.routes.seats.layout.data)
+
     @torch.no_grad()
     def _answer(self, micro: Batch, wanted: Wanted, sizes: list[int]) -> Batch:
         path = self.routes.inputs(sizes)

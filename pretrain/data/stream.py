@@ -71,13 +71,16 @@ class SampleStream:
         """
         draws = np.asarray(draws, dtype=np.int64)
         source, number, epoch = self.locate(draws)
-        keys = np.empty(draws.size, dtype=np.int64)
+        keys = self._keys(source, number, epoch)
         parts: list[tuple[np.ndarray, Rows]] = []
         for s in np.unique(source).tolist():
             mine = np.flatnonzero(source == s)
-            keys[mine] = make_keys(self.names[s], self.seed, number[mine].tolist(), epoch[mine].tolist())
             parts.append((mine, self.samples[s].rows(number[mine], keys[mine])))
         return {**_merged(parts, draws.size), "sample": draws, "key": keys}
+
+    def keys(self, draws: ArrayLike) -> Ints:
+        """`key` of these draws' samples, int64 [n]; no sample is read."""
+        return self._keys(*self.locate(np.asarray(draws, dtype=np.int64)))
 
     def batch(self, first: int, global_batch: int, rank: int = 0, ranks: int = 1) -> Rows:
         """One rank's rows of the global batch that draws [first, first + global_batch) form.
@@ -168,6 +171,13 @@ class SampleStream:
         if not notes and list(before) != list(after):
             notes.append(f"sources come in another order: {', '.join(after)}")
         return sorted(notes)
+
+    def _keys(self, source: Ints, number: Ints, epoch: Ints) -> Ints:
+        keys = np.empty(source.size, dtype=np.int64)
+        for s in np.unique(source).tolist():
+            mine = np.flatnonzero(source == s)
+            keys[mine] = make_keys(self.names[s], self.seed, number[mine].tolist(), epoch[mine].tolist())
+        return keys
 
     def _make_permutation(self, source: int, epoch: int) -> Permutation:
         return Permutation(self.counts[source], make_key(self.seed, self.names[source], epoch))

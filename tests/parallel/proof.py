@@ -22,12 +22,15 @@ from torch.distributed.tensor import DTensor
 from headway.parallel import mesh
 from headway.parallel.checkpoint.layout import held
 from headway.parallel.distill.apart import FarTeacher
+from headway.parallel.distill.cached import CachedTeacher
 from headway.parallel.distill.hire import copy_rows, hire, serve
+from headway.parallel.distill.student import Seats
 from headway.parallel.distill.teacher import Teacher
 from headway.parallel.engines.native import NativeEngine
 from headway.pretrain.config import Job
 from headway.pretrain.data.ramp import BatchSizes
 from headway.pretrain.data.stream import SampleStream
+from headway.pretrain.data.teacher_cache import TeacherCache
 from headway.pretrain.engine import StepResult
 from headway.pretrain.objectives.distill.attach import TeacherShape
 from headway.tests.parallel.distill_cases import TEACHERS
@@ -63,6 +66,7 @@ class Running:
         precision: str = "fp64",
         compiled: bool = False,
         device: str = "cpu",
+        cache: str | None = None,
     ) -> None:
         self.job = job_of(name, parallel, steps, ROWS, more, precision)
         self.here = join(self.job, rank, world, device)
@@ -73,7 +77,9 @@ class Running:
         self.engine = NativeEngine(
             self.job, self.objective, self.here, precision=precision, compiled=compiled
         )
-        if taught:
+        if cache:
+            self.engine.teacher = cached_teacher(name, self.engine, cache)
+        elif taught:
             self.engine.teacher = hire_teacher(name, self.engine)
         self.stream = SampleStream([("memory", samples, 1.0)], seed=0)
         self.sizes = BatchSizes(self.job.train)
@@ -81,7 +87,8 @@ class Running:
     def step(self, number: int) -> StepResult:
         first, rows = self.sizes.first(number), self.sizes.rows(number)
         batch = self.stream.batch(first, rows, self.here.data_rank, self.here.layout.data)
-        tensors = {key: value.to(self.here.device) for key, value in self.objective.collate(batch).items()}
+        collated = self.objective.collate(batch) | {"key": torch.from_numpy(batch["key"])}
+        tensors = {key: value.to(self.here.device) for key, value in collated.items()}
         return self.engine.train_step(tensors, number)
 
     def parts(self) -> list[Part]:
@@ -117,13 +124,27 @@ def hire_teacher(name: str, engine: NativeEngine) -> Teacher:
     """The teacher beside an engine, with its initial weights; the student's copy of its head as it is."""
     job = teacher_job(name, engine.precision)
     teacher = hire(engine, job, build(job)[0], lambda weights: None)
+    give_head(job, engine)
+    return teacher
+
+
+def cached_teacher(name: str, engine: NativeEngine, cache: str) -> CachedTeacher:
+    """What a teacher gave before, in its stead."""
+    job = teacher_job(name, engine.precision)
+    give_head(job, engine)
+    plan = engine.pipeline.plan if engine.pipeline else None
+    seats = Seats(engine.job, job.model, engine.world.layout, engine.objective.distillation, plan)
+    return CachedTeacher(TeacherCache.open(cache), seats, engine.world, engine.precision)
+
+
+def give_head(job: Job, engine: NativeEngine) -> None:
+    """Fill a student's copy of its teacher's head."""
     distillation = engine.objective.distillation
     if distillation.head is not None and distillation.head.weight is not None:
         whole = build(job, "cpu")[0]
         copy_rows(dict(distillation.named_parameters())["head.weight"], whole.head_weight.detach())
         if whole.head_bias is not None:
             copy_rows(dict(distillation.named_parameters())["head.bias"], whole.head_bias.detach())
-    return teacher
 
 
 def join(job: Job, rank: int, world: int, device: str = "cpu") -> mesh.World:
@@ -143,12 +164,19 @@ _joined: dict[str, Any] = {}
 
 
 def curves(
-    rank: int, world: int, parallel: Tree, names: list[str], steps: int = STEPS, **settings: Any
+    rank: int,
+    world: int,
+    parallel: Tree,
+    names: list[str],
+    steps: int = STEPS,
+    caches: dict[str, str] | None = None,
+    **settings: Any,
 ) -> dict[str, tuple[Any, ...]]:
     """Name -> the fields of the `Curve` of some steps at a layout; `settings` are those of `Running`."""
     found: dict[str, tuple[Any, ...]] = {}
     for name in names:
-        running = Running(name, rank, world, parallel, steps=steps, **settings)
+        cache = (caches or {}).get(name)
+        running = Running(name, rank, world, parallel, steps=steps, cache=cache, **settings)
         if running.here.teaches:
             theirs = teacher_job(name, str(running.job.precision))
             serve(
@@ -225,9 +253,13 @@ def prove(
     steps: int = STEPS,
     precision: str = "fp64",
     device: str = "cpu",
+    caches: dict[str, str] | None = None,
 ) -> None:
-    """Assert that every rank of a layout draws the curves of one process, which computes on the CPU."""
+    """Assert that every rank of a layout draws the curves of one process, which computes on the CPU.
+
+    `caches` are folders by name of a case, which are read there; the one process has a teacher beside it."""
     settings = {"more": more, "steps": steps, "precision": precision, "device": device}
+    settings |= {"caches": caches} if caches else {}
     found = pool(curves, ranks=ranks_of(parallel), timeout=600, parallel=parallel, names=names, **settings)
     for name in names:
         expected = alone(name, more, steps)

@@ -23,6 +23,7 @@ _ANOTHER = {
     "teacher": "by another teacher",
     "tokenizer": "with another tokenizer",
     "data": "from other data",
+    "sources": "from other data",
     "layers": "of other layers",
 }
 

@@ -17,6 +17,7 @@ Bits = NDArray[Any]
 
 CODES = {
     torch.int64: "I64",
+    torch.float64: "F64",
     torch.float32: "F32",
     torch.int32: "I32",
     torch.bfloat16: "BF16",
@@ -34,7 +35,7 @@ class Field:
     """What a row holds under one name: a tensor of fixed dtype and shape.
 
     Attributes:
-        dtype: bfloat16, float16, float32, int32 or int64; what is given in another is converted when written.
+        dtype: bfloat16, float16, float32, float64, int32 or int64; what is given in another is converted when written.
         shape: of one sample, without the dim of samples.
 
     Raises:

@@ -50,6 +50,14 @@ def test_an_epoch_predicts_every_token_once_but_the_first():
     assert np.array_equal(rows["sample"], np.arange(10))
 
 
+def test_keys_are_those_of_the_rows_and_read_nothing():
+    blend = stream([("a", 101, 1.0), ("b", 71, 2.0)], seed=3)
+    draws = np.array([40, 0, 7, 25])
+    keys = blend.rows(draws)["key"]
+    blend.samples = [None, None]
+    assert np.array_equal(blend.keys(draws), keys)
+
+
 @pytest.mark.parametrize(("tokens", "rows"), [(11, 1), (20, 1), (21, 2), (101, 10), (110, 10)])
 def test_the_last_partial_row_is_dropped(tokens, rows):
     labels = stream([("a", tokens, 1.0)]).rows(np.arange(rows))["tokens"][:, 1:]

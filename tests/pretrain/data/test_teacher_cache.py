@@ -24,9 +24,10 @@ FIELDS = {
     "ids": Field(torch.int32, (4, 3)),
     "query.0": Field(torch.float16, (2, 4, 5)),
     "norm": Field(torch.float32, ()),
+    "exact": Field(torch.float64, (2,)),
     "count": Field(torch.int64, (1,)),
 }
-DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int32, torch.int64]
 
 
 def rows_of(keys: torch.Tensor, fields: dict[str, Field] = FIELDS) -> dict[str, torch.Tensor]:
