@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from headway.kernels.attention.registry import mechanism, words
 from headway.pretrain.config import Attention, Job
+from headway.pretrain.config.distill import TERMS
 from headway.pretrain.errors import JobError
 from headway.pretrain.recipe import DEFAULT, Resolved
 
@@ -109,6 +110,10 @@ RULES: list[Rule] = [
         "schedule.steps",
         lambda j: j.schedule.name in ("cosine", "linear", "wsd"),
         "this schedule does not depend on its length",
+    ),
+    *(
+        (f"objective.distill.{name}", lambda j: j.objective.distill.on, "objective.distill.teacher names none")
+        for name in ("precision", "init", "layers", "task", *(f"{term}." for term in TERMS))
     ),
     ("train.eval_rows", lambda j: j.train.eval_every > 0, "train.eval_every is 0"),
     ("parallel.schedule", lambda j: j.parallel.pipeline != 1, "parallel.pipeline is 1"),

@@ -94,7 +94,7 @@ class LiveTeacher:
 
     @torch.no_grad()
     def _teach(self, micro: Batch, wanted: Wanted) -> Batch:
-        sizes = self._sizes(len(micro["slot"]))
+        sizes = self._sizes(_rows(micro))
         rows = self._dealt(sum(sizes))
         with self.autocast():
             found = self.teaching(self._inputs(micro, sizes, rows), wanted)
@@ -203,3 +203,8 @@ class LiveTeacher:
 
     def _exchange(self, items: Sequence[Item]) -> list[Tensor | None]:
         return exchange(items, self.world.rank, self.world.size)
+
+
+def _rows(micro: Batch) -> int:
+    """Of a micro-batch; one of an evaluation has no slots in a global batch."""
+    return len(next(iter(micro.values())))

@@ -162,7 +162,7 @@ class Distillation(nn.Module):
         documents = self.documents(batch, tower)
         if documents is not None:
             return (documents >= 0).sum(1)
-        some = batch["slot"]
+        some = next(iter(batch.values()))
         return torch.full((len(some),), self.lengths[tower], device=some.device)
 
     def counts(self, batch: Batch) -> dict[str, int]:

@@ -1,0 +1,43 @@
+"""A whole run with a teacher, as a user starts it."""
+
+import pytest
+
+from headway.launch import run
+from headway.pretrain.records.records import read_events
+
+DISTILL = "objective.distill"
+
+
+@pytest.fixture(scope="module")
+def start(small_job, tmp_path_factory):
+    """Train the small job, in a folder of the module's own; returns the run's folder."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def train(name: str, *sets: str):
+        run.train([str(small_job)], [f"run.dir={folder}", f"run.name={name}", *sets])
+        return folder / name
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def teacher(start):
+    return start("teacher")
+
+
+def evaluations(folder):
+    return [event for event in read_events(folder) if event.get("kind") == "eval"]
+
+
+def test_a_run_with_a_teacher_is_evaluated_as_one_without(start, teacher):
+    """On the same held-out rows: the objective's own loss, and beside it how far the student is from the teacher."""
+    own = "model.layers=1", "train.steps=10", "train.eval_every=5"
+    terms = "logits", "attention", "relations", "states", "final"
+    weights = [f"{DISTILL}.{term}.weight=1.0" for term in terms]
+    alone = evaluations(start("alone", *own))
+    taught = evaluations(start("taught", *own, f"{DISTILL}.teacher={teacher}", *weights))
+    assert taught[0]["heldout_loss"] == alone[0]["heldout_loss"]  # before the first step they are the same model
+    assert taught[-1]["heldout_loss"] != alone[-1]["heldout_loss"]
+    assert "heldout_learned/relations" in taught[-1]  # so small a teacher relates all places alike
+    for name in ("soft_loss", "learned/attention", "learned/states", "learned/final"):
+        assert taught[-1][f"heldout_{name}"] < taught[0][f"heldout_{name}"]
