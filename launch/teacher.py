@@ -101,6 +101,13 @@ def check_rows(source: TeacherSource, job: Job, inputs: Inputs) -> None:
         if by_place and vision.patch != job.model.vision.patch:
             rule = f"places are compared one by one ({', '.join(sorted(by_place))}): patches as the teacher's"
             raise JobError("model.vision.patch", job.model.vision.patch, rule, vision.patch)
+        for name in ("class_token", "distill_token"):
+            here, there = getattr(job.model.vision, name), getattr(vision, name)
+            if by_place and here != there:
+                rule = (
+                    f"places are compared one by one ({', '.join(sorted(by_place))}): tokens as the teacher's"
+                )
+                raise JobError(f"model.vision.{name}", here, rule, there)
         if job.objective.distill.logits.weight and theirs.classes != inputs.classes:
             rule = f"the teacher {source.path} knows {theirs.classes} classes, the data has {inputs.classes}"
             raise JobError("data.images", inputs.classes, rule, theirs.classes)

@@ -3,6 +3,7 @@
 import pytest
 
 from headway.launch import run
+from headway.pretrain.errors import JobError
 from headway.pretrain.records.records import read_events
 
 DISTILL = "objective.distill"
@@ -36,8 +37,36 @@ def test_a_run_with_a_teacher_is_evaluated_as_one_without(start, teacher):
     weights = [f"{DISTILL}.{term}.weight=1.0" for term in terms]
     alone = evaluations(start("alone", *own))
     taught = evaluations(start("taught", *own, f"{DISTILL}.teacher={teacher}", *weights))
-    assert taught[0]["heldout_loss"] == alone[0]["heldout_loss"]  # before the first step they are the same model
+    assert (
+        taught[0]["heldout_loss"] == alone[0]["heldout_loss"]
+    )  # before the first step they are the same model
     assert taught[-1]["heldout_loss"] != alone[-1]["heldout_loss"]
     assert "heldout_learned/relations" in taught[-1]  # so small a teacher relates all places alike
     for name in ("soft_loss", "learned/attention", "learned/states", "learned/final"):
         assert taught[-1][f"heldout_{name}"] < taught[0][f"heldout_{name}"]
+
+
+def test_images_of_a_teacher_have_the_same_places(start, tmp_path):
+    """Or nothing is learned place by place."""
+    recipe = tmp_path / "digits.yaml"
+    recipe.write_text(DIGITS)
+    sets = [f"run.dir={tmp_path}", "run.name=teacher"]
+    run.train([str(recipe)], sets)
+    student = [
+        f"run.dir={tmp_path}",
+        f"{DISTILL}.teacher={tmp_path}/teacher",
+        "model.vision.distill_token=true",
+    ]
+    with pytest.raises(JobError, match=r"model.vision.distill_token = True: .*attention.*Nearest.*False"):
+        run.train([str(recipe)], [*student, f"{DISTILL}.attention.weight=1.0"])
+    run.train([str(recipe)], [*student, f"{DISTILL}.logits.weight=1.0"])
+
+
+DIGITS = """\
+model: {family: vit, layers: 1, hidden: 16, heads: 2, vision: {patch: 4}}
+data: {sources: ["sklearn:digits"], heldout: 0.2, images: {size: 8, channels: 1}}
+objective: {name: classify}
+train: {steps: 2, global_batch: 8, compile: false}
+precision: fp32
+tracking: {wandb: off}
+"""
