@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
-from sentences import agreement
 
 from headway.launch.resume import differences
 from headway.pretrain.recipe import load_job
 from headway.pretrain.records.records import read_events
+from headway.tests.sentences import agreement
 
 RUNS = Path("runs")
 

@@ -54,7 +54,7 @@ def agreement(student: str, teacher: str) -> Agreement:
         assert taught.engine.teacher is not None
         sentences, pairs_P2 = heldout_pairs(taught.job.data.heldout)
         ours = taught if student == teacher else None
-        theirs = cosines(taught, taught.engine.teacher.teaching.objective, sentences, pairs_P2)  # type: ignore
+        theirs = cosines(taught, taught.engine.teacher.teaching.objective, sentences, pairs_P2)
         if ours is not None:
             found = cosines(ours, ours.engine.objective, sentences, pairs_P2)
     if ours is None:
@@ -79,9 +79,7 @@ def heldout_pairs(heldout: float) -> tuple[list[str], np.ndarray]:
     ]
     sentences = list(dict.fromkeys(sentence for text in texts for sentence in text))
     number = {sentence: i for i, sentence in enumerate(sentences)}
-    following = [
-        (number[a], number[b]) for text in texts for a, b in pairwise(text) if a != b
-    ]
+    following = [(number[a], number[b]) for text in texts for a, b in pairwise(text) if a != b]
     rng = np.random.default_rng(0)
     following_P2 = rng.permutation(np.array(following))[:PAIRS]
     drawn_P2 = rng.integers(len(sentences), size=(len(following_P2), 2))
@@ -130,6 +128,6 @@ def embeddings(parts: Parts, objective: torch.nn.Module, sentences: list[str]) -
         pad = torch.nn.utils.rnn.pad_sequence
         tokens_BS = pad(chunk, batch_first=True, padding_value=specials.ids["pad"])
         documents_BS = pad([torch.zeros_like(row) for row in chunk], batch_first=True, padding_value=-1)
-        x_BSE = objective.model(tokens_BS, documents_BS).final.float()  # type: ignore[operator]
+        x_BSE = objective.model(tokens_BS, documents_BS).final.float()
         real_BS1 = (documents_BS >= 0)[..., None]
         yield torch.where(real_BS1, x_BSE, 0).sum(1) / real_BS1.sum(1)

@@ -1,12 +1,17 @@
 """A whole run with a teacher, as a user starts it."""
 
 import pytest
+import torch
 
 from headway.launch import run
 from headway.pretrain.errors import JobError
+from headway.pretrain.records.metrics import read_metrics
 from headway.pretrain.records.records import read_events
+from headway.tests.launch.test_train import weights
 
 DISTILL = "objective.distill"
+TOLD = ("step", "loss", "grad_norm", "soft_loss", "contrast", "learned/attention", "learned/states")
+"""What a step has of numbers that do not depend on time."""
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +49,30 @@ def test_a_run_with_a_teacher_is_evaluated_as_one_without(start, teacher):
     assert "heldout_learned/relations" in taught[-1]  # so small a teacher relates all places alike
     for name in ("soft_loss", "learned/attention", "learned/states", "learned/final"):
         assert taught[-1][f"heldout_{name}"] < taught[0][f"heldout_{name}"]
+
+
+def test_a_run_in_stages_goes_on_as_if_it_had_not_stopped(start, teacher):
+    """Maps and states through a projection first, then soft targets and a queue of representations; stopped in each
+    stage and at the border. Losses have the same bits, and so have weights, moments and the queue."""
+    stages = [
+        f"{DISTILL}.teacher={teacher}",
+        "model.hidden=16",
+        f"{DISTILL}.attention={{weight: 1.0, end: 5}}",
+        f"{DISTILL}.states={{weight: 1.0, end: 5}}",
+        f"{DISTILL}.logits={{weight: 1.0, begin: 5}}",
+        f"{DISTILL}.contrast={{weight: 0.1, begin: 5, queue: 12}}",
+        "checkpoint.every=0",
+    ]
+    through = start("through", *stages, "train.steps=10")
+    for steps in (3, 5, 8, 10):
+        stopped = start("stopped", *stages, f"train.steps={steps}")
+    for rows in zip(read_metrics(through), read_metrics(stopped), strict=True):
+        first, second = ({k: v for k, v in row.items() if k in TOLD} for row in rows)
+        assert first == second
+    one, other = (weights(folder, 10) for folder in (through, stopped))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert "distillation.contrast.queue" in one
 
 
 def test_images_of_a_teacher_have_the_same_places(start, tmp_path):
