@@ -112,7 +112,11 @@ RULES: list[Rule] = [
         "this schedule does not depend on its length",
     ),
     *(
-        (f"objective.distill.{name}", lambda j: j.objective.distill.on, "objective.distill.teacher names none")
+        (
+            f"objective.distill.{name}",
+            lambda j: j.objective.distill.on,
+            "objective.distill.teacher names none",
+        )
         for name in ("precision", "init", "layers", "task", *(f"{term}." for term in TERMS))
     ),
     ("train.eval_rows", lambda j: j.train.eval_every > 0, "train.eval_every is 0"),
