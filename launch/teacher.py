@@ -35,7 +35,7 @@ def find_teacher(job: Job, dataset: Dataset) -> TeacherSource | None:
         JobError: there is none there, or one that the student cannot learn from.
     """
     place = job.objective.distill.teacher
-    if place is None:
+    if place is None or not job.objective.distill.on:
         return None
     source = open_teacher(place)
     check_objective(source, job)
@@ -104,6 +104,13 @@ def check_rows(source: TeacherSource, job: Job, inputs: Inputs) -> None:
         if by_place and vision.patch != job.model.vision.patch:
             rule = f"places are compared one by one ({', '.join(sorted(by_place))}): patches as the teacher's"
             raise JobError("model.vision.patch", job.model.vision.patch, rule, vision.patch)
+        for name in ("class_token", "distill_token"):
+            here, there = getattr(job.model.vision, name), getattr(vision, name)
+            if by_place and here != there:
+                rule = (
+                    f"places are compared one by one ({', '.join(sorted(by_place))}): tokens as the teacher's"
+                )
+                raise JobError(f"model.vision.{name}", here, rule, there)
         if job.objective.distill.logits.weight and theirs.classes != inputs.classes:
             rule = f"the teacher {source.path} knows {theirs.classes} classes, the data has {inputs.classes}"
             raise JobError("data.images", inputs.classes, rule, theirs.classes)

@@ -103,7 +103,7 @@ def open_cache(job: Job, source: TeacherSource | None) -> TeacherCache | None:
         JobError: there is none, it is another teacher's, or the run needs weights of a teacher that it does not name.
     """
     settings = job.objective.distill
-    if settings.cache is None:
+    if settings.cache is None or not settings.on:
         return None
     if apart := job.parallel.teacher.ranks:
         rule = "a cache needs no ranks that are a teacher's alone"

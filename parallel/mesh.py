@@ -78,17 +78,24 @@ def lay_out(parallel: Parallel, world: int) -> Layout:
     return replace(layout, expert=layout.fold if parallel.expert == -1 else parallel.expert)
 
 
+def apart(job: Job) -> int:
+    """How many ranks are a teacher's alone: none where no teacher computes."""
+    settings = job.objective.distill
+    live = settings.on and settings.teacher is not None and settings.cache is None
+    return job.parallel.teacher.ranks if live else 0
+
+
 def students(job: Job, ranks: int) -> int:
     """How many of a run's ranks are the student's, where a teacher has some of its own; all otherwise.
 
     Raises:
         JobError: there are no others, or axes that such a teacher does not go with.
     """
-    apart = job.parallel.teacher.ranks
-    if apart >= ranks:
+    theirs = apart(job)
+    if theirs >= ranks:
         rule = f"leaves the student none of the {ranks} ranks that were started"
-        raise JobError("parallel.teacher.ranks", apart, rule, 0)
-    if apart:
+        raise JobError("parallel.teacher.ranks", theirs, rule, 0)
+    if theirs:
         for axis in ("context", "expert"):
             if (size := getattr(job.parallel, axis)) != 1:
                 rule = (
@@ -98,7 +105,7 @@ def students(job: Job, ranks: int) -> int:
         if (job.parallel.teacher.context or 1) > 1:
             rule = "a teacher on ranks of its own is spread by tensor, replicate and shard"
             raise JobError("parallel.teacher.context", job.parallel.teacher.context, rule, 1)
-    return ranks - apart
+    return ranks - theirs
 
 
 def lay_out_teacher(parallel: Parallel, ours: Layout, ranks: int) -> Layout:
@@ -229,8 +236,8 @@ def start(
         if not dist.is_initialized():
             timeout = timedelta(seconds=job.parallel.timeout)
             dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
-        if apart := job.parallel.teacher.ranks:
-            return _start_apart(job, layout, rank, (size - apart, apart), local_rank, device, backend)
+        if theirs := apart(job):
+            return _start_apart(job, layout, rank, (size - theirs, theirs), local_rank, device, backend)
         mesh = _mesh(device.type, layout)
         if layout.expert > 1:
             shape = (layout.pipeline, layout.replicate, layout.fold // layout.expert, layout.expert)

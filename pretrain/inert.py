@@ -133,10 +133,9 @@ RULES: list[Rule] = [
         for field in ("parallel.teacher.", "objective.distill.precision")
         for why in ("no teacher computes here: objective.distill has none, or a cache in its stead",)
     ),
-    (
-        "objective.distill.",
-        lambda j: j.objective.distill.on,
-        "neither objective.distill.teacher nor objective.distill.cache is given",
+    *(
+        (f"objective.distill.{name}", lambda j: j.objective.distill.on, "nothing is learned from a teacher")
+        for name in ("teacher", "cache", "precision", "init", "layers", "task", *(f"{t}." for t in TERMS))
     ),
     (
         "objective.distill.layers",

@@ -49,6 +49,7 @@ PUBLISHED = {
     "moe/switch_base": Published(32128, 7.42e9, "checkpoint switch-base-128 (the paper: 7B)"),
     "moe/mixtral_8x7b": Published(32000, 46.7e9, "release of Mixtral 8x7B: 46.7B, 12.9B active", 12.9e9),
 }
+DISTILL = [name for name in recipe.shipped_recipes() if name.startswith("distill/")]
 
 
 def job_and_inputs(name):
@@ -63,7 +64,7 @@ def job_and_inputs(name):
 
 def test_every_real_recipe_is_in_the_table():
     tiny = {name for name in recipe.shipped_recipes() if name.rpartition("/")[2].endswith("tiny")}
-    assert set(recipe.shipped_recipes()) - tiny == set(PUBLISHED)
+    assert set(recipe.shipped_recipes()) - tiny - set(DISTILL) == set(PUBLISHED)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -84,7 +85,7 @@ def test_the_model_that_is_built_has_as_many(name):
     assert sizes.parameters(job, inputs).total == sum(p.numel() for p in built.parameters())
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [*PUBLISHED, *DISTILL])
 def test_nothing_in_a_recipe_is_without_effect(name):
     assert inert.inert(recipe.resolve([name])) == {}
 
@@ -98,3 +99,27 @@ def test_the_mobilebert_is_that_of_transformers():
         theirs = MobileBertForPreTraining(MobileBertConfig())
     count = sizes.parameters(*job_and_inputs("bert/mobile")).total
     assert count == sum(p.numel() for p in theirs.parameters())
+
+
+@pytest.mark.parametrize("name", DISTILL)
+def test_a_student_suits_the_recipe_of_its_teacher(name):
+    """Models, words and rows; a teacher that is no run is not on every machine."""
+    from headway.pretrain.objectives.distill.lessons import lessons
+
+    job = recipe.resolve([name]).job
+    run = job.objective.distill.teacher or ""
+    if not run.startswith("runs/"):
+        return
+    recipes = {recipe.default_name([each]): each for each in recipe.shipped_recipes()}
+    teacher = recipe.resolve([recipes[run.removeprefix("runs/")]]).job
+    assert teacher.data == job.data
+    assert lessons(job.objective.distill, job.model, teacher.model)
+
+
+@pytest.mark.parametrize("name", DISTILL)
+def test_a_student_can_do_without_its_teacher(name):
+    """So are made the students that distilled ones are compared with; all that is about a teacher is then told."""
+    alone = recipe.resolve([name], ["objective.distill.enabled=false"])
+    inert.refuse_inert(alone)
+    about = {field for field in alone.origins if field.startswith("objective.distill.")}
+    assert set(inert.inert(alone)) == about - {"objective.distill.enabled"}

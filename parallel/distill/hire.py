@@ -50,7 +50,7 @@ def hire(engine: NativeEngine, theirs: Job, objective: Objective, fill: Fill) ->
     job, world = engine.job, engine.world
     plan = engine.pipeline.plan if engine.pipeline else None
     seats = seats_of(job, engine.objective, theirs, world.layout, plan)
-    if not (apart := job.parallel.teacher.ranks):
+    if not (apart := mesh.apart(job)):
         return spread_beside(seats, world, theirs, objective, fill)
     layout = mesh.lay_out_teacher(job.parallel, world.layout, apart)
     routes = Routes(seats, theirs.model, seats.distillation, layout, world.rank, apart=True)
@@ -81,7 +81,7 @@ def serve(job: Job, student: Objective, theirs: Job, objective: Objective, world
         theirs, objective, fill: see `hire`.
         world: of the teacher's ranks.
     """
-    apart = job.parallel.teacher.ranks
+    apart = mesh.apart(job)
     layout = mesh.lay_out(job.parallel, dist.get_world_size() - apart)
     plan = make_plan(student, job, layout) if layout.pipeline > 1 else None
     seats = seats_of(job, student, theirs, layout, plan)

@@ -118,6 +118,8 @@ class Rows(Term):
 class Distill(Section):
     """A teacher, and what is learned from it."""
 
+    enabled: bool = True
+    """False leaves the teacher out, and all that is learned from it: for the same run without."""
     teacher: str | None = None
     """A run, a checkpoint, or a folder of Hugging Face."""
     cache: str | None = None
@@ -141,8 +143,8 @@ class Distill(Section):
 
     @property
     def on(self) -> bool:
-        """Whether there is a teacher."""
-        return self.teacher is not None or self.cache is not None
+        """Whether something is learned from a teacher."""
+        return self.enabled and (self.teacher is not None or self.cache is not None)
 
     @property
     def terms(self) -> dict[str, Term]:

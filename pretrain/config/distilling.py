@@ -18,7 +18,8 @@ def check_distill(job: Job) -> None:
     can learn it."""
     settings = job.objective.distill
     if not settings.on:
-        _check_nothing(settings)
+        if settings.enabled:
+            _check_nothing(settings)
         return
     if job.objective.name == "mae":
         rule = "learns from no teacher, whose patches would be hidden as its own are"

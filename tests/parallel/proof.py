@@ -150,8 +150,8 @@ def give_head(job: Job, engine: NativeEngine) -> None:
 def join(job: Job, rank: int, world: int, device: str = "cpu") -> mesh.World:
     """This rank's place in the job's layout; cases of one call that are laid out alike share their groups, for each
     group of gloo has threads of its own, which wake a hundred times a second."""
-    layout = mesh.lay_out(job.parallel, world - job.parallel.teacher.ranks)
-    apart = str(job.parallel.teacher) if job.parallel.teacher.ranks else ""
+    layout = mesh.lay_out(job.parallel, world - mesh.apart(job))
+    apart = str(job.parallel.teacher) if mesh.apart(job) else ""
     key = layout, apart, device, dist.group.WORLD if world > 1 else None
     if _joined.get("key") != key:
         backend = "gloo" if device == "cpu" else "nccl"
