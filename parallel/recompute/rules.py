@@ -28,6 +28,9 @@ def check_recompute(job: Job, layout: Layout, device: str) -> None:
         what = "bottlenecks (model.bottleneck)" if job.model.bottleneck.hidden else "model.embedding_trigram"
         rule = f"the memory of models with {what} is not known by formula"
         raise JobError("parallel.recompute", p.recompute, rule, "full")
+    if p.recompute == "budget" and job.objective.distill.on:
+        rule = "the memory of what is learned from a teacher is not known by formula"
+        raise JobError("parallel.recompute", p.recompute, rule, "full")
     blocks = job.model.layers + (job.model.decoder_depth if job.model.family == "t5" else 0)
     if p.recompute_every > blocks:
         rule = f"of {blocks} blocks none would be computed again"

@@ -104,7 +104,8 @@ def rule(name: str, shape: tuple[int, ...], model: config.Model) -> Fill:
         return Fill("unit")
     if layer.endswith("_conv"):  # as torch's convolutions
         return Fill("uniform", shape[-1] ** -0.5)
-    if layer.startswith("project"):  # to a teacher's features: under every scheme, as large as what comes in
+    if layer.startswith("project") and ("tap" in path or "distillation" in path):
+        # To a teacher's features: under every scheme, as large as what comes in.
         return Fill("normal", shape[-1] ** -0.5)
     if layer in LOOKS or layer == "baseline":
         return ZEROS
