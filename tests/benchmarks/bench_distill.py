@@ -2,10 +2,10 @@
 
     python tests/benchmarks/bench_distill.py [--lengths 512 2048]
 
-One row; teacher BERT 4 x 768 with 12 heads, student 2 x 768 with 12 heads, both with random weights, fp32, 2 threads: the
-student's masked-LM loss plus the mean KL of its maps from the teacher's evenly spaced layers, backward, clipping and
-AdamW. The usual way asks both models for their maps (`output_attentions`, eager attention). Seconds are medians of rounds
-in turns; memory is the growth of a process of its own in a step. Wanted: 1.5 times as fast.
+One row; teacher BERT 4 x 768 with 12 heads, student 2 x 768 with 12 heads, both with random weights, fp32, 2 threads:
+the student's masked-LM loss plus the mean KL of its maps from the teacher's evenly spaced layers, backward, clipping
+and AdamW. The usual way asks both models for their maps (`output_attentions`, eager attention). Seconds are medians
+of rounds in turns; memory is the growth of a process of its own in a step. Wanted: 1.5 times as fast.
 """
 
 from __future__ import annotations
@@ -38,7 +38,12 @@ def batch_of(length: int) -> dict[str, torch.Tensor]:
     draw = np.random.default_rng(0)
     tokens = torch.from_numpy(draw.integers(0, VOCAB, (1, length)))
     labels = torch.where(torch.from_numpy(draw.random((1, length)) < 0.15), tokens, -100)
-    return {"tokens": tokens, "labels": labels, "sample": torch.zeros(1).long(), "slot": torch.zeros(1).long()}
+    return {
+        "tokens": tokens,
+        "labels": labels,
+        "sample": torch.zeros(1).long(),
+        "slot": torch.zeros(1).long(),
+    }
 
 
 def job_of(layers: int, length: int, objective: dict) -> Job:
@@ -62,7 +67,9 @@ def ours(length: int) -> Callable[[], None]:
     shape = TeacherShape(theirs.model, VOCAB, 768, True)
     student = build_objective(job, inputs, device="meta", teacher=shape)
     engine = NativeEngine(job, student, world, precision="fp32", compiled=False)
-    engine.teacher = hire(engine, theirs, build_objective(theirs, inputs, device="meta"), lambda weights: None)
+    engine.teacher = hire(
+        engine, theirs, build_objective(theirs, inputs, device="meta"), lambda weights: None
+    )
     batch, steps = batch_of(length), iter(range(100))
 
     def step() -> None:
@@ -93,7 +100,9 @@ def usual(length: int) -> Callable[[], None]:
         for layer, maps in enumerate(out.attentions):
             p = theirs[(layer + 1) * len(theirs) // len(out.attentions) - 1]
             rows = maps.shape[:3].numel()
-            loss = loss + F.kl_div(maps.clamp(min=1e-30).log(), p, reduction="sum") / rows / len(out.attentions)
+            loss = loss + F.kl_div(maps.clamp(min=1e-30).log(), p, reduction="sum") / rows / len(
+                out.attentions
+            )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()

@@ -81,10 +81,16 @@ def page_of(folder: Path) -> Page:
     ("family", "name", "sets", "several"),
     [
         ("gpt", "gpt-student", [], True),
-        ("gpt", "gpt-window", ["model.attention.mechanism=window", "model.attention.window=6"], True),
+        pytest.param(
+            "gpt",
+            "gpt-window",
+            ["model.attention.mechanism=window", "model.attention.window=6"],
+            True,
+            marks=pytest.mark.matrix,
+        ),
         ("bert", "bert-student", ["objective.distill.attention.heads=[3,1]"], False),
-        ("vit", "vit-student", [], True),
-        ("t5", "t5-student", ["model.decoder_layers=2"], True),
+        pytest.param("vit", "vit-student", [], True, marks=pytest.mark.matrix),
+        pytest.param("t5", "t5-student", ["model.decoder_layers=2"], True, marks=pytest.mark.matrix),
     ],
 )
 def test_the_report_shows_what_the_loss_compared(taught, family, name, sets, several):

@@ -239,7 +239,7 @@ def test_masks_and_images_are_read_from_a_cache_too(name, corpus, tmp_path):
     assert_same(cached, students.train("live", students.teacher), step=2)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_the_command_line_writes_a_cache_on_two_ranks(job, kept):
     out = job.folder / "two"
     sets = [word for one in (*job.sets, job.teacher) for word in ("--set", one)]

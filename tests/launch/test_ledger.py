@@ -128,7 +128,7 @@ def part(rank, world, recipe, folder, sets, layout):
             del os.environ[name]
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_run_that_goes_on_at_other_layouts_is_proved(pool, small_job, tmp_path):
     sets = ["train.global_batch=12", "checkpoint.every=0"]
     lives = [

@@ -38,7 +38,7 @@ def draw(pool, parallel, name, backend="inductor"):
     return [why for _, _, breaks in answers for why in breaks]
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_collectives_are_traced(pool):
     """What a block sends along the tensor axis stands in its graph; the matrix has Inductor's code for it."""
     assert not draw(pool, {"tensor": 2}, "bert", backend="aot_eager")

@@ -168,7 +168,7 @@ def test_autocast(pool, kernel):
     pool(routed, ranks=2, parallel={"expert": 2}, experts=settings, precision="bf16")
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_compiled(pool):
     """The exchange breaks the graph, and nothing else changes."""
     for precision in ("fp32", "bf16"):

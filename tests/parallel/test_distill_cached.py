@@ -110,10 +110,10 @@ def groups_of_three(pool, tmp_path_factory):
 @pytest.mark.parametrize(
     "axes",
     [
-        {"shard": 2, "micro_batch": 3},
         {"tensor": 2, "micro_batch": 6},
-        {"context": 2, "micro_batch": 6},
-        {"pipeline": 2, "micro_batch": 6},
+        pytest.param({"shard": 2, "micro_batch": 3}, marks=pytest.mark.matrix),
+        pytest.param({"context": 2, "micro_batch": 6}, marks=pytest.mark.matrix),
+        pytest.param({"pipeline": 2, "micro_batch": 6}, marks=pytest.mark.matrix),
     ],
 )
 def test_bits_are_those_of_a_teacher_that_computes_at_every_layout(pool, groups_of_three, axes):

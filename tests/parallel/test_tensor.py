@@ -11,7 +11,7 @@ FAMILIES = sorted(UNCUT)
 LAYOUTS = [
     (
         {"tensor": 2, "micro_batch": 4},
-        ["bert", "experts", "vit", "deit", "content", "composed", "linear", "mobile"],
+        ["bert", "experts", "vit", "content", "composed", "linear", "mobile"],
     ),
     ({"tensor": 2, "shard": 2}, ["spectral", "ul2"]),
     ({"tensor": 2, "sequence": False}, ["albert", "mae", "deit", "inverted"]),
