@@ -76,7 +76,7 @@ def test_no_map_is_held(loss: str, causal: bool) -> None:
     inputs = [draw(1, 1, length, 8, dtype=torch.float32, grad=i > 1) for i in range(4)]
     with Largest() as ours:
         map_distillation_loss(*inputs, loss=loss, causal=causal).backward()
-    assert ours.most <= length * 128  # a block
+    assert ours.most <= length * 256  # a block, of which there are eight
     with Largest() as theirs:
         map_distillation_loss(*inputs, loss=loss, causal=causal, kernel="reference")
     assert theirs.most >= length * length
