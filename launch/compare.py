@@ -18,7 +18,8 @@ from headway.parallel.distill.teacher import LiveTeacher
 from headway.pretrain.config import Job, Model
 from headway.pretrain.engine import Batch
 from headway.pretrain.errors import JobError
-from headway.pretrain.models.attention import mapped_layers, word_of
+from headway.pretrain.models.attention import word_of
+from headway.pretrain.models.maps import mapped_layers
 from headway.pretrain.models.seat import Seat
 from headway.pretrain.objectives import Objective
 from headway.pretrain.objectives.distill.layers import layer_map

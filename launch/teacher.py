@@ -196,7 +196,10 @@ def blank(
         model = model.model_copy(update={"max_positions": known.length})
         theirs = theirs.model_copy(update={"model": model})
     reads = dataset.inputs._replace(vocab=known.vocab, classes=known.classes)
-    objective = build_objective(theirs, reads, dataset.specials, device="meta")
+    stored = theirs.model_copy(
+        update={"precision": source.precision}
+    )  # what it computes in, it becomes when filled
+    objective = build_objective(stored, reads, dataset.specials, device="meta")
 
     def fill(weights: Mapping[str, Tensor]) -> None:
         chosen = {name: tensor for name, tensor in weights.items() if is_weight(name)}

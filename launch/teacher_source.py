@@ -51,6 +51,14 @@ class TeacherSource:
             return {name: tuple(tensor.shape) for name, tensor in self.folder.tensors()}
         return {n: tuple(e.shape) for n, e in read_manifest(self.path).tensors.items() if is_weight(n)}
 
+    @cached_property
+    def precision(self) -> str:
+        """Of its weights as they are stored: fp32 (narrower ones are read as that), or fp64."""
+        if self.folder is not None:
+            return "fp64" if next(self.folder.tensors())[1].dtype == torch.float64 else "fp32"
+        entries = read_manifest(self.path).tensors
+        return "fp64" if any(entries[name].dtype == "float64" for name in self.shapes) else "fp32"
+
     def tensors(self, names: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         """Those of some names, one at a time, whole, on the host."""
         if self.folder is not None:

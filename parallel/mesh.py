@@ -148,7 +148,8 @@ def rows_per_micro_batch(job: Job, data_ranks: int) -> int:
 
 
 def _check_ramp(job: Job, data_ranks: int) -> None:
-    """Ranks do as many micro-batches as each other, or they wait for one another for ever: also while a batch grows."""
+    """Ranks do as many micro-batches as each other, or they wait for one another for ever: also while a batch
+    grows."""
     ramp = job.train.ramp
     if all(stage.rows % data_ranks == 0 for stage in BatchSizes(job.train).stages):
         return
@@ -176,6 +177,8 @@ class World:
     """Its ranks, where the run has others beside them; None for all."""
     teaches: bool = False
     """Whether these ranks are a teacher's alone."""
+    between: dist.ProcessGroup | None = None
+    """All ranks of a run whose teacher has some of its own, over gloo: in it a side waits for the other."""
 
     @property
     def main(self) -> bool:
@@ -247,6 +250,12 @@ def start(
     return World(rank, size, local_rank, device, backend, layout, mesh, experts)
 
 
+PATIENCE = timedelta(days=7)
+"""How long a teacher waits for a student that compiles, saves or writes its report. A student that is dead does not
+keep
+it: connections close, and the launcher ends all ranks of a run of which one has failed."""
+
+
 def _start_apart(
     job: Job,
     layout: Layout,
@@ -260,10 +269,13 @@ def _start_apart(
     ours, theirs = sizes
     layouts = layout, lay_out_teacher(job.parallel, layout, theirs)
     groups = dist.new_group(list(range(ours))), dist.new_group(list(range(ours, ours + theirs)))
+    between = dist.new_group(backend="gloo", timeout=PATIENCE)
     meshes = [_mesh(device.type, one, first) for one, first in zip(layouts, (0, ours), strict=True)]
     side = int(rank >= ours)
     place = rank - ours * side, sizes[side], local_rank, device, backend
-    return World(*place, layouts[side], meshes[side], everyone=groups[side], teaches=bool(side))
+    return World(
+        *place, layouts[side], meshes[side], everyone=groups[side], teaches=bool(side), between=between
+    )
 
 
 def _mesh(device_type: str, layout: Layout, first: int | None = None) -> DeviceMesh:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from headway.pretrain.errors import CheckpointError
+from headway.pretrain.files import sync_folder
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -33,18 +33,6 @@ def disk_errors(path: Path, task: str, needed: int = 0) -> Iterator[None]:
         reason = error.strerror or str(error)
         where = f" ({error.filename})" if error.filename and str(error.filename) != str(path) else ""
         raise CheckpointError(f"{path}: cannot {task}: {reason}{where}.{need}{room}") from error
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable. File systems that cannot sync folders (some in FUSE) pass."""
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(handle)
 
 
 def write_new(path: Path, data: bytes) -> None:

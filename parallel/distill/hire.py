@@ -54,7 +54,7 @@ def hire(engine: NativeEngine, theirs: Job, objective: Objective, fill: Fill) ->
         return spread_beside(seats, world, theirs, objective, fill)
     layout = mesh.lay_out_teacher(job.parallel, world.layout, apart)
     routes = Routes(seats, theirs.model, seats.distillation, layout, world.rank, apart=True)
-    return FarTeacher(routes, world, Messages(_everyone(), world.device))
+    return FarTeacher(routes, world, _messages(world))
 
 
 def spread_beside(seats: Seats, world: World, theirs: Job, objective: Objective, fill: Fill) -> LiveTeacher:
@@ -87,7 +87,7 @@ def serve(job: Job, student: Objective, theirs: Job, objective: Objective, world
     seats = seats_of(job, student, theirs, layout, plan)
     routes = Routes(seats, theirs.model, seats.distillation, world.layout, dist.get_rank(), apart=True)
     teaching, autocast = spread(job, theirs, objective, world, fill)
-    answer(teaching, routes, world, Messages(_everyone(), world.device), autocast)
+    answer(teaching, routes, world, _messages(world), autocast)
 
 
 def seats_of(job: Job, student: Objective, theirs: Job, layout: Layout, plan: Plan | None) -> Seats:
@@ -109,10 +109,9 @@ def spread(
     return teaching, partial(torch.autocast, world.device.type, narrow) if narrow else nullcontext
 
 
-def _everyone() -> dist.ProcessGroup:
-    group = dist.group.WORLD
-    assert group is not None, "ranks have met"
-    return group
+def _messages(world: World) -> Messages:
+    assert world.between is not None, "both sides have met"
+    return Messages(world.between, torch.device("cpu"))
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from headway.pretrain.errors import DataError
+from headway.pretrain.files import sync_folder
 
 
 def fingerprint(**parts: Any) -> str:
@@ -52,7 +53,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> bool:
             except BaseException:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 raise
-            _sync_folder(folder.parent)
+            sync_folder(folder.parent)
     except OSError as fault:
         raise DataError(
             f"{folder}: cannot be written: {fault} (data.cache, or $HEADWAY_CACHE, moves it)"
@@ -70,12 +71,3 @@ def _locked(path: Path) -> Iterator[None]:
             print(f"waiting for another process that builds {path.parent}", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _sync_folder(folder: Path) -> None:
-    """The rename itself reaches the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

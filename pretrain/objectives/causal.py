@@ -19,12 +19,12 @@ from headway.pretrain.data.corruption.infill import fim
 from headway.pretrain.data.samples import Rows
 from headway.pretrain.data.specials import Specials
 from headway.pretrain.engine import Batch
-from headway.pretrain.models.attention import attention_maps
 from headway.pretrain.models.columns import Columns
 from headway.pretrain.models.gpt import GPT
 from headway.pretrain.models.hidden import Hidden
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Linear, Noise, narrowed
+from headway.pretrain.models.maps import attention_maps
 from headway.pretrain.objectives import choices
 from headway.pretrain.objectives.base import (
     ALL,

@@ -17,11 +17,11 @@ from headway.kernels.cross_entropy import IGNORE
 from headway.pretrain.config import Job
 from headway.pretrain.data.samples import Rows
 from headway.pretrain.engine import Batch
-from headway.pretrain.models.attention import attention_maps
 from headway.pretrain.models.columns import Columns
 from headway.pretrain.models.hidden import Hidden
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Linear, Noise
+from headway.pretrain.models.maps import attention_maps
 from headway.pretrain.models.moe import MoE
 from headway.pretrain.models.vit import ViT
 from headway.pretrain.objectives import choices

@@ -15,13 +15,13 @@ from headway.kernels import random
 from headway.pretrain.config import Job
 from headway.pretrain.data.samples import Rows
 from headway.pretrain.engine import Batch
-from headway.pretrain.models.attention import attention_maps
 from headway.pretrain.models.columns import Columns
 from headway.pretrain.models.embeddings import patchify, unpatchify
 from headway.pretrain.models.hidden import Hidden
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Noise
 from headway.pretrain.models.mae import PixelDecoder
+from headway.pretrain.models.maps import attention_maps
 from headway.pretrain.models.vit import ViT
 from headway.pretrain.objectives.base import ALL, LossOutput, Objective, passed, real_rows
 

@@ -18,11 +18,11 @@ from headway.pretrain.data.corruption import denoisers, spans
 from headway.pretrain.data.samples import Rows
 from headway.pretrain.data.specials import Specials
 from headway.pretrain.engine import Batch
-from headway.pretrain.models.attention import attention_maps
 from headway.pretrain.models.columns import Columns
 from headway.pretrain.models.hidden import Hidden
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Linear, Noise, narrowed
+from headway.pretrain.models.maps import attention_maps
 from headway.pretrain.models.t5 import T5
 from headway.pretrain.objectives.base import (
     ALL,

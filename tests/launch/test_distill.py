@@ -1,5 +1,8 @@
 """A whole run with a teacher, as a user starts it."""
 
+import signal
+import subprocess
+
 import pytest
 import torch
 
@@ -7,7 +10,7 @@ from headway.launch import run
 from headway.pretrain.errors import JobError
 from headway.pretrain.records.metrics import read_metrics
 from headway.pretrain.records.records import read_events
-from headway.tests.launch.test_train import weights
+from headway.tests.launch.test_train import command, losses, wait_for_step, weights
 
 DISTILL = "objective.distill"
 TOLD = ("step", "loss", "grad_norm", "soft_loss", "contrast", "learned/attention", "learned/states")
@@ -73,6 +76,35 @@ def test_a_run_in_stages_goes_on_as_if_it_had_not_stopped(start, teacher):
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert "distillation.contrast.queue" in one
+
+
+@pytest.mark.slow
+def test_a_teacher_on_a_rank_of_its_own(start, teacher, small_job):
+    """A signal ends both sides, saved; one process goes on where two were, and the curve is that of one from the
+    beginning."""
+    sets = [
+        f"{DISTILL}.teacher={teacher}",
+        f"{DISTILL}.attention.weight=1.0",
+        f"{DISTILL}.logits.weight=1.0",
+        "precision=fp64",
+        "checkpoint.every=0",
+    ]
+    folder = teacher.parent
+    asked = [*sets, "train.steps=100000", "parallel.teacher.ranks=1"]
+    words = [*command(small_job, folder, "--nproc", "2"), *(w for one in asked for w in ("--set", one))]
+    words[words.index("run.name=run")] = "run.name=apart"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, **pipes) as child:
+        wait_for_step(child, 1)
+        child.send_signal(signal.SIGTERM)
+        _, errors = child.communicate(timeout=120)
+    assert child.returncode == 75, errors
+    assert "saved after step" in errors
+    assert "Traceback" not in errors
+    steps = len(read_metrics(folder / "apart")) + 3
+    goes_on = start("apart", *sets, f"train.steps={steps}", "schedule.steps=100000")
+    whole = start("beside", *sets, f"train.steps={steps}", "schedule.steps=100000")
+    assert losses(goes_on) == pytest.approx(losses(whole), rel=1e-9)
 
 
 def test_images_of_a_teacher_have_the_same_places(start, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from headway.pretrain.errors import DataError
+from headway.pretrain.files import sync_folder
 
 _BLOCK = 8 << 20
 
@@ -33,18 +33,6 @@ def replace_synced(path: Path, data: bytes) -> None:
     write_synced(fresh, [memoryview(data)])
     os.replace(fresh, path)
     sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """The names in a folder reach the disk, if its file system can do that (some in FUSE cannot). Raises OSError."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(handle)
 
 
 @contextmanager

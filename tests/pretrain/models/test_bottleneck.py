@@ -8,11 +8,11 @@ from headway.pretrain.config import Job
 from headway.pretrain.hf.folder import tree_of
 from headway.pretrain.hf.links import Lazy, to_ours
 from headway.pretrain.hf.mobilebert import MOBILEBERT
-from headway.pretrain.models.attention import attention_maps
 from headway.pretrain.models.bert import BERT
 from headway.pretrain.models.init import initialise
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Noise
+from headway.pretrain.models.maps import attention_maps
 from headway.pretrain.models.seat import Seat
 from headway.pretrain.models.transformer import Context, build_block
 

@@ -5,9 +5,9 @@ import torch
 
 from headway.pretrain import config
 from headway.pretrain.errors import JobError
-from headway.pretrain.models.attention import attention_maps
 from headway.pretrain.models.columns import Columns
 from headway.pretrain.models.inputs import Inputs
+from headway.pretrain.models.maps import attention_maps
 from headway.pretrain.objectives import build_objective
 
 VOCAB, LENGTH = 101, 23  # odd on purpose

@@ -7,11 +7,12 @@ from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.registry import mechanism
 from headway.pretrain import config
 from headway.pretrain.errors import JobError
-from headway.pretrain.models.attention import attention_maps, attention_shape
+from headway.pretrain.models.attention import attention_shape
 from headway.pretrain.models.cost import total
 from headway.pretrain.models.gpt import GPT
 from headway.pretrain.models.init import initialise
 from headway.pretrain.models.inputs import Inputs
+from headway.pretrain.models.maps import attention_maps
 from headway.pretrain.models.mixers import MIXERS, build_mixer
 from headway.pretrain.models.seat import Seat
 from headway.pretrain.models.transformer import Context

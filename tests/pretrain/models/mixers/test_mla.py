@@ -9,11 +9,12 @@ from headway.kernels.attention.masks import Mask, lower
 from headway.kernels.rotary import rotation
 from headway.pretrain import config
 from headway.pretrain.errors import JobError
-from headway.pretrain.models.attention import Beside, attention_maps
+from headway.pretrain.models.attention import Beside
 from headway.pretrain.models.gpt import GPT
 from headway.pretrain.models.init import initialise
 from headway.pretrain.models.inputs import Inputs
 from headway.pretrain.models.layers import Noise
+from headway.pretrain.models.maps import attention_maps
 from headway.pretrain.models.mixers import build_mixer
 from headway.pretrain.models.seat import Seat
 
