@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from headway.pretrain.config import Job
+from headway.pretrain.records.backends import open_backends
+from headway.pretrain.records.backends.base import Backend, Told
+from headway.pretrain.records.backends.wandb import wandb_mode
 from headway.pretrain.records.metrics import MetricsFile, encode
 from headway.pretrain.records.progress import ProgressDisplay
-from headway.pretrain.records.tracker import WandbTracker, wandb_mode
 
 
 class Recorder(Protocol):
@@ -78,21 +80,15 @@ class Records:
         self._step = start_step
         self._metrics = MetricsFile(run_dir / "metrics.jsonl", start_step)
         self._progress = ProgressDisplay(job.train.steps, start_step, stream=stream)
-        self._wandb: WandbTracker | None = None
+        self.backends: list[Backend] = []
         self.event("start" if start_step == 0 else "resume", step=start_step)
-        if mode != "off":
-            config = job.model_dump(mode="json")
-            try:
-                say = self._progress.say
-                self._wandb = WandbTracker(run_dir, mode, job.tracking, config, warn=self._warn, say=say)
-            except OSError as error:
-                self._warn(f"no W&B: {error}")
+        told = Told(run_dir, job, start_step, self._warn, self._progress.say)
+        self.backends = open_backends(told, mode)
 
     def step(self, values: Mapping[str, Any]) -> None:
         self._step = int(values["step"])
         self._try(self._metrics.write, values)
-        if self._wandb:
-            self._wandb.log(self._step, numbers(values))
+        self._log(numbers(values))
         self._progress.step(values)
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -101,28 +97,30 @@ class Records:
         if kind == "eval":
             values = numbers({k: v for k, v in fields.items() if k != "step"})
             self._try(self._metrics.amend, values)
-            if self._wandb:
-                self._wandb.log(self._step, values)
+            self._log(values)
             shown = "  ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in values.items())
             self._progress.say(f"step {fields['step']}  {shown}")
-        elif kind == "checkpoint" and self._wandb:
-            self._wandb.checkpoint(int(fields["step"]), Path(fields["path"]))
         elif kind == "warning":
             self._progress.say(f"warning: {fields['message']}")
+        for backend in self.backends:
+            backend.event(kind, int(fields["step"]), fields)
+
+    def _log(self, values: Mapping[str, float | int]) -> None:
+        for backend in self.backends:
+            backend.log(self._step, values)
 
     def wants_histograms(self, step: int) -> bool:
-        return bool(self._wandb and self._histograms_every and step % self._histograms_every == 0)
+        return bool(self.backends and self._histograms_every and step % self._histograms_every == 0)
 
     def histograms(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        if self._wandb:
-            found = {f"gradients/{name}": histogram(t) for name, t in tensors.items()}
-            self._wandb.histograms(step, {name: h for name, h in found.items() if h})
+        found = {f"gradients/{name}": histogram(t) for name, t in tensors.items()}
+        for backend in self.backends:
+            backend.histograms(step, {name: h for name, h in found.items() if h})
 
     def close(self, status: str = "done", summary: Mapping[str, Any] | None = None) -> None:
         self._progress.close()
-        if self._wandb:
-            exit_code = {"done": 0, "stopped": 0}.get(status, 1)
-            self._wandb.finish(exit_code, numbers(summary or {}))
+        for backend in self.backends:
+            backend.close(status, numbers(summary or {}))
         self.event("end", status=status)
         self._metrics.close()
 

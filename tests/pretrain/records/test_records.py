@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from headway.pretrain.config import Job
-from headway.pretrain.records import records as module
+from headway.pretrain.records import backends as module
 from headway.pretrain.records.metrics import read_metrics
 from headway.pretrain.records.records import NoRecords, Records, histogram, open_records, read_events
 

@@ -87,7 +87,7 @@ class WandbTracker:
         self._folder.mkdir(parents=True, exist_ok=True)
         with open(self._folder / "client.log", "ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "headway.pretrain.records.wandb_client"],
+                [sys.executable, "-P", "-m", "headway.pretrain.records.backends.wandb_client"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -121,8 +121,12 @@ class WandbTracker:
         """Counts and bin edges by name."""
         self._send(do="log", step=step, values={}, histograms=dict(histograms))
 
-    def checkpoint(self, step: int, path: Path) -> None:
-        """A reference artifact: W&B learns where the checkpoint is; nothing is uploaded."""
+    def event(self, kind: str, step: int, fields: Mapping[str, Any]) -> None:
+        """Of a checkpoint a reference artifact: W&B learns where it is; nothing is uploaded."""
+        if kind == "checkpoint":
+            self._checkpoint(step, Path(fields["path"]))
+
+    def _checkpoint(self, step: int, path: Path) -> None:
         self._send(
             do="reference",
             name=f"{self._name}-checkpoint",
@@ -130,6 +134,9 @@ class WandbTracker:
             aliases=["latest", f"step-{step}"],
             metadata={"step": step},
         )
+
+    def close(self, status: str, summary: Mapping[str, Any]) -> None:
+        self.finish({"done": 0, "stopped": 0}.get(status, 1), summary)
 
     def finish(self, exit_code: int = 0, summary: Mapping[str, Any] | None = None) -> None:
         """Hand over the rest and wait, at most `finish_timeout` seconds; then the client is ended."""

@@ -13,9 +13,9 @@ import torch
 
 from headway.pretrain.config import Job, Tracking
 from headway.pretrain.errors import JobError
+from headway.pretrain.records.backends.wandb import WandbTracker, has_api_key, wandb_mode
 from headway.pretrain.records.metrics import read_metrics
 from headway.pretrain.records.records import Records
-from headway.pretrain.records.tracker import WandbTracker, has_api_key, wandb_mode
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 

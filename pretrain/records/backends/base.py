@@ -1,0 +1,45 @@
+"""What everyone who is told about a run understands: W&B, and those of `tracking.backends`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from headway.pretrain.config import Job
+
+
+class Backend(Protocol):
+    """Someone who is told about a run, on its first rank. No method may wait for a network, or raise."""
+
+    def log(self, step: int, values: Mapping[str, float | int]) -> None:
+        """Numbers of a step; called again for a step (an evaluation), values add up."""
+
+    def event(self, kind: str, step: int, fields: Mapping[str, Any]) -> None:
+        """Something between steps, as `Recorder.event` has it: `start`, `resume`, `checkpoint`, `warning`..."""
+
+    def histograms(self, step: int, histograms: Mapping[str, tuple[list[float], list[float]]]) -> None:
+        """Counts and the edges of their bins, by name."""
+
+    def close(self, status: str, summary: Mapping[str, Any]) -> None:
+        """End of the run: `done`, `stopped` or `failed`, and what only its end knows."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a backend needs to begin.
+
+    Attributes:
+        run_dir: the run's folder.
+        job: the resolved job.
+        start_step: step of the checkpoint that the run goes on from, 0 for a new one.
+        warn: to be called with one sentence when something is amiss; the same sentence is shown once.
+        say: to be called with what a person wants to know, e.g. an address.
+    """
+
+    run_dir: Path
+    job: Job
+    start_step: int
+    warn: Callable[[str], None]
+    say: Callable[[str], None]
