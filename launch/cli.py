@@ -11,6 +11,9 @@ from typing import Annotated
 
 import typer
 
+from headway.launch.arguments import Debug, OnError, Recipes, RunPath, Sets, option
+from headway.launch.cli_launch import app as launch
+
 app = typer.Typer(
     name="headway",
     help="Pretrain attention models: one recipe, any layout, one curve.",
@@ -30,17 +33,7 @@ attention = typer.Typer(help="List attention mechanisms, and compare their costs
 app.add_typer(attention, name="attention")
 distill = typer.Typer(help="Keep what a teacher gives, for many students.", no_args_is_help=True)
 app.add_typer(distill, name="distill")
-
-Recipes = Annotated[list[str], typer.Argument(help="Recipe names (gpt/tiny) or YAML files; later ones win.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: a.b=c. May be repeated.")]
-RunPath = Annotated[str, typer.Argument(help="A run folder, e.g. runs/gpt-tiny.")]
-OnError = Annotated[str | None, typer.Option(help="What malformed lines do: stop, or skip (and count).")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-
-
-def option(field: str, value: str | None) -> list[str]:
-    """A setting that has an option of its own, as an override."""
-    return [] if value is None else [f"{field}={value}"]
+app.add_typer(launch, name="launch")
 
 
 @app.command()

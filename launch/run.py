@@ -31,12 +31,17 @@ from headway.pretrain.records.records import Recorder, open_records
 from headway.pretrain.trainer import Trainer
 
 
-def check(recipes: Sequence[str], sets: Sequence[str], ranks: int) -> None:
-    """Refuse a job that cannot run on so many ranks, before any is started; raises JobError."""
+def check(recipes: Sequence[str], sets: Sequence[str], ranks: int, device: str | None = None) -> None:
+    """Refuse a job that cannot run on so many ranks, before any is started; raises JobError.
+
+    Args:
+        device: kind of device where it will run, `cuda` or `cpu`; this machine's if not given.
+    """
     resolved = resolve(recipes, sets)
     refuse_inert(resolved)
     layout = mesh.lay_out(resolved.job.parallel, mesh.students(resolved.job, ranks))
-    capabilities.check(resolved.job, layout, devices.choose_device(resolved.job.parallel.device).type)
+    device = device or devices.choose_device(resolved.job.parallel.device).type
+    capabilities.check(resolved.job, layout, device)
     mesh.rows_per_micro_batch(resolved.job, layout.data)
     compare_with_saved(run_folder(resolved.job), resolved)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -147,20 +147,28 @@ def default_name(recipes: Sequence[str]) -> str:
 
 def validate(tree: dict[str, Any]) -> Job:
     """A Job from a plain tree; raises JobError or InvalidJob."""
+    return validate_as(Job, tree)
+
+
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+def validate_as(kind: type[Kind], tree: dict[str, Any]) -> Kind:
+    """A section from a plain tree; raises JobError or InvalidJob."""
     try:
-        return Job.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        found = [_explain(e) for e in error.errors()]
+        found = [_explain(e, kind) for e in error.errors()]
         if len(found) == 1:
             raise found[0] from None
         raise InvalidJob("\n".join(str(e) for e in found)) from None
 
 
-def _explain(error: Any) -> JobError:
+def _explain(error: Any, kind: type[BaseModel]) -> JobError:
     field = ".".join(str(part) for part in error["loc"])
     value = error["input"]
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(field, list(fields(Job)), n=1, cutoff=0.4)
+        near = difflib.get_close_matches(field, list(fields(kind)), n=1, cutoff=0.4)
         return JobError(field, value, "is not a setting that Headway knows", near[0] if near else None)
     rule = error["msg"][0].lower() + error["msg"][1:]
     nearest = None

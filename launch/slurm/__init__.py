@@ -1,0 +1,1 @@
+"""Slurm: from a recipe to a batch job, what is done when it ends, and where it stands."""

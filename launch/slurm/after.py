@@ -1,0 +1,193 @@
+"""What a batch script does when its ranks have ended: nothing more, start again, leave a node out, or give up."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from headway.launch.slurm import client, jobs
+from headway.parallel.checkpoint.retention import latest, step_of
+from headway.pretrain.errors import Interrupted, JobError
+
+STOPPED = (Interrupted.exit_code, 128 + 10, 128 + 15)
+"""Codes of ranks that saved, and of those that a signal met before they had anything to save (SIGUSR1, SIGTERM)."""
+_SAID = re.compile(r"^srun: error: (\S+): tasks? [\d,\-]+: (.*)$", re.MULTILINE)
+_ENDED_BY_OTHERS = ("Terminated", f"Exited with exit code {Interrupted.exit_code}")
+"""What srun says of ranks that it ended itself because another one had failed."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """When to start again; as in `Request`."""
+
+    requeue: bool = True
+    max_faults: int = 3
+    exclude_after: int = 2
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do, and why, in words for the log.
+
+    Attributes:
+        what: `end`: nothing of the run waits any more; `leave`: to Slurm; `again`: start this job again; `next`: leave
+            it to the next job of the chain.
+        exclude: nodes to leave out when starting again.
+    """
+
+    what: Literal["end", "leave", "again", "next"]
+    why: str
+    exclude: tuple[str, ...] = ()
+
+
+def decide(
+    code: int,
+    state: str,
+    rules: Rules,
+    faults: Sequence[Mapping[str, Any]],
+    *,
+    next_link: bool,
+    cancelled: bool,
+) -> Decision:
+    """From how the ranks ended to what is done.
+
+    Args:
+        code: exit code of the ranks.
+        state: of this job, as Slurm has it.
+        faults: the run's noted faults, this one included; with `step` (of the newest checkpoint) and `nodes`.
+        next_link: another job of the chain waits for the end of this one.
+        cancelled: a person has cancelled the run.
+    """
+    if code == 0:
+        return Decision("end", "the run is complete")
+    if cancelled:
+        return Decision("end", "the run was cancelled")
+    if state != "RUNNING":
+        return Decision("leave", f"Slurm has ended the job ({state}), and starts it again if it is to be")
+    if code == JobError.exit_code:
+        return Decision("end", "the job or its command line is wrong; the message stands above")
+    if code in STOPPED:
+        return _again("the ranks were asked to stop, and saved", rules, next_link)
+    return _after_fault(code, rules, faults, next_link)
+
+
+def _after_fault(code: int, rules: Rules, faults: Sequence[Mapping[str, Any]], next_link: bool) -> Decision:
+    in_a_row = 0
+    for fault in reversed(faults):
+        if fault["step"] != faults[-1]["step"]:
+            break
+        in_a_row += 1
+    if in_a_row > rules.max_faults:
+        return Decision("end", f"{in_a_row} faults in a row without a new checkpoint")
+    counts = Counter(node for fault in faults for node in fault["nodes"])
+    bad = tuple(
+        sorted(n for n, count in counts.items() if rules.exclude_after and count >= rules.exclude_after)
+    )
+    where = f" on {', '.join(faults[-1]['nodes'])}" if faults[-1]["nodes"] else ""
+    why = f"a fault{where} (exit code {code}), the {in_a_row}. without a new checkpoint"
+    return _again(why, rules, next_link, bad)
+
+
+def _again(why: str, rules: Rules, next_link: bool, exclude: tuple[str, ...] = ()) -> Decision:
+    if next_link:
+        return Decision("next", f"{why}; the next job of the chain goes on", exclude)
+    if not rules.requeue:
+        return Decision("end", f"{why}; the job is not to be requeued")
+    return Decision("again", why, exclude)
+
+
+def after(run: Path, code: int, rules: Rules, *, asked: bool = False) -> int:
+    """Decide, say so in the job's log, and do it; the exit code of the batch script.
+
+    Args:
+        asked: the script was asked to stop; an agent that hides the codes of its ranks says 1 then.
+    """
+    me = client.job_states(this_job())[0]
+    code = Interrupted.exit_code if asked and code else code
+    waiting = chain_behind(run, me.job)
+    if code not in (0, JobError.exit_code, *STOPPED) and me.state == "RUNNING":
+        nodes = failing_nodes(end_of(me.log))
+        jobs.note(run, "fault", job=me.job, code=code, nodes=nodes, step=newest_step(run))
+    faults = [line for line in jobs.notes(run) if line["kind"] == "fault"]
+    cancelled = (jobs.slurm_folder(run) / jobs.CANCELLED).exists()
+    decision = decide(code, me.state, rules, faults, next_link=bool(waiting), cancelled=cancelled)
+    print(f"== job {me.job}: {decision.why}", flush=True)
+    carry_out(decision, run, me, waiting)
+    return code
+
+
+def carry_out(decision: Decision, run: Path, me: client.JobState, waiting: Sequence[str]) -> None:
+    """Tell Slurm. The last thing that a requeued job does: Slurm ends its script."""
+    if decision.what == "end":
+        client.cancel(waiting)
+    elif decision.what == "next" and decision.exclude:
+        for one in waiting:
+            client.leave_out(one, decision.exclude)
+    elif decision.what == "again" and set(decision.exclude) - set(left_out(run)):
+        resubmit(run, me, decision.exclude)
+    elif decision.what == "again":
+        print(f"== job {me.job} is requeued", flush=True)
+        client.requeue(me.job)
+
+
+def resubmit(run: Path, me: client.JobState, exclude: Sequence[str]) -> None:
+    """Slurm does not change the nodes of a job that runs: another one takes its place, without those nodes."""
+    _, _, task = me.job.partition("_")
+    new = client.submit(me.script, f"--exclude={','.join(exclude)}", *([f"--array={task}"] if task else []))
+    new = f"{new}_{task}" if task else new
+    jobs.note(run, "submitted", job=new, after=me.job, without=list(exclude))
+    print(f"== job {new} goes on without {', '.join(exclude)}", flush=True)
+
+
+def left_out(run: Path) -> list[str]:
+    """Nodes that the present job was already submitted without."""
+    lines = [line for line in jobs.notes(run) if line["kind"] == "submitted"]
+    return list(lines[-1].get("without", [])) if lines else []
+
+
+def this_job(environment: Mapping[str, str] = os.environ) -> str:
+    """Id of the job that this process belongs to, with the place in its array; raises JobError outside of any."""
+    if "SLURM_ARRAY_JOB_ID" in environment:
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    if "SLURM_JOB_ID" not in environment:
+        raise JobError("headway launch after", None, "is a part of batch scripts: SLURM_JOB_ID is not set")
+    return environment["SLURM_JOB_ID"]
+
+
+def chain_behind(run: Path, job: str) -> list[str]:
+    """Jobs of the chain after this one that still wait."""
+    lines = [line for line in jobs.notes(run) if line["kind"] == "submitted"]
+    after = {line.get("after"): str(line["job"]) for line in lines}
+    found = []
+    while (job := after.get(job, "")) and len(found) < len(lines):
+        if client.job_states(job)[0].state == "PENDING":
+            found.append(job)
+    return found
+
+
+def newest_step(run: Path) -> int:
+    """Step of the newest checkpoint, 0 without one."""
+    path = latest(run / "checkpoints")
+    return (step_of(path.name) or 0) if path else 0
+
+
+def failing_nodes(log: str) -> list[str]:
+    """Nodes of the ranks that failed by themselves since the last start, as srun tells them in the job's log."""
+    since = log[log.rfind("\n== ") + 1 :]
+    return sorted({node for node, how in _SAID.findall(since) if how not in _ENDED_BY_OTHERS})
+
+
+def end_of(log: str) -> str:
+    """The last mebibyte of a file; nothing if there is none."""
+    path = Path(log)
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - 2**20))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""
