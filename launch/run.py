@@ -56,7 +56,7 @@ def train(
     folder = run_folder(resolved.job)
     with ExitStack() as stack:
         world = join(resolved.job)
-        stack.callback(mesh.stop)
+        stack.push(partial(leave, world))
         if fresh and world.main and (aside := set_aside(folder)):
             print(f"{folder} was set aside as {aside}")
         world.meet()
@@ -72,6 +72,14 @@ def train(
             tell(parts, notes)
         # From here on there is state to save; before, an interrupt simply ends the process.
         run(parts, folder, stack.enter_context(stop or StopRequest()))
+
+
+def leave(world: World, kind: type[BaseException] | None, *_: object) -> None:
+    """End together, unless something failed: launchers end all ranks when the first one ends with a code, and rank 0
+    may still be publishing what all have saved."""
+    if kind is None or issubclass(kind, Interrupted):
+        world.meet()
+    mesh.stop()
 
 
 def be_teacher(job: Job, world: World, stop: StopRequest) -> None:

@@ -95,7 +95,8 @@ def parse_yaml(text: str, where: str) -> Any:
 def shipped_recipes() -> dict[str, Path]:
     """Name -> file of the recipes that Headway ships."""
     root = Path(str(files("headway.configs")))
-    return {str(p.relative_to(root).with_suffix("")): p for p in sorted(root.rglob("*.yaml"))}
+    found = {str(p.relative_to(root).with_suffix("")): p for p in sorted(root.rglob("*.yaml"))}
+    return {name: path for name, path in found.items() if not name.startswith("cluster/")}
 
 
 def find_recipe(name: str) -> Path:

@@ -89,11 +89,16 @@ class Trainer:
             if self.stop_asked():
                 if saved != finished:
                     self.saver.save(finished)
-                raise Interrupted(
-                    f"asked to stop: saved after step {finished} of {steps}; start again to go on"
-                )
+                raise Interrupted(self._last_word(finished))
         if saved != steps:
             self.saver.save(steps)
+
+    def _last_word(self, finished: int) -> str:
+        """Wait for the last checkpoint, and say what became of it."""
+        place = f"step {finished} of {self.job.train.steps}"
+        if self.saver.finish():
+            return f"asked to stop: saved after {place}; start again to go on"
+        return f"asked to stop after {place}, which could not be saved; start again to go on from the checkpoint before"
 
     def _step(self, step: int) -> None:
         begin = time.perf_counter()

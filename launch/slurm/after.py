@@ -12,13 +12,14 @@ from typing import Any, Literal
 
 from headway.launch.slurm import client, jobs
 from headway.parallel.checkpoint.retention import latest, step_of
-from headway.pretrain.errors import Interrupted, JobError
+from headway.pretrain.errors import HeadwayError, Interrupted, JobError
 
 STOPPED = (Interrupted.exit_code, 128 + 10, 128 + 15)
 """Codes of ranks that saved, and of those that a signal met before they had anything to save (SIGUSR1, SIGTERM)."""
 _SAID = re.compile(r"^srun: error: (\S+): tasks? [\d,\-]+: (.*)$", re.MULTILINE)
-_ENDED_BY_OTHERS = ("Terminated", f"Exited with exit code {Interrupted.exit_code}")
-"""What srun says of ranks that it ended itself because another one had failed."""
+_CODE = re.compile(r"Exited with exit code (\d+)")
+_BY_SRUN, _BY_USR1 = "Terminated", "User defined signal 1"
+"""What srun says of ranks that it ended because another one had ended, and of those that a signal met early."""
 
 
 @dataclass(frozen=True)
@@ -108,17 +109,17 @@ def after(run: Path, code: int, rules: Rules, *, asked: bool = False) -> int:
         asked: the script was asked to stop; an agent that hides the codes of its ranks says 1 then.
     """
     me = client.job_states(this_job())[0]
+    code, nodes = first_to_end(code, since_start(end_of(me.log)))
     code = Interrupted.exit_code if asked and code else code
     waiting = chain_behind(run, me.job)
     if code not in (0, JobError.exit_code, *STOPPED) and me.state == "RUNNING":
-        nodes = failing_nodes(end_of(me.log))
         jobs.note(run, "fault", job=me.job, code=code, nodes=nodes, step=newest_step(run))
     faults = [line for line in jobs.notes(run) if line["kind"] == "fault"]
     cancelled = (jobs.slurm_folder(run) / jobs.CANCELLED).exists()
     decision = decide(code, me.state, rules, faults, next_link=bool(waiting), cancelled=cancelled)
     print(f"== job {me.job}: {decision.why}", flush=True)
     carry_out(decision, run, me, waiting)
-    return code
+    return Interrupted.exit_code if code in STOPPED else code
 
 
 def carry_out(decision: Decision, run: Path, me: client.JobState, waiting: Sequence[str]) -> None:
@@ -128,20 +129,27 @@ def carry_out(decision: Decision, run: Path, me: client.JobState, waiting: Seque
     elif decision.what == "next" and decision.exclude:
         for one in waiting:
             client.leave_out(one, decision.exclude)
-    elif decision.what == "again" and set(decision.exclude) - set(left_out(run)):
-        resubmit(run, me, decision.exclude)
     elif decision.what == "again":
+        if set(decision.exclude) - set(left_out(run)) and resubmit(run, me, decision.exclude):
+            return
         print(f"== job {me.job} is requeued", flush=True)
         client.requeue(me.job)
 
 
-def resubmit(run: Path, me: client.JobState, exclude: Sequence[str]) -> None:
-    """Slurm does not change the nodes of a job that runs: another one takes its place, without those nodes."""
+def resubmit(run: Path, me: client.JobState, exclude: Sequence[str]) -> bool:
+    """Slurm does not change the nodes of a job that runs: another one takes its place, without those nodes. False if
+    Slurm refuses it, for want of other nodes perhaps."""
     _, _, task = me.job.partition("_")
-    new = client.submit(me.script, f"--exclude={','.join(exclude)}", *([f"--array={task}"] if task else []))
+    array = [f"--array={task}"] if task else []
+    try:
+        new = client.submit(me.script, f"--exclude={','.join(exclude)}", *array)
+    except client.SlurmError as error:
+        print(f"== job {me.job}: {', '.join(exclude)} cannot be left out: {error}", flush=True)
+        return False
     new = f"{new}_{task}" if task else new
     jobs.note(run, "submitted", job=new, after=me.job, without=list(exclude))
     print(f"== job {new} goes on without {', '.join(exclude)}", flush=True)
+    return True
 
 
 def left_out(run: Path) -> list[str]:
@@ -176,10 +184,24 @@ def newest_step(run: Path) -> int:
     return (step_of(path.name) or 0) if path else 0
 
 
-def failing_nodes(log: str) -> list[str]:
-    """Nodes of the ranks that failed by themselves since the last start, as srun tells them in the job's log."""
-    since = log[log.rfind("\n== ") + 1 :]
-    return sorted({node for node, how in _SAID.findall(since) if how not in _ENDED_BY_OTHERS})
+def since_start(log: str) -> str:
+    """The log from the last start of the job on."""
+    return log[log.rfind("\n== ") + 1 :]
+
+
+def first_to_end(code: int, log: str) -> tuple[int, list[str]]:
+    """The code of the rank that ended first by itself, and its node, as srun tells them in the job's log.
+
+    srun itself gives the highest code, which may be that of ranks that it ended thereafter. Those that fail next fail
+    because the first one is gone.
+    """
+    for node, how in _SAID.findall(log):
+        if how == _BY_SRUN:
+            continue
+        if found := _CODE.match(how):
+            return int(found[1]), [node]
+        return (128 + 10 if how == _BY_USR1 else max(code, HeadwayError.exit_code)), [node]
+    return code, []
 
 
 def end_of(log: str) -> str:

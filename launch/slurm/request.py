@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
 from typing import Any, Literal
 
 from headway.pretrain.config.base import Count, Positive, Section
 from headway.pretrain.errors import JobError
-from headway.pretrain.recipe import find_recipe, parse_yaml, validate_as
+from headway.pretrain.recipe import parse_yaml, validate_as
 
 
 class Request(Section):
@@ -96,11 +98,11 @@ def read_request(cluster: str | None, options: Mapping[str, Any]) -> Request:
     """A cluster's file, then what the command line says; raises JobError or InvalidJob.
 
     Args:
-        cluster: shipped name (`cluster/h100`) or path.
+        cluster: the name of one that Headway ships (`cluster/dgx_h100`), or a path.
     """
     tree: dict[str, Any] = {}
     if cluster is not None:
-        path = find_recipe(cluster)
+        path = find_cluster(cluster)
         tree = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
         if not isinstance(tree, dict):
             raise JobError("--cluster", cluster, "must be a mapping of settings, as nodes: 2")
@@ -110,6 +112,18 @@ def read_request(cluster: str | None, options: Mapping[str, Any]) -> Request:
     request = validate_as(Request, {**tree, **given})
     check(request)
     return request
+
+
+def find_cluster(name: str) -> Path:
+    """The file of a cluster; raises JobError with those that Headway ships."""
+    folder = Path(str(files("headway.configs"))) / "cluster"
+    known = {f"cluster/{path.stem}": path for path in sorted(folder.glob("*.yaml"))}
+    if name in known:
+        return known[name]
+    if Path(name).is_file():
+        return Path(name)
+    rule = f"is neither a file nor a cluster that Headway ships ({', '.join(known)})"
+    raise JobError("--cluster", name, rule)
 
 
 def pairs(option: str, given: Sequence[str]) -> dict[str, str]:
