@@ -53,6 +53,7 @@ SelectTypeParameters=CR_CPU
 ReturnToService=2
 SlurmdTimeout={node_timeout}
 KillWait=5
+MessageTimeout=4
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=2,sched_interval=2,batch_sched_delay=0
 PriorityType=priority/basic
@@ -291,8 +292,9 @@ class Cluster:
         dead = [name for name, child in self._children.items() if child.poll() is not None]
         if dead:
             raise ClusterError(f"ended: {dead}\n{self._logs()}")
-        try:
-            return all(self.node_state(name) == "idle" for name in self.names)
+        try:  # sinfo may call a node mixed for a minute after its last job: what counts is that there are no jobs
+            well = all(self.node_state(name) in ("idle", "mixed", "allocated") for name in self.names)
+            return well and not self.run("squeue", "--noheader").strip()
         except ClusterError:  # slurmctld is not up yet
             return False
 
@@ -312,13 +314,21 @@ class Cluster:
         return [pid for pid in found if pid != os.getpid()]
 
     def _trouble(self, awaited: str) -> Callable[[], str]:
-        return lambda: f"no {awaited}\n{self._logs()}"
+        return lambda: f"no {awaited}: {self._run_anyhow('sinfo', '-N', '-o', '%N %T %E')}\n{self._logs()}"
+
+    def _run_anyhow(self, *command: str) -> str:
+        """What a command says, if it does: for messages about trouble."""
+        try:
+            return self.run(*command)
+        except ClusterError as error:
+            return str(error)
 
     def _logs(self) -> str:
         ends = []
         for path in sorted([*self.folder.glob("*.log"), *self.folder.glob("*.out")]):
-            lines = path.read_text(errors="replace").splitlines()[-15:]
-            ends += [f"== {path.name}", *lines] if lines else []
+            lines = path.read_text(errors="replace").splitlines()[-10:]
+            if lines and not (path.suffix == ".out" and path.with_suffix(".log").exists()):  # the same, twice
+                ends += [f"== {path.name}", *lines]
         return "\n".join(ends)
 
 
