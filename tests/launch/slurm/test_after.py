@@ -65,6 +65,7 @@ SAVED = """\
 srun: error: node2: task 1: Exited with exit code 75
 srun: error: node1: task 0: Terminated
 """
+ALL = "srun: error: node[1-2]: tasks 0-1: Exited with exit code 70\n"
 EARLY = "srun: error: node1: task 0: User defined signal 1\n"
 BY_SLURM = "srun: error: node1: task 0: Terminated\n"
 
@@ -75,6 +76,7 @@ BY_SLURM = "srun: error: node1: task 0: Terminated\n"
         (137, KILLED, (137, ["node2"])),
         (143, FAILED, (70, ["node2"])),
         (143, SAVED, (75, ["node2"])),
+        (70, ALL, (70, [])),
         (138, EARLY, (138, ["node1"])),
         (143, BY_SLURM, (143, [])),
         (0, "", (0, [])),
