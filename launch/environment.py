@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from headway.parallel.checkpoint.owner import Start
 from headway.pretrain.errors import JobError
 
 
@@ -62,7 +63,14 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     return int(value)
 
 
-def incarnation(environment: Mapping[str, str] = os.environ) -> int:
-    """How often the scheduler has restarted this job; fences off a predecessor that is still writing."""
-    names = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
-    return sum(_number(environment, name) for name in names if name in environment)
+def this_start(environment: Mapping[str, str] = os.environ) -> Start:
+    """Which start of its job this is, as Slurm counts them; it fences off an earlier one that is still writing.
+
+    SLURM_RESTART_COUNT, unset on the first run, counts within one job: a job that is submitted again begins at 0.
+    torchrun's own count of restarts is not read: its agent ends the workers of one attempt before the next.
+    """
+    if "SLURM_JOB_ID" not in environment:
+        return Start()
+    cluster = environment.get("SLURM_CLUSTER_NAME", "")
+    count = _number(environment, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in environment else 0
+    return Start(f"Slurm's job {environment['SLURM_JOB_ID']}{cluster and ' of ' + cluster}", count)
