@@ -10,6 +10,7 @@ import torch
 
 from headway.kernels.attention.choose import choose
 from headway.launch.environment import find_ranks
+from headway.launch.master import set_master
 from headway.launch.teacher import find_teacher, give_head, hire, shape_of
 from headway.launch.teacher_cache import check_cache, open_cache, read_beside, shape_in
 from headway.launch.teacher_source import TeacherSource
@@ -108,6 +109,7 @@ def join(job: Job) -> World:
     capabilities.check(job, layout, device.type)
     rows_per_micro_batch(job, layout.data)
     backend = devices.choose_backend(device, job.parallel.backend)
+    set_master(ranks)
     return mesh.start(job, layout, ranks.rank, ranks.world, ranks.local_rank, device, backend)
 
 

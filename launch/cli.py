@@ -292,10 +292,13 @@ def main() -> None:
 
 def explain(error: Exception) -> int:
     """Print an error as one message that names the rank, if there are several; returns the exit code."""
-    from headway.launch.environment import find_ranks
-    from headway.pretrain.errors import HeadwayError, Interrupted
+    from headway.launch.environment import Ranks, find_ranks
+    from headway.pretrain.errors import HeadwayError, Interrupted, JobError
 
-    ranks = find_ranks()
+    try:
+        ranks = find_ranks()
+    except JobError:  # the error itself, or told after it is mended
+        ranks = Ranks()
     who = f"headway (rank {ranks.rank})" if ranks.spread else "headway"
     if not isinstance(error, HeadwayError):
         first = (str(error).strip().splitlines() or ["no message"])[0]

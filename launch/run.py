@@ -9,7 +9,7 @@ from pathlib import Path
 
 from headway.launch import saving
 from headway.launch.assemble import Parts, assemble, choose_hardware, join, run_folder
-from headway.launch.environment import incarnation
+from headway.launch.environment import this_start
 from headway.launch.finish import Finished, finish, heldout_values, report
 from headway.launch.ledger import open_ledger
 from headway.launch.resume import check_resumable, keep_choices, set_aside
@@ -22,7 +22,7 @@ from headway.parallel.engines import capabilities
 from headway.parallel.mesh import World
 from headway.pretrain import device as devices
 from headway.pretrain.config import Job
-from headway.pretrain.errors import HeadwayError, Interrupted, JobError
+from headway.pretrain.errors import FencedError, HeadwayError, Interrupted, JobError
 from headway.pretrain.files import publish
 from headway.pretrain.inert import inert, refuse_inert
 from headway.pretrain.recipe import Resolved, dump, load_job, resolve
@@ -115,6 +115,12 @@ def tell(parts: Parts, notes: Sequence[str]) -> None:
 
 
 def run(parts: Parts, folder: Path, stop: StopRequest) -> None:
+    """Take over the folder, restore, train, evaluate, report."""
+    with open_checkpoints(parts, folder) as checkpointer:  # before one is chosen: none is published meanwhile
+        go_on(parts, folder, stop, checkpointer)
+
+
+def go_on(parts: Parts, folder: Path, stop: StopRequest, checkpointer: Checkpointer) -> None:
     """Restore, train, evaluate, report."""
     job, world = parts.job, parts.world
     path, warnings = saving.choose(folder / "checkpoints", world)
@@ -140,11 +146,17 @@ def run(parts: Parts, folder: Path, stop: StopRequest) -> None:
         recorder.event("warning", message=warning)
     status = "failed"
     try:
-        train_and_save(parts, folder, recorder, stop, done)
+        train_and_save(parts, folder, recorder, stop, checkpointer, done)
+        asked_to_stop(
+            parts.world, stop, checkpointer
+        )  # too late to stop, but not to leave the report to a successor
         finished = finish(parts, folder, recorder)
         status = "done"
     except Interrupted:
         status = "stopped"
+        raise
+    except FencedError:
+        status = "fenced"
         raise
     finally:
         recorder.close(status, finished.summary if status == "done" else None)
@@ -152,18 +164,38 @@ def run(parts: Parts, folder: Path, stop: StopRequest) -> None:
         finished.show(f"{folder} is complete at step {job.train.steps}")
 
 
-def train_and_save(parts: Parts, folder: Path, recorder: Recorder, stop: StopRequest, done: int) -> None:
-    """The training loop with its checkpoints; state is saved before an interruption is passed on."""
-    job, world = parts.job, parts.world
-    checkpointer = Checkpointer(
+def open_checkpoints(parts: Parts, folder: Path) -> Checkpointer:
+    """Become the owner of a run's folder; collective."""
+    job = parts.job
+    return Checkpointer(
         folder / "checkpoints",
         background=job.checkpoint.background,
         keep_last=job.checkpoint.keep_last,
         keep_every=job.checkpoint.keep_every,
-        incarnation=incarnation(),
-        group=world.everyone,
+        start=this_start(),
+        group=parts.world.everyone,
         timeout=job.parallel.timeout / 2,  # the others wait for rank 0 in a collective meanwhile
     )
+
+
+def asked_to_stop(world: World, stop: StopRequest, checkpointer: Checkpointer) -> bool:
+    """Whether any rank was asked to stop; all learn the same answer. Collective.
+
+    Raises:
+        FencedError: another start of this run has taken over its folder, on all ranks.
+    """
+    fenced = checkpointer.fenced() if world.main else None
+    stops, fences = world.sum(float(stop.asked), float(fenced is not None), along=mesh.AXES)
+    if fences:
+        raise fenced or FencedError("rank 0 found that another start of this run owns its folder")
+    return stops > 0
+
+
+def train_and_save(
+    parts: Parts, folder: Path, recorder: Recorder, stop: StopRequest, checkpointer: Checkpointer, done: int
+) -> None:
+    """The training loop with its checkpoints; state is saved before an interruption is passed on."""
+    job, world = parts.job, parts.world
     saver = saving.Saver(checkpointer, parts, recorder)
     trainer = Trainer(
         job=job,
@@ -173,7 +205,7 @@ def train_and_save(parts: Parts, folder: Path, recorder: Recorder, stop: StopReq
         yardstick=parts.yardstick,
         saver=saver,
         evaluate=partial(heldout_values, parts),
-        stop_asked=lambda: world.any(stop.asked),
+        stop_asked=partial(asked_to_stop, world, stop, checkpointer),
         name_samples=parts.name_samples,
         memory=partial(peak_memory_gib, world.device),
         ledger=open_ledger(parts, folder, recorder, done),

@@ -17,7 +17,7 @@ from headway.parallel.checkpoint.verify import newest_good
 from headway.parallel.engines.native import NativeEngine
 from headway.parallel.mesh import AXES, World
 from headway.pretrain.engine import State
-from headway.pretrain.errors import CheckpointError
+from headway.pretrain.errors import CheckpointError, FencedError
 from headway.pretrain.records.records import Recorder
 
 
@@ -42,6 +42,8 @@ class Saver:
         self._told = len(self.checkpointer.published)
         while self.checkpointer.problems:
             problem = self.checkpointer.problems.pop(0)
+            if isinstance(problem.__cause__, FencedError):
+                continue  # the records are another start's now; the run ends after this step
             self.recorder.event("warning", message=f"no checkpoint: {problem}")
 
     def finish(self) -> bool:

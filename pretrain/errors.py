@@ -38,6 +38,10 @@ class CheckpointError(HeadwayError):
     """A checkpoint that cannot be read or written; names the file and what was found in it."""
 
 
+class FencedError(CheckpointError):
+    """Another start of this run has taken over its folder; names that start."""
+
+
 class NonFiniteError(HeadwayError):
     """The loss or the gradient is not finite; names the step and the samples of the batch."""
 

@@ -40,7 +40,8 @@ class Recorder(Protocol):
         """Distributions of tensors by name, usually gradients, before the optimizer changes them."""
 
     def close(self, status: str = "done", summary: Mapping[str, Any] | None = None) -> None:
-        """End of the run: `done`, `stopped` (will be started again) or `failed`."""
+        """End of the run: `done`, `stopped` (will be started again), `failed`, or `fenced`: another start of it goes
+        on, and the records are that one's."""
 
 
 class NoRecords:
@@ -121,7 +122,8 @@ class Records:
         self._progress.close()
         for backend in self.backends:
             backend.close(status, numbers(summary or {}))
-        self.event("end", status=status)
+        if status != "fenced":
+            self.event("end", status=status)
         self._metrics.close()
 
     def _warn(self, message: str) -> None:

@@ -23,7 +23,8 @@ class Backend(Protocol):
         """Counts and the edges of their bins, by name."""
 
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
-        """End of the run: `done`, `stopped` or `failed`, and what only its end knows."""
+        """End of the run: `done`, `stopped`, `failed` or `fenced` (another start of the run writes on under its name:
+        leave without a word), and what only its end knows."""
 
 
 @dataclass(frozen=True)

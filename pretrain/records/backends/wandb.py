@@ -136,6 +136,8 @@ class WandbTracker:
         )
 
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
+        if status == "fenced":  # to finish would mark the run as failed that another process goes on with
+            return self._end(patience=0.0)
         self.finish({"done": 0, "stopped": 0}.get(status, 1), summary)
 
     def finish(self, exit_code: int = 0, summary: Mapping[str, Any] | None = None) -> None:
