@@ -12,6 +12,7 @@ from headway.launch.assemble import Parts, assemble, choose_hardware, join, run_
 from headway.launch.environment import incarnation
 from headway.launch.finish import Finished, finish, heldout_values, report
 from headway.launch.ledger import open_ledger
+from headway.launch.place import find_place
 from headway.launch.resume import check_resumable, keep_choices, set_aside
 from headway.launch.signals import StopRequest
 from headway.launch.teacher import begin_with, teach
@@ -122,7 +123,8 @@ def run(parts: Parts, folder: Path, stop: StopRequest) -> None:
         if world.main:
             Finished.read(folder).show(f"{folder} is complete at step {done}")
         return
-    recorder = open_records(folder, job, start_step=done, rank=world.rank)
+    where = find_place(parts)
+    recorder = open_records(folder, job, start_step=done, rank=world.rank, place=where)
     for warning in warnings:
         recorder.event("warning", message=warning)
     status = "failed"
