@@ -27,6 +27,7 @@ from headway.pretrain.errors import HeadwayError, Interrupted, JobError
 from headway.pretrain.files import publish
 from headway.pretrain.inert import inert, refuse_inert
 from headway.pretrain.recipe import Resolved, dump, load_job, resolve
+from headway.pretrain.records.backends import check_backends
 from headway.pretrain.records.metrics import peak_memory_gib
 from headway.pretrain.records.records import Recorder, open_records
 from headway.pretrain.trainer import Trainer
@@ -36,6 +37,7 @@ def check(recipes: Sequence[str], sets: Sequence[str], ranks: int) -> None:
     """Refuse a job that cannot run on so many ranks, before any is started; raises JobError."""
     resolved = resolve(recipes, sets)
     refuse_inert(resolved)
+    check_backends(resolved.job.tracking.backends)
     layout = mesh.lay_out(resolved.job.parallel, mesh.students(resolved.job, ranks))
     capabilities.check(resolved.job, layout, devices.choose_device(resolved.job.parallel.device).type)
     mesh.rows_per_micro_batch(resolved.job, layout.data)
@@ -49,6 +51,7 @@ def train(
     when all is trained and is no longer heeded here."""
     resolved = resolve(recipes, sets)
     refuse_inert(resolved)
+    check_backends(resolved.job.tracking.backends)
     folder = run_folder(resolved.job)
     with ExitStack() as stack:
         world = join(resolved.job)
