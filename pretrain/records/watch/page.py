@@ -94,7 +94,7 @@ Row = tuple[str, str, str | None]
 
 def rows(run: WatchedRun, now: float) -> list[Row]:
     """Label, value, and which column's curve stands beside it; what there is of it, the most wanted first."""
-    last = {name: found for name in run.curves.values if (found := run.curves.last(name))}
+    last = {name: newest for name in run.curves.values if (newest := run.curves.last(name))}
     found: list[Row] = []
     for name, label, form in (
         ("loss", "loss", "{:.4f}"),
