@@ -78,6 +78,25 @@ def look(run_path: RunPath, debug: Debug = False) -> None:
     run.look(run_path)
 
 
+@app.command()
+def watch(
+    paths: Annotated[
+        list[str] | None, typer.Argument(help="Run folders, or folders of runs; runs/ if none is given.")
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="Show them as they are now, and end.")] = False,
+    interval: Annotated[float, typer.Option(help="Seconds between looks.", min=0.1)] = 2.0,
+    svg: Annotated[str | None, typer.Option(help="Write the picture to this file, and end.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Show runs on the terminal as they go: of one its curves, speed, checkpoints and events; of several a line each.
+
+    Reads the run folders alone: also runs on other machines can be watched that share the file system. Ends by itself
+    when all runs are over; prints once where there is no terminal."""
+    from headway.launch import watch as view
+
+    view.watch(paths or ["runs"], once=once, interval=interval, svg=svg)
+
+
 @data.command("build")
 def data_build(recipes: Recipes, sets: Sets = None, on_error: OnError = None, debug: Debug = False) -> None:
     """Build the tokenizer and token stores of a recipe."""

@@ -12,6 +12,7 @@ from headway.launch.assemble import Parts, assemble, choose_hardware, join, run_
 from headway.launch.environment import this_start
 from headway.launch.finish import Finished, finish, heldout_values, report
 from headway.launch.ledger import open_ledger
+from headway.launch.place import find_place
 from headway.launch.resume import check_resumable, keep_choices, set_aside
 from headway.launch.signals import StopRequest
 from headway.launch.teacher import begin_with, teach
@@ -26,6 +27,7 @@ from headway.pretrain.errors import FencedError, HeadwayError, Interrupted, JobE
 from headway.pretrain.files import publish
 from headway.pretrain.inert import inert, refuse_inert
 from headway.pretrain.recipe import Resolved, dump, load_job, resolve
+from headway.pretrain.records.backends import check_backends
 from headway.pretrain.records.metrics import peak_memory_gib
 from headway.pretrain.records.records import Recorder, open_records
 from headway.pretrain.trainer import Trainer
@@ -39,6 +41,7 @@ def check(recipes: Sequence[str], sets: Sequence[str], ranks: int, device: str |
     """
     resolved = resolve(recipes, sets)
     refuse_inert(resolved)
+    check_backends(resolved.job.tracking.backends)
     layout = mesh.lay_out(resolved.job.parallel, mesh.students(resolved.job, ranks))
     device = device or devices.choose_device(resolved.job.parallel.device).type
     capabilities.check(resolved.job, layout, device)
@@ -53,6 +56,7 @@ def train(
     when all is trained and is no longer heeded here."""
     resolved = resolve(recipes, sets)
     refuse_inert(resolved)
+    check_backends(resolved.job.tracking.backends)
     folder = run_folder(resolved.job)
     with ExitStack() as stack:
         world = join(resolved.job)
@@ -141,7 +145,8 @@ def go_on(parts: Parts, folder: Path, stop: StopRequest, checkpointer: Checkpoin
         if world.main:
             Finished.read(folder).show(f"{folder} is complete at step {done}")
         return
-    recorder = open_records(folder, job, start_step=done, rank=world.rank)
+    where = find_place(parts)
+    recorder = open_records(folder, job, start_step=done, rank=world.rank, place=where)
     for warning in warnings:
         recorder.event("warning", message=warning)
     status = "failed"

@@ -165,7 +165,16 @@ RULES: list[Rule] = [
     ("tracking.project", lambda j: j.tracking.wandb != "off", "tracking.wandb is off"),
     ("tracking.group", lambda j: j.tracking.wandb != "off", "tracking.wandb is off"),
     ("tracking.tags", lambda j: j.tracking.wandb != "off", "tracking.wandb is off"),
-    ("tracking.histograms_every", lambda j: j.tracking.wandb != "off", "tracking.wandb is off"),
+    (
+        "tracking.histograms_every",
+        lambda j: j.tracking.wandb != "off" or "tensorboard" in j.tracking.backends,
+        "tracking.wandb is off, and tracking.backends has no tensorboard",
+    ),
+    (
+        "tracking.prometheus.",
+        lambda j: "prometheus" in j.tracking.backends,
+        "tracking.backends has no prometheus",
+    ),
 ]
 
 

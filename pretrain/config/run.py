@@ -121,6 +121,15 @@ class Checkpoint(Section):
     """Write while training goes on; the step waits only for the copy to host memory."""
 
 
+class Prometheus(Section):
+    """Where a Prometheus server can read the run's numbers while it goes."""
+
+    host: str = "127.0.0.1"
+    """Address that is listened on: this machine's own, unless another is given. Whoever reaches it can read."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 9109
+    """0 takes one that is free; either way `prometheus.json` in the run's folder names it."""
+
+
 class Tracking(Section):
     """Who is told."""
 
@@ -129,6 +138,9 @@ class Tracking(Section):
     project: str = "headway"
     group: str | None = None
     tags: list[str] = []
+    backends: list[Literal["tensorboard", "prometheus"]] = []
+    """Who is told beside W&B: event files in the run's folder, an endpoint over HTTP."""
+    prometheus: Prometheus = Prometheus()
     histograms_every: Count = 0
     """Steps between histograms of gradients; 0 sends none."""
     prompt: str = "def main():\n"

@@ -17,6 +17,7 @@ from headway.pretrain.records.backends import open_backends
 from headway.pretrain.records.backends.base import Backend, Told
 from headway.pretrain.records.backends.wandb import wandb_mode
 from headway.pretrain.records.metrics import MetricsFile, encode
+from headway.pretrain.records.process import identify
 from headway.pretrain.records.progress import ProgressDisplay
 
 
@@ -70,11 +71,19 @@ class Records:
         job: the resolved job; W&B gets it as the run's config.
         start_step: step of the checkpoint that the run goes on from, 0 for a new one.
         mode: `online`, `offline` or `off`, from `wandb_mode`.
+        place: where the run computes, which the event of its start tells: `world`, `hosts`, `layout`...
         stream: where progress goes; standard output if not given.
     """
 
     def __init__(
-        self, run_dir: Path, job: Job, start_step: int = 0, *, mode: str = "off", stream: TextIO | None = None
+        self,
+        run_dir: Path,
+        job: Job,
+        start_step: int = 0,
+        *,
+        mode: str = "off",
+        place: Mapping[str, Any] | None = None,
+        stream: TextIO | None = None,
     ) -> None:
         self._run_dir, self._told = run_dir, set[str]()
         self._histograms_every = job.tracking.histograms_every
@@ -82,8 +91,10 @@ class Records:
         self._metrics = MetricsFile(run_dir / "metrics.jsonl", start_step)
         self._progress = ProgressDisplay(job.train.steps, start_step, stream=stream)
         self.backends: list[Backend] = []
-        self.event("start" if start_step == 0 else "resume", step=start_step)
-        told = Told(run_dir, job, start_step, self._warn, self._progress.say)
+        place = dict(place or {})
+        begun = "start" if start_step == 0 else "resume"
+        self.event(begun, step=start_step, **place, process=identify())
+        told = Told(run_dir, job, start_step, self._warn, self._progress.say, place)
         self.backends = open_backends(told, mode)
 
     def step(self, values: Mapping[str, Any]) -> None:
@@ -149,12 +160,19 @@ class Records:
 
 
 def open_records(
-    run_dir: Path, job: Job, *, start_step: int = 0, rank: int = 0, stream: TextIO | None = None
+    run_dir: Path,
+    job: Job,
+    *,
+    start_step: int = 0,
+    rank: int = 0,
+    place: Mapping[str, Any] | None = None,
+    stream: TextIO | None = None,
 ) -> Recorder:
     """Records on rank 0, silence on the others; JobError if `tracking.wandb` asks for what cannot be."""
     if rank != 0:
         return NoRecords()
-    return Records(run_dir, job, start_step, mode=wandb_mode(job.tracking.wandb), stream=stream)
+    mode = wandb_mode(job.tracking.wandb)
+    return Records(run_dir, job, start_step, mode=mode, place=place, stream=stream)
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:

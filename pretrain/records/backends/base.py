@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,6 +37,7 @@ class Told:
         start_step: step of the checkpoint that the run goes on from, 0 for a new one.
         warn: to be called with one sentence when something is amiss; the same sentence is shown once.
         say: to be called with what a person wants to know, e.g. an address.
+        place: where the run computes, as the event of its start tells it.
     """
 
     run_dir: Path
@@ -44,3 +45,4 @@ class Told:
     start_step: int
     warn: Callable[[str], None]
     say: Callable[[str], None]
+    place: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,48 @@
+"""Where a run computes: what its records tell of ranks, hosts and devices."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from headway.launch.assemble import Parts
+from headway.launch.environment import find_ranks, incarnation
+from headway.parallel.mesh import AXES, World
+from headway.pretrain.device import device_name
+
+NAME = 64
+"""Bytes of a host's name, at most (HOST_NAME_MAX of Linux)."""
+
+
+def find_place(parts: Parts) -> dict[str, Any]:
+    """`launcher, incarnation, world, layout, hosts, device, precision, parameters`; collective."""
+    world = parts.world
+    layout = {axis: size for axis in (*AXES, "expert") if (size := getattr(world.layout, axis)) > 1}
+    return {
+        "launcher": find_ranks().source,
+        "incarnation": incarnation(),
+        "world": world.size,
+        "layout": layout,
+        "hosts": find_hosts(world),
+        "device": device_name(world.device),
+        "precision": parts.hardware.precision,
+        "parameters": sum(p.numel() for p in parts.weights()),
+    }
+
+
+def find_hosts(world: World) -> dict[str, list[int]]:
+    """Name of each host, and the ranks that it has; the same on all ranks. Collective."""
+    name = socket.gethostname().encode()[:NAME].ljust(NAME, b"\0")
+    names = [name]
+    if world.size > 1:
+        mine = torch.tensor(list(name), dtype=torch.uint8, device=world.device)
+        all_names = [torch.empty_like(mine) for _ in range(world.size)]
+        dist.all_gather(all_names, mine, group=world.everyone)
+        names = [bytes(each.tolist()) for each in all_names]
+    hosts: dict[str, list[int]] = {}
+    for rank, each in enumerate(names):
+        hosts.setdefault(each.rstrip(b"\0").decode(errors="replace"), []).append(rank)
+    return hosts
