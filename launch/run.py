@@ -10,9 +10,11 @@ from pathlib import Path
 from headway.launch import saving
 from headway.launch.assemble import Parts, assemble, choose_hardware, join, run_folder
 from headway.launch.environment import incarnation
+from headway.launch.facts import facts
 from headway.launch.finish import Finished, finish, heldout_values, report
 from headway.launch.ledger import open_ledger
 from headway.launch.resume import check_resumable, keep_choices, set_aside
+from headway.launch.samples import show_samples
 from headway.launch.signals import StopRequest
 from headway.launch.teacher import begin_with, teach
 from headway.parallel import mesh
@@ -122,7 +124,7 @@ def run(parts: Parts, folder: Path, stop: StopRequest) -> None:
         if world.main:
             Finished.read(folder).show(f"{folder} is complete at step {done}")
         return
-    recorder = open_records(folder, job, start_step=done, rank=world.rank)
+    recorder = open_records(folder, job, start_step=done, rank=world.rank, facts=facts(parts))
     for warning in warnings:
         recorder.event("warning", message=warning)
     status = "failed"
@@ -132,6 +134,9 @@ def run(parts: Parts, folder: Path, stop: StopRequest) -> None:
         status = "done"
     except Interrupted:
         status = "stopped"
+        raise
+    except Exception as error:
+        recorder.event("failure", error=type(error).__name__, message=str(error))
         raise
     finally:
         recorder.close(status, finished.summary if status == "done" else None)
@@ -164,6 +169,7 @@ def train_and_save(parts: Parts, folder: Path, recorder: Recorder, stop: StopReq
         name_samples=parts.name_samples,
         memory=partial(peak_memory_gib, world.device),
         ledger=open_ledger(parts, folder, recorder, done),
+        show_samples=partial(show_samples, parts, recorder),
     )
     try:
         trainer.run(done)

@@ -42,7 +42,7 @@ class Saver:
         self._told = len(self.checkpointer.published)
         while self.checkpointer.problems:
             problem = self.checkpointer.problems.pop(0)
-            self.recorder.event("warning", message=f"no checkpoint: {problem}")
+            self.recorder.event("warning", message=f"no checkpoint: {problem}", about="checkpoint")
 
     def finish(self) -> bool:
         """Wait until nothing is being written; whether the last save was published. Collective."""

@@ -162,10 +162,14 @@ RULES: list[Rule] = [
         lambda j: not j.objective.distill.logits.hard,
         "objective.distill.logits.hard: labels have the cross-entropy",
     ),
-    ("tracking.project", lambda j: j.tracking.wandb != "off", "tracking.wandb is off"),
-    ("tracking.group", lambda j: j.tracking.wandb != "off", "tracking.wandb is off"),
-    ("tracking.tags", lambda j: j.tracking.wandb != "off", "tracking.wandb is off"),
-    ("tracking.histograms_every", lambda j: j.tracking.wandb != "off", "tracking.wandb is off"),
+]
+
+RULES += [
+    (f"tracking.{name}", lambda j: j.tracking.wandb != "off", "tracking.wandb is off")
+    for name in (
+        *("entity", "project", "group", "job_type", "tags", "notes"),
+        *("x_axis", "alerts", "histograms_every", "samples_every"),
+    )
 ]
 
 
