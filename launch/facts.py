@@ -50,7 +50,7 @@ def _data(parts: Parts) -> list[dict[str, Any]]:
         found.append(
             {
                 "source": source.path,
-                "uri": prefix.resolve().as_uri(),
+                "uri": part(prefix.resolve(), ".bin").as_uri(),
                 "fingerprint": mark,
                 "weight": weight,
                 "tokens": store.tokens,

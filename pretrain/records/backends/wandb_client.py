@@ -120,14 +120,17 @@ class Client:
         )
         # Online the server knows; offline every incarnation has a log of its own.
         self.last = last if mode == "offline" else dict(self.run.summary)
-        self.heard = int(last.get("_step", -1)) if mode == "offline" else self.run.step - 1
+        self.heard = int(last.get("_step", -1)) if mode == "offline" else self.run.starting_step - 1
 
     def _describe(self, start: Command) -> None:
         if start["x_axis"] == "tokens":
             self.run.define_metric("tokens_seen")
             self.run.define_metric("*", step_metric="tokens_seen")
         for source in start["inputs"]:
-            self._input(source)
+            try:
+                self._input(source)
+            except Exception as error:
+                tell(warning=f"W&B did not take the data set {source['source']} ({brief(error)})")
 
     def _input(self, source: Command) -> None:
         """A data set that the run reads, by reference; equal fingerprints are one version of it."""
@@ -148,9 +151,21 @@ class Client:
     def obey(self, command: Command) -> bool:
         """Carry out one command; False after the last one."""
         do = command["do"]
-        if do == "log":
-            self._log(command["step"], {**command["values"], **media(self.wandb, command)})
-        elif do == "reference":
+        if do == "finish":
+            return self._finish(command["exit_code"])
+        if do == "log" and command["values"]:
+            self._log(command["step"], command["values"])
+        try:
+            self._beside(do, command)
+        except Exception as error:  # the curves go on without a picture or an artifact
+            tell(warning=f"W&B did not take a {do} of this run ({brief(error)})")
+        return True
+
+    def _beside(self, do: str, command: Command) -> None:
+        """All that is no number of a step."""
+        if do == "log" and (found := media(self.wandb, command)):
+            self._log(command["step"], found)
+        elif do == "reference" and Path(command["path"]).exists():  # else newer ones have replaced it
             artifact = self.wandb.Artifact(command["name"], type="checkpoint", metadata=command["metadata"])
             # Without checksums: hashing gigabytes again would only repeat the checkpoint's own manifest.
             artifact.add_reference(Path(command["path"]).as_uri(), checksum=False)
@@ -162,9 +177,6 @@ class Client:
                 self.run.save(path, base_path=str(self.folder), policy="now")
         elif do == "summary":
             self.run.summary.update(command["values"])
-        elif do == "finish":
-            return self._finish(command["exit_code"])
-        return True
 
     def _log(self, step: int, values: dict[str, Any]) -> None:
         """A part of a step's row, unless W&B has the step."""

@@ -12,6 +12,7 @@ import json
 import re
 import threading
 from base64 import b64decode
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -59,9 +60,9 @@ class WandbServer:
         runs: by id.
         artifacts: what `CreateArtifact` said, with the `manifest` once it was uploaded.
         alerts: what `NotifyScriptableRunAlert` said.
+        used: artifacts that runs read, by their place in `artifacts`.
         operations: names of the GraphQL operations, in order.
         status: if not 0, every request is answered with this HTTP status.
-        before: called before each answer, e.g. to hang.
     """
 
     def __init__(self, port: int = 0) -> None:
@@ -72,7 +73,7 @@ class WandbServer:
         self.operations: list[str] = []
         self.requests = 0
         self.status = 0
-        self.lock = threading.Lock()
+        self.lock = threading.Condition()
         handler = type("Handler", (_Handler,), {"owner": self})
         self._http = _Quiet(("127.0.0.1", port), handler)
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
@@ -91,6 +92,11 @@ class WandbServer:
             self._http.shutdown()
             self._thread.join()
         self._http.server_close()
+
+    def wait_for(self, happened: Callable[[], Any], patience: float = 60) -> bool:
+        """Wait until something is true after a request; whether it became true."""
+        with self.lock:
+            return bool(self.lock.wait_for(happened, patience))
 
     # -- GraphQL: one method an operation ---------------------------------------------------------------------
 
@@ -266,20 +272,28 @@ class _Handler(BaseHTTPRequestHandler):
             body = gzip.decompress(body)
         owner = self.owner
         with owner.lock:
-            owner.requests += 1
-            if owner.status:
-                return self._reply(owner.status, {"error": "as the test wants it"})
-            if self.command == "PUT":
-                owner.put(self.path, body)
-                return self._reply(200, {})
-            if not self._let_in():
-                return self._reply(401, {"errors": [{"message": "wrong key"}]})
-            if self.path == "/graphql":
-                asked = json.loads(body)
-                return self._reply(200, owner.answer(asked["query"], asked.get("variables") or {}))
-            if found := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", self.path):
-                return self._reply(200, owner.stream(found[1], json.loads(body)))
-        self._reply(404, {"error": self.path})
+            status, answer = self._answer(body)
+            owner.lock.notify_all()
+        self._reply(status, answer)
+
+    def _answer(self, body: bytes) -> tuple[int, dict[str, Any]]:
+        owner = self.owner
+        owner.requests += 1
+        if owner.status:
+            return owner.status, {"error": "as the test wants it"}
+        if self.command == "PUT":
+            owner.put(self.path, body)
+            return 200, {}
+        if self.path.startswith("/sdk/"):  # telemetry
+            return 200, {}
+        if not self._let_in():
+            return 401, {"errors": [{"message": "wrong key"}]}
+        if self.path == "/graphql":
+            asked = json.loads(body)
+            return 200, owner.answer(asked["query"], asked.get("variables") or {})
+        if found := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", self.path):
+            return 200, owner.stream(found[1], json.loads(body))
+        return 404, {"error": self.path}
 
     def _let_in(self) -> bool:
         scheme, _, rest = (self.headers.get("Authorization") or "").partition(" ")
