@@ -10,10 +10,12 @@ from pathlib import Path
 from headway.launch import saving
 from headway.launch.assemble import Parts, assemble, choose_hardware, join, run_folder
 from headway.launch.environment import this_start
+from headway.launch.facts import facts
 from headway.launch.finish import Finished, finish, heldout_values, report
 from headway.launch.ledger import open_ledger
 from headway.launch.place import find_place
 from headway.launch.resume import check_resumable, keep_choices, set_aside
+from headway.launch.samples import show_samples
 from headway.launch.signals import StopRequest
 from headway.launch.teacher import begin_with, teach
 from headway.parallel import mesh
@@ -145,8 +147,8 @@ def go_on(parts: Parts, folder: Path, stop: StopRequest, checkpointer: Checkpoin
         if world.main:
             Finished.read(folder).show(f"{folder} is complete at step {done}")
         return
-    where = find_place(parts)
-    recorder = open_records(folder, job, start_step=done, rank=world.rank, place=where)
+    where, told = find_place(parts), facts(parts)
+    recorder = open_records(folder, job, start_step=done, rank=world.rank, place=where, facts=told)
     for warning in warnings:
         recorder.event("warning", message=warning)
     status = "failed"
@@ -162,6 +164,9 @@ def go_on(parts: Parts, folder: Path, stop: StopRequest, checkpointer: Checkpoin
         raise
     except FencedError:
         status = "fenced"
+        raise
+    except Exception as error:
+        recorder.event("failure", error=type(error).__name__, message=str(error))
         raise
     finally:
         recorder.close(status, finished.summary if status == "done" else None)
@@ -214,6 +219,7 @@ def train_and_save(
         name_samples=parts.name_samples,
         memory=partial(peak_memory_gib, world.device),
         ledger=open_ledger(parts, folder, recorder, done),
+        show_samples=partial(show_samples, parts, recorder),
     )
     try:
         trainer.run(done)

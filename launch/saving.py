@@ -44,7 +44,7 @@ class Saver:
             problem = self.checkpointer.problems.pop(0)
             if isinstance(problem.__cause__, FencedError):
                 continue  # the records are another start's now; the run ends after this step
-            self.recorder.event("warning", message=f"no checkpoint: {problem}")
+            self.recorder.event("warning", message=f"no checkpoint: {problem}", about="checkpoint")
 
     def finish(self) -> bool:
         """Wait until nothing is being written; whether the last save was published. Collective."""

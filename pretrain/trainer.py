@@ -54,6 +54,7 @@ class Trainer:
         name_samples: names of the samples of the last global batch, for error messages.
         memory: peak memory of this process so far, in GiB.
         ledger: is told which samples steps used; on the rank that writes records.
+        show_samples: tells the recorder what the model does with samples after a step.
     """
 
     job: Job
@@ -67,6 +68,7 @@ class Trainer:
     name_samples: Callable[[], str]
     memory: Callable[[], float]
     ledger: Ledger | None = None
+    show_samples: Callable[[int], None] | None = None
 
     def run(self, done: int) -> None:
         """Train from step `done` on.
@@ -117,6 +119,9 @@ class Trainer:
         every = self.job.train.eval_every
         if every and number % every == 0 and number < self.job.train.steps:
             self.recorder.event("eval", **self.evaluate(self.job.train.eval_rows))
+        every = self.job.tracking.samples_every
+        if self.show_samples and every and number % every == 0 and number < self.job.train.steps:
+            self.show_samples(number)
 
     def _values(self, step: int, result: StepResult, seconds: float) -> dict:
         return step_values(

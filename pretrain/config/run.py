@@ -130,18 +130,38 @@ class Prometheus(Section):
     """0 takes one that is free; either way `prometheus.json` in the run's folder names it."""
 
 
+AlertKind = Literal["diverged", "failed", "done", "checkpoint"]
+
+
 class Tracking(Section):
     """Who is told."""
 
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
     """`auto` is online with an API key and offline without one."""
-    project: str = "headway"
+    entity: str | None = None
+    """W&B user or team; $WANDB_ENTITY, else the key's own, if not given."""
+    project: str | None = None
+    """W&B project; $WANDB_PROJECT, else `headway`, if not given."""
     group: str | None = None
+    """$WANDB_RUN_GROUP if not given."""
+    job_type: str | None = None
+    """$WANDB_JOB_TYPE if not given."""
     tags: list[str] = []
+    """$WANDB_TAGS if not given."""
+    notes: str | None = None
+    """$WANDB_NOTES if not given."""
+    x_axis: Literal["step", "tokens"] = "step"
+    """What W&B's charts have on their x axis; `tokens` are those seen so far."""
+    alerts: list[AlertKind] = ["diverged", "failed", "done", "checkpoint"]
+    """Of what W&B sends a mail or a Slack message: loss or gradient not finite, or replicas apart; another failure; the
+    end; a checkpoint that was not saved."""
     backends: list[Literal["tensorboard", "prometheus"]] = []
     """Who is told beside W&B: event files in the run's folder, an endpoint over HTTP."""
     prometheus: Prometheus = Prometheus()
     histograms_every: Count = 0
     """Steps between histograms of gradients; 0 sends none."""
+    samples_every: Count = 0
+    """Steps between samples (completions, guesses, attention maps, reconstructions) that are sent; 0 sends them at the
+    end only."""
     prompt: str = "def main():\n"
     """Text that is continued at the end of the run and drawn as attention maps in the report."""

@@ -1,8 +1,8 @@
 """`metrics.jsonl`: one JSON object a step, each step once, whatever happened to the process that wrote it.
 
 Keys: `step, loss, lr, grad_norm, tokens, tokens_per_second, step_seconds, mfu, memory_gib`, then what the
-objective and evaluations add. A number that is not finite is written as `null`, the only spelling that every
-JSON reader takes; `read_metrics` gives it back as NaN.
+objective and evaluations add, and `tokens_seen`, the tokens of all steps so far. A number that is not finite is
+written as `null`, the only spelling that every JSON reader takes; `read_metrics` gives it back as NaN.
 """
 
 from __future__ import annotations
@@ -62,6 +62,11 @@ class MetricsFile:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
         self._pending = b""
         self._line = encode(self._row) if self._row else b""
+
+    @property
+    def last(self) -> Mapping[str, Any]:
+        """The last line, empty if there is none."""
+        return self._row
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one step."""

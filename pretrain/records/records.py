@@ -14,9 +14,9 @@ from torch import Tensor
 
 from headway.pretrain.config import Job
 from headway.pretrain.records.backends import open_backends
-from headway.pretrain.records.backends.base import Backend, Told
+from headway.pretrain.records.backends.base import Backend, Gallery, Told
 from headway.pretrain.records.backends.wandb import wandb_mode
-from headway.pretrain.records.metrics import MetricsFile, encode
+from headway.pretrain.records.metrics import MetricsFile, encode, read_metrics
 from headway.pretrain.records.process import identify
 from headway.pretrain.records.progress import ProgressDisplay
 
@@ -31,7 +31,8 @@ class Recorder(Protocol):
         """Something between steps: `eval`, `checkpoint`, `warning`, or a kind of the caller's own.
 
         `eval`: numbers, which join the line of the last step. `checkpoint`: `step` and `path`.
-        `warning`: `message`.
+        `warning`: `message`, and `about` if it is of a checkpoint. `failure`: `error`, the name of its class, and
+        `message`.
         """
 
     def wants_histograms(self, step: int) -> bool:
@@ -39,6 +40,9 @@ class Recorder(Protocol):
 
     def histograms(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Distributions of tensors by name, usually gradients, before the optimizer changes them."""
+
+    def show(self, gallery: Gallery) -> None:
+        """Samples and pictures of the model as it is."""
 
     def close(self, status: str = "done", summary: Mapping[str, Any] | None = None) -> None:
         """End of the run: `done`, `stopped` (will be started again), `failed`, or `fenced`: another start of it goes
@@ -57,6 +61,8 @@ class NoRecords:
 
     def histograms(self, step: int, tensors: Mapping[str, Tensor]) -> None: ...
 
+    def show(self, gallery: Gallery) -> None: ...
+
     def close(self, status: str = "done", summary: Mapping[str, Any] | None = None) -> None: ...
 
 
@@ -70,6 +76,7 @@ class Records:
         run_dir: the run's folder.
         job: the resolved job; W&B gets it as the run's config.
         start_step: step of the checkpoint that the run goes on from, 0 for a new one.
+        facts: what the run is beside its job, as `Told` has it.
         mode: `online`, `offline` or `off`, from `wandb_mode`.
         place: where the run computes, which the event of its start tells: `world`, `hosts`, `layout`...
         stream: where progress goes; standard output if not given.
@@ -83,22 +90,27 @@ class Records:
         *,
         mode: str = "off",
         place: Mapping[str, Any] | None = None,
+        facts: Mapping[str, Any] | None = None,
         stream: TextIO | None = None,
     ) -> None:
         self._run_dir, self._told = run_dir, set[str]()
         self._histograms_every = job.tracking.histograms_every
         self._step = start_step
         self._metrics = MetricsFile(run_dir / "metrics.jsonl", start_step)
+        self._tokens = self._metrics.last.get("tokens_seen") or tokens_of(run_dir)
         self._progress = ProgressDisplay(job.train.steps, start_step, stream=stream)
         self.backends: list[Backend] = []
         place = dict(place or {})
         begun = "start" if start_step == 0 else "resume"
         self.event(begun, step=start_step, **place, process=identify())
-        told = Told(run_dir, job, start_step, self._warn, self._progress.say, place)
+        told = Told(run_dir, job, start_step, self._warn, self._progress.say, place, dict(facts or {}))
         self.backends = open_backends(told, mode)
 
     def step(self, values: Mapping[str, Any]) -> None:
         self._step = int(values["step"])
+        if "tokens" in values:
+            self._tokens += int(values["tokens"])
+            values = {**values, "tokens_seen": self._tokens}
         self._try(self._metrics.write, values)
         self._log(numbers(values))
         self._progress.step(values)
@@ -128,6 +140,10 @@ class Records:
         found = {f"gradients/{name}": histogram(t) for name, t in tensors.items()}
         for backend in self.backends:
             backend.histograms(step, {name: h for name, h in found.items() if h})
+
+    def show(self, gallery: Gallery) -> None:
+        for backend in self.backends:
+            backend.show(self._step, gallery)
 
     def close(self, status: str = "done", summary: Mapping[str, Any] | None = None) -> None:
         self._progress.close()
@@ -166,13 +182,19 @@ def open_records(
     start_step: int = 0,
     rank: int = 0,
     place: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
     stream: TextIO | None = None,
 ) -> Recorder:
     """Records on rank 0, silence on the others; JobError if `tracking.wandb` asks for what cannot be."""
     if rank != 0:
         return NoRecords()
     mode = wandb_mode(job.tracking.wandb)
-    return Records(run_dir, job, start_step, mode=mode, place=place, stream=stream)
+    return Records(run_dir, job, start_step, mode=mode, place=place, facts=facts, stream=stream)
+
+
+def tokens_of(run_dir: Path) -> int:
+    """Tokens of all steps so far, of a run whose lines do not say it."""
+    return sum(int(row.get("tokens", 0)) for row in read_metrics(run_dir))
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:

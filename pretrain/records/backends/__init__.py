@@ -37,11 +37,8 @@ def open_backends(told: Told, wandb: str) -> list[Backend]:
     opened: list[Backend] = []
     check_backends(told.job.tracking.backends)
     if wandb != "off":
-        config = told.job.model_dump(mode="json")
         try:
-            tracker = WandbTracker(
-                told.run_dir, wandb, told.job.tracking, config, warn=told.warn, say=told.say
-            )
+            tracker = WandbTracker(told, wandb)
         except OSError as error:
             told.warn(f"no W&B: {error}")
         else:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from headway.pretrain.files import publish
-from headway.pretrain.records.backends.base import Told
+from headway.pretrain.records.backends.base import Gallery, Told
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 """Bounds of the histogram of step times."""
@@ -95,6 +95,9 @@ class PrometheusEndpoint:
 
     def histograms(self, step: int, histograms: Mapping[str, tuple[list[float], list[float]]]) -> None:
         """Nothing: distributions of gradients are for charts over steps."""
+
+    def show(self, step: int, gallery: Gallery) -> None:
+        """Nothing: it takes numbers alone."""
 
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
         self._set("running", 0)

@@ -6,13 +6,14 @@ computed again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import struct
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from headway.pretrain.config import Job
 from headway.pretrain.recipe import leaves, one_line
-from headway.pretrain.records.backends.base import Told
+from headway.pretrain.records.backends.base import Gallery, Told
 
 GROUPS = {
     "tokens": "speed",
@@ -66,6 +67,14 @@ class TensorBoardFiles:
         for name, (counts, edges) in histograms.items():
             self._write(self._histogram, name, counts, edges, step)
 
+    def show(self, step: int, gallery: Gallery) -> None:
+        for name, table in gallery.tables.items():
+            self._write(self._writer.add_text, name, markdown(table.columns, table.rows), step)
+        for name, pictures in gallery.pictures.items():
+            for index, picture in enumerate(pictures):
+                tag = f"{name}/{picture.caption or index}"
+                self._write(self._picture, tag, picture.png, step)
+
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
         self._write(self._writer.add_text, "status", status)
         self._write(self._writer.close)
@@ -85,14 +94,20 @@ class TensorBoardFiles:
             global_step=step,
         )
 
+    def _picture(self, tag: str, png: bytes, step: int) -> None:
+        """A PNG as it is; `add_image` would draw it anew."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        width, height = struct.unpack(">II", png[16:24])  # of the header's first chunk
+        image = Summary.Image(encoded_image_string=png, width=width, height=height, colorspace=4)
+        self._writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
     def _job(self, job: Job, step: int) -> None:
         from torch.utils.tensorboard.summary import hparams
 
         settings = {name: one_line(_plain(value)) for name, value in leaves(job)}
-        table = "".join(
-            f"| {name} | `{value.replace('|', chr(92) + '|')}` |\n" for name, value in settings.items()
-        )
-        self._writer.add_text("job", f"| setting | value |\n|---|---|\n{table}", step)
+        table = markdown(("setting", "value"), list(settings.items()))
+        self._writer.add_text("job", table, step)
         # `add_hparams` would begin a run of its own in a subfolder; the same summaries say it of this one.
         for summary in hparams(settings, {tag_of("loss"): 0.0, tag_of("heldout_loss"): 0.0})[:2]:
             self._writer.file_writer.add_summary(summary)
@@ -107,6 +122,17 @@ class TensorBoardFiles:
             self._warn(
                 f"TensorBoard is told no more ({error}); the run goes on, metrics.jsonl has everything"
             )
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table, as TensorBoard's texts have it; cells are shown as they are."""
+
+    def line(cells: Sequence[Any]) -> str:
+        shown = (str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells)
+        return f"| {' | '.join(f'`{cell}`' if cell else '' for cell in shown)} |\n"
+
+    head = f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n"
+    return head + "".join(line(row) for row in rows)
 
 
 def _plain(value: Any) -> Any:
