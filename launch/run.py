@@ -9,6 +9,7 @@ from pathlib import Path
 
 from headway.launch import saving
 from headway.launch.assemble import Parts, assemble, choose_hardware, join, run_folder
+from headway.launch.energy import RunEnergy
 from headway.launch.environment import incarnation
 from headway.launch.finish import Finished, finish, heldout_values, report
 from headway.launch.ledger import open_ledger
@@ -28,7 +29,8 @@ from headway.pretrain.inert import inert, refuse_inert
 from headway.pretrain.recipe import Resolved, dump, load_job, resolve
 from headway.pretrain.records.metrics import peak_memory_gib
 from headway.pretrain.records.records import Recorder, open_records
-from headway.pretrain.trainer import Trainer
+from headway.pretrain.records.report import environment
+from headway.pretrain.trainer import Agreement, Trainer
 
 
 def check(recipes: Sequence[str], sets: Sequence[str], ranks: int) -> None:
@@ -122,24 +124,49 @@ def run(parts: Parts, folder: Path, stop: StopRequest) -> None:
         if world.main:
             Finished.read(folder).show(f"{folder} is complete at step {done}")
         return
+    energy = RunEnergy(job, world)
     recorder = open_records(folder, job, start_step=done, rank=world.rank)
+    recorder.event("machine", **machine(parts))
+    energy.tell(recorder)
     for warning in warnings:
         recorder.event("warning", message=warning)
     status = "failed"
     try:
-        train_and_save(parts, folder, recorder, stop, done)
-        finished = finish(parts, folder, recorder)
+        train_and_save(parts, folder, recorder, stop, energy, done)
+        finished = finish(parts, folder, recorder, energy)
         status = "done"
     except Interrupted:
         status = "stopped"
+        energy.end()
         raise
     finally:
+        energy.close()
         recorder.close(status, finished.summary if status == "done" else None)
     if world.main:
         finished.show(f"{folder} is complete at step {job.train.steps}")
 
 
-def train_and_save(parts: Parts, folder: Path, recorder: Recorder, stop: StopRequest, done: int) -> None:
+def agree(world: World, stop: StopRequest, energy: RunEnergy) -> Agreement:
+    """Whether any rank was asked to stop, and what all used since: one all-reduce."""
+    stops, joules = world.sum(float(stop.asked), energy.take(), along=mesh.AXES)
+    return Agreement(stops > 0, energy.of_all(joules))
+
+
+def machine(parts: Parts) -> dict:
+    """Where the run computes from now on, for its records."""
+    world = parts.world
+    return {
+        "device": devices.device_name(world.device),
+        "ranks": world.size,
+        "layout": str(world.layout),
+        "precision": parts.hardware.precision,
+        "environment": environment(),
+    }
+
+
+def train_and_save(
+    parts: Parts, folder: Path, recorder: Recorder, stop: StopRequest, energy: RunEnergy, done: int
+) -> None:
     """The training loop with its checkpoints; state is saved before an interruption is passed on."""
     job, world = parts.job, parts.world
     checkpointer = Checkpointer(
@@ -160,7 +187,7 @@ def train_and_save(parts: Parts, folder: Path, recorder: Recorder, stop: StopReq
         yardstick=parts.yardstick,
         saver=saver,
         evaluate=partial(heldout_values, parts),
-        stop_asked=lambda: world.any(stop.asked),
+        agree=partial(agree, world, stop, energy),
         name_samples=parts.name_samples,
         memory=partial(peak_memory_gib, world.device),
         ledger=open_ledger(parts, folder, recorder, done),

@@ -166,6 +166,19 @@ RULES: list[Rule] = [
     ("tracking.group", lambda j: j.tracking.wandb != "off", "tracking.wandb is off"),
     ("tracking.tags", lambda j: j.tracking.wandb != "off", "tracking.wandb is off"),
     ("tracking.histograms_every", lambda j: j.tracking.wandb != "off", "tracking.wandb is off"),
+    (
+        "tracking.energy.watts",
+        lambda j: j.tracking.energy.source in ("auto", "tdp"),
+        "tracking.energy.source estimates nothing",
+    ),
+    *(
+        (
+            f"tracking.energy.{name}",
+            lambda j: j.tracking.energy.source != "off",
+            "tracking.energy.source is off",
+        )
+        for name in ("pue", "grid")
+    ),
 ]
 
 
