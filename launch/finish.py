@@ -6,13 +6,16 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from headway.launch.assemble import Parts
 from headway.launch.console import console
+from headway.launch.energy import RunEnergy
 from headway.launch.samples import Shown, gallery, show
 from headway.launch.scores import score
 from headway.pretrain.data.store import TokenStore
+from headway.pretrain.energy.account import in_words
 from headway.pretrain.evaluate import bits_per_byte
 from headway.pretrain.recipe import as_plain, leaves
 from headway.pretrain.records.records import Recorder
@@ -41,6 +44,8 @@ class Finished:
             for i, (name, value) in enumerate(found["entries"]):
                 first = f"[bold]{value:.3f}[/bold]  {found['note']}"
                 table.add_row(found["title"] if i == 0 else f"  {name}", first if i == 0 else f"{value:.3f}")
+        if energy := s.get("energy"):
+            table.add_row("energy", escape(in_words(energy)))
         out.print(f"\n{title}")
         out.print(table)
         if s.get("completion") is not None:
@@ -66,7 +71,7 @@ def heldout_values(parts: Parts, limit: int | None) -> dict[str, float]:
     return values
 
 
-def finish(parts: Parts, folder: Path, recorder: Recorder) -> Finished:
+def finish(parts: Parts, folder: Path, recorder: Recorder, energy: RunEnergy) -> Finished:
     """Evaluate on all held-out rows, score, write the report; collective."""
     values: dict = heldout_values(parts, None)
     if values:
@@ -79,6 +84,7 @@ def finish(parts: Parts, folder: Path, recorder: Recorder) -> Finished:
             )
     if parts.world.main and (found := score(parts, values)):
         values["score"] = found.plain()
+    energy.end()
     shown = show(parts)
     recorder.show(gallery(parts, shown, parts.job.train.steps))
     return Finished(folder, report(parts, folder, {**values, "status": "done"}, shown))

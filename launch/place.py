@@ -9,26 +9,29 @@ import torch
 import torch.distributed as dist
 
 from headway.launch.assemble import Parts
-from headway.launch.environment import find_ranks, incarnation
+from headway.launch.environment import find_ranks, this_start
 from headway.parallel.mesh import AXES, World
 from headway.pretrain.device import device_name
+from headway.pretrain.records.report import environment
 
 NAME = 64
 """Bytes of a host's name, at most (HOST_NAME_MAX of Linux)."""
 
 
 def find_place(parts: Parts) -> dict[str, Any]:
-    """`launcher, incarnation, world, layout, hosts, device, precision, parameters`; collective."""
+    """`launcher, job, incarnation, world, layout, hosts, device, precision, environment, parameters`; collective."""
     world = parts.world
     layout = {axis: size for axis in (*AXES, "expert") if (size := getattr(world.layout, axis)) > 1}
     return {
         "launcher": find_ranks().source,
-        "incarnation": incarnation(),
+        "job": this_start().job,
+        "incarnation": this_start().count,
         "world": world.size,
         "layout": layout,
         "hosts": find_hosts(world),
         "device": device_name(world.device),
         "precision": parts.hardware.precision,
+        "environment": environment(),
         "parameters": sum(p.numel() for p in parts.weights()),
     }
 

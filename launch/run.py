@@ -9,6 +9,7 @@ from pathlib import Path
 
 from headway.launch import saving
 from headway.launch.assemble import Parts, assemble, choose_hardware, join, run_folder
+from headway.launch.energy import RunEnergy
 from headway.launch.environment import this_start
 from headway.launch.facts import facts
 from headway.launch.finish import Finished, finish, heldout_values, report
@@ -32,7 +33,7 @@ from headway.pretrain.recipe import Resolved, dump, load_job, resolve
 from headway.pretrain.records.backends import check_backends
 from headway.pretrain.records.metrics import peak_memory_gib
 from headway.pretrain.records.records import Recorder, open_records
-from headway.pretrain.trainer import Trainer
+from headway.pretrain.trainer import Agreement, Trainer
 
 
 def check(recipes: Sequence[str], sets: Sequence[str], ranks: int, device: str | None = None) -> None:
@@ -147,20 +148,22 @@ def go_on(parts: Parts, folder: Path, stop: StopRequest, checkpointer: Checkpoin
         if world.main:
             Finished.read(folder).show(f"{folder} is complete at step {done}")
         return
-    where, told = find_place(parts), facts(parts)
+    where, told, energy = find_place(parts), facts(parts), RunEnergy(job, world)
     recorder = open_records(folder, job, start_step=done, rank=world.rank, place=where, facts=told)
+    energy.tell(recorder)
     for warning in warnings:
         recorder.event("warning", message=warning)
     status = "failed"
     try:
-        train_and_save(parts, folder, recorder, stop, checkpointer, done)
-        asked_to_stop(
-            parts.world, stop, checkpointer
+        train_and_save(parts, folder, recorder, stop, checkpointer, energy, done)
+        agree(
+            world, stop, checkpointer, energy
         )  # too late to stop, but not to leave the report to a successor
-        finished = finish(parts, folder, recorder)
+        finished = finish(parts, folder, recorder, energy)
         status = "done"
     except Interrupted:
         status = "stopped"
+        energy.end()
         raise
     except FencedError:
         status = "fenced"
@@ -169,6 +172,7 @@ def go_on(parts: Parts, folder: Path, stop: StopRequest, checkpointer: Checkpoin
         recorder.event("failure", error=type(error).__name__, message=str(error))
         raise
     finally:
+        energy.close()
         recorder.close(status, finished.summary if status == "done" else None)
     if world.main:
         finished.show(f"{folder} is complete at step {job.train.steps}")
@@ -188,21 +192,28 @@ def open_checkpoints(parts: Parts, folder: Path) -> Checkpointer:
     )
 
 
-def asked_to_stop(world: World, stop: StopRequest, checkpointer: Checkpointer) -> bool:
-    """Whether any rank was asked to stop; all learn the same answer. Collective.
+def agree(world: World, stop: StopRequest, checkpointer: Checkpointer, energy: RunEnergy) -> Agreement:
+    """Whether any rank was asked to stop, and what all used since: one all-reduce.
 
     Raises:
         FencedError: another start of this run has taken over its folder, on all ranks.
     """
     fenced = checkpointer.fenced() if world.main else None
-    stops, fences = world.sum(float(stop.asked), float(fenced is not None), along=mesh.AXES)
+    mine = float(stop.asked), float(fenced is not None), energy.take()
+    stops, fences, joules = world.sum(*mine, along=mesh.AXES)
     if fences:
         raise fenced or FencedError("rank 0 found that another start of this run owns its folder")
-    return stops > 0
+    return Agreement(stops > 0, energy.of_all(joules))
 
 
 def train_and_save(
-    parts: Parts, folder: Path, recorder: Recorder, stop: StopRequest, checkpointer: Checkpointer, done: int
+    parts: Parts,
+    folder: Path,
+    recorder: Recorder,
+    stop: StopRequest,
+    checkpointer: Checkpointer,
+    energy: RunEnergy,
+    done: int,
 ) -> None:
     """The training loop with its checkpoints; state is saved before an interruption is passed on."""
     job, world = parts.job, parts.world
@@ -215,7 +226,7 @@ def train_and_save(
         yardstick=parts.yardstick,
         saver=saver,
         evaluate=partial(heldout_values, parts),
-        stop_asked=partial(asked_to_stop, world, stop, checkpointer),
+        agree=partial(agree, world, stop, checkpointer, energy),
         name_samples=parts.name_samples,
         memory=partial(peak_memory_gib, world.device),
         ledger=open_ledger(parts, folder, recorder, done),

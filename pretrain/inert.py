@@ -179,6 +179,19 @@ RULES: list[Rule] = [
         (f"tracking.{name}", lambda j: j.tracking.wandb != "off", "tracking.wandb is off")
         for name in ("entity", "project", "group", "job_type", "tags", "notes", "x_axis", "alerts")
     ),
+    (
+        "tracking.energy.watts",
+        lambda j: j.tracking.energy.source in ("auto", "tdp"),
+        "tracking.energy.source estimates nothing",
+    ),
+    *(
+        (
+            f"tracking.energy.{name}",
+            lambda j: j.tracking.energy.source != "off",
+            "tracking.energy.source is off",
+        )
+        for name in ("pue", "grid")
+    ),
 ]
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from headway.pretrain.config.base import AboveZero, AxisSize, Count, Fraction, Positive, Section
+from headway.pretrain.config.base import AboveZero, AxisSize, Count, Fraction, NotNegative, Positive, Section
 
 
 class Run(Section):
@@ -133,6 +133,21 @@ class Prometheus(Section):
 AlertKind = Literal["diverged", "failed", "done", "checkpoint"]
 
 
+class Energy(Section):
+    """How a run's energy is measured, and what a kilowatt-hour stands for."""
+
+    source: Literal["auto", "rapl", "nvml", "tdp", "off"] = "auto"
+    """Counters of the processors (rapl) or of NVIDIA's GPUs (nvml), or an estimate from what devices may draw at most
+    (tdp); `auto` measures where it can, estimates where it cannot, and says which."""
+    watts: AboveZero | None = None
+    """Power of a rank's device, for an estimate; from a table by the device's name if not given."""
+    pue: Annotated[float, Field(ge=1)] = 1.0
+    """What the building draws for each unit that its computers do (power usage effectiveness)."""
+    grid: NotNegative | str | None = None
+    """Kilograms of CO2 equivalent a kWh, or a country's code (FR) for its average; the world's average if not
+    given."""
+
+
 class Tracking(Section):
     """Who is told."""
 
@@ -165,3 +180,4 @@ class Tracking(Section):
     end only."""
     prompt: str = "def main():\n"
     """Text that is continued at the end of the run and drawn as attention maps in the report."""
+    energy: Energy = Energy()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from headway.pretrain.config import Job
+from headway.pretrain.energy.account import lost
 from headway.pretrain.records.backends import open_backends
 from headway.pretrain.records.backends.base import Backend, Gallery, Told
 from headway.pretrain.records.backends.wandb import wandb_mode
@@ -70,7 +71,7 @@ class Records:
     """Keeps everything; no full disk and no dead W&B server stops the run, and each trouble is told once.
 
     Beside `metrics.jsonl`, `events.jsonl` keeps what happened when: starts, checkpoints, warnings, the end.
-    It is never cut: after a crash it shows both lives of the run.
+    It is never cut: after a crash it shows both lives of the run, and what the first did in vain.
 
     Args:
         run_dir: the run's folder.
@@ -96,13 +97,14 @@ class Records:
         self._run_dir, self._told = run_dir, set[str]()
         self._histograms_every = job.tracking.histograms_every
         self._step = start_step
+        begun = lost(read_metrics(run_dir), start_step)  # before these steps are cut off
         self._metrics = MetricsFile(run_dir / "metrics.jsonl", start_step)
         self._tokens = self._metrics.last.get("tokens_seen") or tokens_of(run_dir)
         self._progress = ProgressDisplay(job.train.steps, start_step, stream=stream)
         self.backends: list[Backend] = []
         place = dict(place or {})
-        begun = "start" if start_step == 0 else "resume"
-        self.event(begun, step=start_step, **place, process=identify())
+        kind = "start" if start_step == 0 else "resume"
+        self.event(kind, step=start_step, **place, process=identify(), **begun)
         told = Told(run_dir, job, start_step, self._warn, self._progress.say, place, dict(facts or {}))
         self.backends = open_backends(told, mode)
 

@@ -119,7 +119,7 @@ def test_histograms_job_and_warnings(tmp_path):
         values.sum().item(), abs=1000 * (edges[1] - edges[0]) / 2
     )  # half a bin each
     (job,) = text(found, "job")
-    assert "| train.steps | `1000` |" in job
+    assert "| `train.steps` | `1000` |" in job
     assert "a \\| b" in job
     assert text(found, "warnings") == ["slow disk"]
     assert text(found, "checkpoints")[0].endswith("step_00000002")
