@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import io
 import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,7 +75,9 @@ def draw(shown: RenderableType, path: Path) -> None:
     """Write a picture as SVG."""
     console = Console(record=True, width=PIPE_WIDTH, height=HEIGHT, file=io.StringIO(), force_terminal=True)
     console.print(shown)
-    path.write_text(console.export_svg(title="headway watch"), encoding="utf-8")
+    picture = console.export_svg(title="headway watch")
+    # Without the fonts that Rich would fetch from the network: any monospaced one will do.
+    path.write_text(re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL), encoding="utf-8")
     print(path)
 
 

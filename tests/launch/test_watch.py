@@ -127,6 +127,7 @@ def test_a_picture_is_written(tmp_path):
     out = tmp_path / "watch.svg"
     assert str(out) in watch(run, "--svg", out).replace("\n", "")
     assert out.read_text().startswith("<svg")
+    assert "url(" not in out.read_text().replace("url(#", "")  # it needs no network
 
 
 def test_it_loads_nothing_heavy():
