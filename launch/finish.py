@@ -24,7 +24,7 @@ from headway.pretrain.generate import generate
 from headway.pretrain.objectives import Objective
 from headway.pretrain.objectives.causal import CausalLM
 from headway.pretrain.objectives.mae import MaskedAutoencoder
-from headway.pretrain.recipe import as_plain, leaves
+from headway.pretrain.recipe import Resolved, as_plain, leaves
 from headway.pretrain.records.attention_maps import AttentionMaps
 from headway.pretrain.records.map_pairs import MapPairs
 from headway.pretrain.records.pictures import draw_reconstructions
@@ -139,7 +139,7 @@ def report(parts: Parts, folder: Path, values: dict | None = None) -> dict:
     }
     if shown.completion is not None:
         summary |= {"prompt": parts.job.tracking.prompt, "completion": shown.completion}
-    write_report(folder, with_origins(parts), shown.maps, summary, shown.painted, shown.pairs)
+    write_report(folder, with_origins(parts.resolved), shown.maps, summary, shown.painted, shown.pairs)
     return Finished.read(folder).summary
 
 
@@ -155,16 +155,16 @@ def show(parts: Parts) -> Shown:
     return Shown(completion, maps, paint(parts, objective), compare(parts, objective, batch, maps))
 
 
-def with_origins(parts: Parts) -> dict:
+def with_origins(resolved: Resolved) -> dict:
     """The job as a tree whose leaves carry where they came from."""
     tree: dict = {}
-    for name, value in leaves(parts.job):
+    for name, value in leaves(resolved.job):
         *sections, key = name.split(".")
         place = tree
         for section in sections:
             place = place.setdefault(section, {})
         plain = [as_plain(v) for v in value] if isinstance(value, list) else value
-        place[key] = {"value": plain, "origin": parts.resolved.origins.get(name, "default")}
+        place[key] = {"value": plain, "origin": resolved.origins.get(name, "default")}
     return tree
 
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from headway.launch import saving
+from headway.launch import facts, saving
 from headway.launch.assemble import Parts, assemble, choose_hardware, join, run_folder
 from headway.launch.energy import RunEnergy
 from headway.launch.environment import incarnation
@@ -29,7 +29,6 @@ from headway.pretrain.inert import inert, refuse_inert
 from headway.pretrain.recipe import Resolved, dump, load_job, resolve
 from headway.pretrain.records.metrics import peak_memory_gib
 from headway.pretrain.records.records import Recorder, open_records
-from headway.pretrain.records.report import environment
 from headway.pretrain.trainer import Agreement, Trainer
 
 
@@ -126,7 +125,8 @@ def run(parts: Parts, folder: Path, stop: StopRequest) -> None:
         return
     energy = RunEnergy(job, world)
     recorder = open_records(folder, job, start_step=done, rank=world.rank)
-    recorder.event("machine", **machine(parts))
+    recorder.event("machine", **facts.machine(parts, path))
+    recorder.event("data", **facts.data(parts.dataset))
     energy.tell(recorder)
     for warning in warnings:
         recorder.event("warning", message=warning)
@@ -150,18 +150,6 @@ def agree(world: World, stop: StopRequest, energy: RunEnergy) -> Agreement:
     """Whether any rank was asked to stop, and what all used since: one all-reduce."""
     stops, joules = world.sum(float(stop.asked), energy.take(), along=mesh.AXES)
     return Agreement(stops > 0, energy.of_all(joules))
-
-
-def machine(parts: Parts) -> dict:
-    """Where the run computes from now on, for its records."""
-    world = parts.world
-    return {
-        "device": devices.device_name(world.device),
-        "ranks": world.size,
-        "layout": str(world.layout),
-        "precision": parts.hardware.precision,
-        "environment": environment(),
-    }
 
 
 def train_and_save(
