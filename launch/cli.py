@@ -97,6 +97,20 @@ def watch(
     view.watch(paths or ["runs"], once=once, interval=interval, svg=svg)
 
 
+@app.command()
+def card(
+    run_path: RunPath,
+    out: Annotated[
+        str | None, typer.Option("--out", help="Folder to write into; the run's if left out.", metavar="DIR")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write a run's MODEL_CARD.md (Hugging Face's format), DATA_SHEET.md and loss curve from its records."""
+    from headway.launch import card as cards
+
+    cards.write(run_path, out)
+
+
 @data.command("build")
 def data_build(recipes: Recipes, sets: Sets = None, on_error: OnError = None, debug: Debug = False) -> None:
     """Build the tokenizer and token stores of a recipe."""

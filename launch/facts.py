@@ -1,19 +1,20 @@
-"""What a run is beside its job and its place: what W&B's config and the like are told."""
+"""What a run is beside its job and its place: sizes, versions, and the data that it reads, so that its records tell it
+when both are gone."""
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from headway.launch.assemble import Parts
-from headway.pretrain.data.cache import fingerprint
+from headway.pretrain.data.dataset import Dataset
 from headway.pretrain.data.store import TokenStore, part
 
 
 def facts(parts: Parts) -> dict[str, Any]:
-    """Plain values: sizes, whether it is compiled, versions, the Slurm job, the data."""
+    """Plain values: FLOPs, whether it is compiled, versions, the data."""
     hardware, job = parts.hardware, parts.job
     return {
         "flops_per_row": parts.yardstick.flops_per_row,
@@ -21,8 +22,7 @@ def facts(parts: Parts) -> dict[str, Any]:
         "peak_flops": hardware.peak,
         "tokens_per_step": job.train.global_batch * job.row_tokens,
         "versions": {"python": platform.python_version()} | {n: _version(n) for n in ("headway", "torch")},
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
-        "data": _data(parts),
+        "data": data(parts.dataset)["sources"],
     }
 
 
@@ -33,21 +33,47 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _data(parts: Parts) -> list[dict[str, Any]]:
-    """Token stores that are trained on: where, their fingerprint, how large; of images nothing is built."""
-    prepared, found = parts.dataset.prepared, []
-    for source, (prefix, weight) in zip(
-        parts.job.data.sources, prepared.train if prepared else [], strict=False
-    ):
-        store, stored = TokenStore(prefix), part(prefix, ".bin").stat()
-        mark = store.facts.get("mark") or fingerprint(size=stored.st_size, mtime=stored.st_mtime_ns)
-        found.append(
+def data(dataset: Dataset) -> dict[str, Any]:
+    """What is read: of each source what it holds on both sides, and the tokenizer."""
+    if dataset.prepared is None:
+        return {"sources": [_images(dataset, place) for place in range(len(dataset.images))]}
+    prepared, tokenizer = dataset.prepared, dataset.prepared.tokenizer
+    marks = {built.train: built.heldout for built in prepared.built}
+    sources = []
+    for (name, samples, weight), (prefix, _) in zip(dataset.train, prepared.train, strict=True):
+        heldout = marks.get(prefix)
+        sources.append(
             {
-                "source": source.path,
-                "uri": part(prefix.resolve(), ".bin").as_uri(),
-                "fingerprint": mark,
+                "name": name,
                 "weight": weight,
-                "tokens": store.tokens,
+                "samples": len(samples),
+                "train": _side(prefix),
+                "heldout": _side(heldout) if heldout else None,
+                "skipped": TokenStore(prefix).facts.get("skipped"),
+                "fingerprint": TokenStore(prefix).facts.get("mark"),
+                "uri": part(prefix.resolve(), ".bin").as_uri(),
             }
         )
-    return found
+    told = {"kind": type(tokenizer).__name__, "vocab": tokenizer.vocab, "digest": tokenizer.digest}
+    return {"sources": sources, "tokenizer": told}
+
+
+def _side(prefix: Path) -> dict[str, Any]:
+    store = TokenStore(prefix)
+    counts = {"documents": store.documents, "tokens": store.tokens}
+    return {**counts, "bytes": store.facts.get("utf8_bytes")}
+
+
+def _images(dataset: Dataset, place: int) -> dict[str, Any]:
+    source = dataset.images[place]
+    name, samples, weight = dataset.train[place]
+    heldout = len(source.names) - len(samples)
+    return {
+        "name": name,
+        "weight": weight,
+        "samples": len(samples),
+        "train": {"images": len(samples)},
+        "heldout": {"images": heldout} if heldout else None,
+        "classes": source.classes,
+        "skipped": source.skipped,
+    }

@@ -17,7 +17,7 @@ from headway.launch.scores import score
 from headway.pretrain.data.store import TokenStore
 from headway.pretrain.energy.account import in_words
 from headway.pretrain.evaluate import bits_per_byte
-from headway.pretrain.recipe import as_plain, leaves
+from headway.pretrain.recipe import Resolved, as_plain, leaves
 from headway.pretrain.records.records import Recorder
 from headway.pretrain.records.report import write_report
 
@@ -108,18 +108,18 @@ def report(parts: Parts, folder: Path, values: dict | None = None, shown: Shown 
     }
     if shown.completion is not None:
         summary |= {"prompt": parts.job.tracking.prompt, "completion": shown.completion}
-    write_report(folder, with_origins(parts), shown.maps, summary, shown.painted, shown.pairs)
+    write_report(folder, with_origins(parts.resolved), shown.maps, summary, shown.painted, shown.pairs)
     return Finished.read(folder).summary
 
 
-def with_origins(parts: Parts) -> dict:
+def with_origins(resolved: Resolved) -> dict:
     """The job as a tree whose leaves carry where they came from."""
     tree: dict = {}
-    for name, value in leaves(parts.job):
+    for name, value in leaves(resolved.job):
         *sections, key = name.split(".")
         place = tree
         for section in sections:
             place = place.setdefault(section, {})
         plain = [as_plain(v) for v in value] if isinstance(value, list) else value
-        place[key] = {"value": plain, "origin": parts.resolved.origins.get(name, "default")}
+        place[key] = {"value": plain, "origin": resolved.origins.get(name, "default")}
     return tree

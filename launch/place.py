@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from headway.launch.assemble import Parts
 from headway.launch.environment import find_ranks, this_start
+from headway.parallel.checkpoint.manifest import read_manifest
 from headway.parallel.mesh import AXES, World
 from headway.pretrain.device import device_name
 from headway.pretrain.records.report import environment
@@ -18,9 +20,15 @@ NAME = 64
 """Bytes of a host's name, at most (HOST_NAME_MAX of Linux)."""
 
 
-def find_place(parts: Parts) -> dict[str, Any]:
-    """`launcher, job, incarnation, world, layout, hosts, device, precision, environment, parameters`; collective."""
+def find_place(parts: Parts, checkpoint: Path | None) -> dict[str, Any]:
+    """`launcher, job, incarnation, world, layout, hosts, device, precision, environment, parameters`, and `imported`:
+    whose weights those are that a run began with. Collective.
+
+    Args:
+        checkpoint: from which the run goes on.
+    """
     world = parts.world
+    imported = read_manifest(checkpoint).numbers.get("imported") if checkpoint and world.main else None
     layout = {axis: size for axis in (*AXES, "expert") if (size := getattr(world.layout, axis)) > 1}
     return {
         "launcher": find_ranks().source,
@@ -33,6 +41,7 @@ def find_place(parts: Parts) -> dict[str, Any]:
         "precision": parts.hardware.precision,
         "environment": environment(),
         "parameters": sum(p.numel() for p in parts.weights()),
+        **({"imported": Path(imported).name} if imported else {}),
     }
 
 

@@ -11,7 +11,7 @@ from headway.launch import saving
 from headway.launch.assemble import Parts, assemble, choose_hardware, join, run_folder
 from headway.launch.energy import RunEnergy
 from headway.launch.environment import this_start
-from headway.launch.facts import facts
+from headway.launch.facts import data, facts
 from headway.launch.finish import Finished, finish, heldout_values, report
 from headway.launch.ledger import open_ledger
 from headway.launch.place import find_place
@@ -148,8 +148,9 @@ def go_on(parts: Parts, folder: Path, stop: StopRequest, checkpointer: Checkpoin
         if world.main:
             Finished.read(folder).show(f"{folder} is complete at step {done}")
         return
-    where, told, energy = find_place(parts), facts(parts), RunEnergy(job, world)
+    where, told, energy = find_place(parts, path), facts(parts), RunEnergy(job, world)
     recorder = open_records(folder, job, start_step=done, rank=world.rank, place=where, facts=told)
+    recorder.event("data", **data(parts.dataset))
     energy.tell(recorder)
     for warning in warnings:
         recorder.event("warning", message=warning)

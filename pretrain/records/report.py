@@ -28,7 +28,7 @@ OURS = "this model"
 _DERIVED = {"status", "steps", "tokens", "tokens_per_second", "mfu", "memory_gib", "energy"}
 _LASTING = {"parameters", "device", "devices", "precision", "precision_reason", "peak_flops", "peak_source",
             "environment"}  # fmt: skip
-_QUIET = {"eval", "checkpoint", "meter", "energy"}
+_QUIET = {"eval", "checkpoint", "data", "meter", "energy"}
 """Kinds of events that the page shows in another way, or not at all."""
 
 
@@ -56,15 +56,7 @@ def write_report(
     rows, events = read_metrics(run_dir), read_events(run_dir)
     settings = list(flatten(job))
     values = {key: value for key, value, _ in settings}
-    derived, saved = derive(rows, events), _saved(run_dir)
-    if energy := account(rows, events, values):
-        derived["energy"] = energy
-    if saved.get("steps") != derived.get(
-        "steps"
-    ):  # the run went on: measurements of its earlier end are stale
-        saved = {k: saved[k] for k in _LASTING & saved.keys()} | _baselines(saved)
-    saved = {k: v for k, v in saved.items() if k not in _DERIVED}
-    known = {"environment": environment(), **derived, **saved}
+    known = {"environment": environment(), **know(run_dir, rows, events, values)}
     known |= {k: v for k, v in (summary or {}).items() if v is not None}
     publish(run_dir / "summary.json", json.dumps(plain(known), indent=1, ensure_ascii=False) + "\n")
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
@@ -90,6 +82,22 @@ def write_report(
     )
     publish(run_dir / "report.html", html)
     return run_dir / "report.html"
+
+
+def know(
+    run_dir: Path, rows: list[dict[str, Any]], events: list[dict[str, Any]], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a run's records tell of it, and what an earlier report knew that still holds.
+
+    Args:
+        values: settings of the job by dotted name.
+    """
+    derived, saved = derive(rows, events), _saved(run_dir)
+    if energy := account(rows, events, values):
+        derived["energy"] = energy
+    if saved.get("steps") != derived.get("steps"):  # the run went on: what its earlier end measured is stale
+        saved = {k: saved[k] for k in _LASTING & saved.keys()} | _baselines(saved)
+    return {**derived, **{k: v for k, v in saved.items() if k not in _DERIVED}}
 
 
 def derive(rows: list[dict[str, Any]], events: list[dict[str, Any]]) -> dict[str, Any]:

@@ -130,12 +130,12 @@ class Client:
             try:
                 self._input(source)
             except Exception as error:
-                tell(warning=f"W&B did not take the data set {source['source']} ({brief(error)})")
+                tell(warning=f"W&B did not take the data set {source['name']} ({brief(error)})")
 
     def _input(self, source: Command) -> None:
         """A data set that the run reads, by reference; equal fingerprints are one version of it."""
         metadata = {k: v for k, v in source.items() if k != "uri"}
-        name = re.sub(r"[^\w.-]+", "-", Path(source["source"]).name).strip("-") or "data"
+        name = re.sub(r"[^\w.-]+", "-", Path(source["name"]).name).strip("-") or "data"
         artifact = self.wandb.Artifact(name, type="dataset", metadata=metadata)
         artifact.add_reference(source["uri"], name=source["fingerprint"], checksum=False)
         if self.run.settings.mode == "online":

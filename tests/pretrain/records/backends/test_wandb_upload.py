@@ -92,7 +92,7 @@ def test_an_online_run_arrives_whole(server, tmp_path):
     }
     run_dir, stored_data = tmp_path / "run", tmp_path / "train.bin"
     stored_data.write_bytes(b"tokens")
-    data = {"source": "some/text.jsonl", "uri": stored_data.as_uri(), "fingerprint": "abc", "tokens": 9}
+    data = {"name": "some/text.jsonl", "uri": stored_data.as_uri(), "fingerprint": "abc", "tokens": 9}
     records = Records(
         run_dir, job(**tracking), facts={"parameters": 7, "data": [data]}, mode="online", stream=io.StringIO()
     )
