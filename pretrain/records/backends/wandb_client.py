@@ -34,6 +34,7 @@ def main() -> None:
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"):
         with contextlib.suppress(AttributeError, ValueError):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    os.nice(10)  # where all cores are busy, training goes first
     commands: queue.Queue[Command] = queue.Queue()
     threading.Thread(target=receive, args=(commands,), daemon=True).start()
     try:
