@@ -168,7 +168,7 @@ RULES += [
     (f"tracking.{name}", lambda j: j.tracking.wandb != "off", "tracking.wandb is off")
     for name in (
         *("entity", "project", "group", "job_type", "tags", "notes"),
-        *("x_axis", "alerts", "histograms_every", "samples_every"),
+        *("x_axis", "alerts", "exporters", "histograms_every", "samples_every"),
     )
 ]
 

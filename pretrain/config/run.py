@@ -146,6 +146,9 @@ class Tracking(Section):
     alerts: list[AlertKind] = ["diverged", "failed", "done", "checkpoint"]
     """Of what W&B sends a mail or a Slack message: loss or gradient not finite, or replicas apart; another failure; the
     end; a checkpoint that was not saved."""
+    exporters: dict[str, str] = {}
+    """Name -> address of Prometheus pages (DCGM or node exporters of other nodes) that W&B records beside the system
+    metrics of the first node."""
     histograms_every: Count = 0
     """Steps between histograms of gradients; 0 sends none."""
     samples_every: Count = 0

@@ -108,6 +108,7 @@ class WandbTracker:
             init_timeout=init_timeout,
             finish_timeout=finish_timeout,
             x_axis=tracking.x_axis,
+            exporters=tracking.exporters,
             inputs=told.facts.get("data", []),
             last_words=self._alert_of(
                 "failed",

@@ -103,6 +103,7 @@ class Client:
             "x_stats_pid": start["pid"],
             "x_stats_track_process_tree": True,  # with the workers that load data
             "x_stats_disk_paths": [start["dir"]],
+            "x_stats_open_metrics_endpoints": start["exporters"] or None,
             "init_timeout": start["init_timeout"],
             "finish_timeout": max(1.0, start["finish_timeout"] - 3),
             "finish_timeout_raises": True,
