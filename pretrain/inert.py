@@ -177,7 +177,17 @@ RULES: list[Rule] = [
     ),
     *(
         (f"tracking.{name}", lambda j: j.tracking.wandb != "off", "tracking.wandb is off")
-        for name in ("entity", "project", "group", "job_type", "tags", "notes", "x_axis", "alerts")
+        for name in (
+            "entity",
+            "project",
+            "group",
+            "job_type",
+            "tags",
+            "notes",
+            "x_axis",
+            "alerts",
+            "exporters",
+        )
     ),
     (
         "tracking.energy.watts",

@@ -173,6 +173,9 @@ class Tracking(Section):
     backends: list[Literal["tensorboard", "prometheus"]] = []
     """Who is told beside W&B: event files in the run's folder, an endpoint over HTTP."""
     prometheus: Prometheus = Prometheus()
+    exporters: dict[str, str] = {}
+    """Name -> address of Prometheus pages (DCGM or node exporters of other nodes) that W&B records beside the system
+    metrics of the first node."""
     histograms_every: Count = 0
     """Steps between histograms of gradients; 0 sends none."""
     samples_every: Count = 0

@@ -108,6 +108,7 @@ class WandbTracker:
             init_timeout=init_timeout,
             finish_timeout=finish_timeout,
             x_axis=tracking.x_axis,
+            exporters=tracking.exporters,
             inputs=[one for one in told.facts.get("data", []) if one.get("uri") and one.get("fingerprint")],
             last_words=self._alert_of(
                 "failed",

@@ -34,6 +34,7 @@ def main() -> None:
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"):
         with contextlib.suppress(AttributeError, ValueError):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    os.nice(10)  # where all cores are busy, training goes first
     commands: queue.Queue[Command] = queue.Queue()
     threading.Thread(target=receive, args=(commands,), daemon=True).start()
     try:
@@ -102,6 +103,7 @@ class Client:
             "x_stats_pid": start["pid"],
             "x_stats_track_process_tree": True,  # with the workers that load data
             "x_stats_disk_paths": [start["dir"]],
+            "x_stats_open_metrics_endpoints": start["exporters"] or None,
             "init_timeout": start["init_timeout"],
             "finish_timeout": max(1.0, start["finish_timeout"] - 3),
             "finish_timeout_raises": True,

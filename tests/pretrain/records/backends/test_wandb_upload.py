@@ -6,6 +6,8 @@ import io
 import json
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -277,6 +279,43 @@ def test_a_real_run_killed_and_resumed_equals_its_metrics(server, small_job, tmp
     assert {"report.html", "job.yaml", "summary.json"} <= set(stored.files)
     holders = [p for p in tmp_path.rglob("*") if p.is_file() and KEY.encode() in p.read_bytes()]
     assert holders == []
+
+
+class Exporter(BaseHTTPRequestHandler):
+    """A page of Prometheus, with the load of a GPU."""
+
+    def do_GET(self) -> None:
+        page = b'# TYPE DCGM_FI_DEV_GPU_UTIL gauge\nDCGM_FI_DEV_GPU_UTIL{gpu="0"} 87\n'
+        self.send_response(200)
+        self.send_header("Content-Type", "text/plain; version=0.0.4")
+        self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        self.wfile.write(page)
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+def test_exporters_of_other_nodes_are_system_metrics(server, tmp_path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Exporter) as exporter:
+        threading.Thread(target=exporter.serve_forever, args=(0.02,), daemon=True).start()
+        address = f"http://127.0.0.1:{exporter.server_address[1]}/metrics"
+        records = Records(
+            tmp_path / "run", job(exporters={"node2": address}), mode="online", stream=io.StringIO()
+        )
+
+        def told() -> set[str]:
+            rows = [row for stored in server.runs.values() for row in stored.rows("wandb-events.jsonl")]
+            return {name for row in rows for name, value in row.items() if value == 87}
+
+        assert server.wait_for(told)
+        records.close()
+        exporter.shutdown()
+    (name,) = told()
+    assert "node2" in name
+    assert "DCGM_FI_DEV_GPU_UTIL" in name
+    ours = {name for row in only(server).rows("wandb-events.jsonl") for name in row}
+    assert "system.proc.memory.rssMB" in ours  # of the training process
+    assert any(str(tmp_path / "run") in name for name in ours)  # the disk of the run folder
 
 
 # -- a server that fails ---------------------------------------------------------------------------------------------
