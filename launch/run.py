@@ -52,6 +52,7 @@ def train(
     with ExitStack() as stack:
         world = join(resolved.job)
         stack.callback(mesh.stop)
+        stack.enter_context(world.named(lambda: "beside the steps (start, evaluation, report)"))
         if fresh and world.main and (aside := set_aside(folder)):
             print(f"{folder} was set aside as {aside}")
         world.meet()
@@ -198,7 +199,8 @@ def train_and_save(
         ledger=open_ledger(parts, folder, recorder, done),
     )
     try:
-        trainer.run(done)
+        with world.named(lambda: f"step {trainer.step}"):
+            trainer.run(done)
     finally:
         saver.close()
         if trainer.ledger:

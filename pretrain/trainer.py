@@ -67,6 +67,8 @@ class Trainer:
     name_samples: Callable[[], str]
     memory: Callable[[], float]
     ledger: Ledger | None = None
+    step: int = 0
+    """The step that is being done, from 1."""
 
     def run(self, done: int) -> None:
         """Train from step `done` on.
@@ -97,8 +99,8 @@ class Trainer:
 
     def _step(self, step: int) -> None:
         begin = time.perf_counter()
+        number = self.step = step + 1
         batch = next(self.batches)
-        number = step + 1
         watch = None
         if self.recorder.wants_histograms(number):
             watch = partial(self.recorder.histograms, number)
