@@ -1,4 +1,9 @@
-"""Several ranks on this machine, through torchrun's agent."""
+"""Several ranks on this machine, through torchrun's agent.
+
+What a caller sees of `headway train R --nproc N`: 0, 2, 70 or 75, as of one rank. Of `torchrun --no-python headway
+train R` it sees less: the agent ends with 1 whatever the ranks' codes were (it prints them, and signals), so that 75
+cannot be told from 70. A batch script that is queued again on 75 starts its ranks by srun or mpirun instead.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +44,7 @@ def start(ranks: int, arguments: list[str]) -> None:
     # Workers read a peer's old address if the agent lends them its rendezvous store; and fewer threads each.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")  # seconds for ranks to save before SIGKILL
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

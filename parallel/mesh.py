@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from headway.parallel.peers import Peers, meet
+from headway.parallel.peers import Peers
+from headway.parallel.roll import meet
 from headway.pretrain.config import Job, Parallel
 from headway.pretrain.data.ramp import BatchSizes
 from headway.pretrain.errors import JobError
@@ -245,26 +246,33 @@ def start(
         StartError: ranks are missing after `parallel.start_timeout` seconds, or the master is.
         JobError: two ranks have the same GPU.
     """
-    mesh = experts = peers = None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if size > 1:
-        if not dist.is_initialized():
-            peers = meet(rank, size, job.parallel.start_timeout, _gpu(device) if backend == "nccl" else "")
-            timeout = timedelta(seconds=job.parallel.timeout)
-            with peers.named(lambda: "connecting to the others"):
-                store = dist.PrefixStore("groups", peers.store)
-                dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-        if theirs := apart(job):
-            world = _start_apart(job, layout, rank, (size - theirs, theirs), local_rank, device, backend)
-            return replace(world, peers=peers)
-        mesh = _mesh(device.type, layout)
-        if layout.expert > 1:
-            shape = (layout.pipeline, layout.replicate, layout.fold // layout.expert, layout.expert)
-            names = ("pipeline", "replicate", "copies", "expert")
-            experts = init_device_mesh(device.type, shape, mesh_dim_names=names)
-            experts["copies", "expert"]._flatten("experts")  # sums along both then take one all-reduce
-    return World(rank, size, local_rank, device, backend, layout, mesh, experts, peers=peers)
+    if size == 1:
+        return World(rank, size, local_rank, device, backend, layout, None)
+    if dist.is_initialized():
+        return _start(job, layout, rank, size, local_rank, device, backend)
+    peers = meet(rank, size, job.parallel.start_timeout, _gpu(device) if backend == "nccl" else "")
+    with peers.named(lambda: "connecting to the others"):
+        timeout = timedelta(seconds=job.parallel.timeout)
+        store = dist.PrefixStore("groups", peers.store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        return replace(_start(job, layout, rank, size, local_rank, device, backend), peers=peers)
+
+
+def _start(
+    job: Job, layout: Layout, rank: int, size: int, local_rank: int, device: torch.device, backend: str
+) -> World:
+    """Build the mesh, and with it the process groups of its axes."""
+    if theirs := apart(job):
+        return _start_apart(job, layout, rank, (size - theirs, theirs), local_rank, device, backend)
+    experts, mesh = None, _mesh(device.type, layout)
+    if layout.expert > 1:
+        shape = (layout.pipeline, layout.replicate, layout.fold // layout.expert, layout.expert)
+        names = ("pipeline", "replicate", "copies", "expert")
+        experts = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        experts["copies", "expert"]._flatten("experts")  # sums along both then take one all-reduce
+    return World(rank, size, local_rank, device, backend, layout, mesh, experts)
 
 
 def _gpu(device: torch.device) -> str:

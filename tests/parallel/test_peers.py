@@ -9,7 +9,9 @@ import pytest
 import torch.distributed as dist
 
 from headway.parallel import peers
-from headway.parallel.peers import Member, Peers, meet, of_collective, probe, refuse_shared_gpus
+from headway.parallel.doors import probe
+from headway.parallel.peers import Member, Peers, of_collective
+from headway.parallel.roll import meet, refuse_shared_gpus
 from headway.pretrain.errors import JobError, LostRanksError, StartError
 
 
@@ -54,14 +56,16 @@ def test_ranks_that_do_not_come_are_named_by_those_that_did(master):
 
 
 def test_a_master_that_cannot_be_reached_is_named(master):
-    with pytest.raises(StartError, match=f"rank 1 on host .* cannot reach the master at 127.0.0.1:{master}"):
+    with pytest.raises(
+        StartError, match=f"rank 1 on host .* cannot reach the master at 127.0.0.1:{master} within .*refused"
+    ):
         meet(1, 2, 1)
 
 
 def test_a_port_that_is_taken_is_named(master):
     with (
         socket.create_server(("0.0.0.0", master)),
-        pytest.raises(StartError, match=f"port at 127.0.0.1:{master}"),
+        pytest.raises(StartError, match=f"store of ours at 127.0.0.1:{master} .*MASTER_PORT"),
     ):
         meet(0, 2, 1)
 
