@@ -6,6 +6,7 @@ Heavy libraries are imported inside the commands, so that `headway --help` answe
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Annotated
 
@@ -320,7 +321,19 @@ def main() -> None:
     except Exception as error:
         if "--debug" in sys.argv:
             raise
-        sys.exit(explain(error))
+        code = explain(error)
+        leave_at_once(error, code)
+        sys.exit(code)
+
+
+def leave_at_once(error: Exception, code: int) -> None:
+    """End without the destructors of process groups, which may wait for a rank that is lost."""
+    from headway.pretrain.errors import LostRanksError, StartError
+
+    if isinstance(error, LostRanksError | StartError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def explain(error: Exception) -> int:

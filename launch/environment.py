@@ -67,7 +67,8 @@ def _complete(environment: Mapping[str, str], source: str) -> Ranks | None:
     names = COMPLETE[source]
     if any(name not in environment for name in names):
         return None
-    return Ranks(*(number(environment, name) for name in names), source=source)
+    rank, world, local_rank, local_world = (number(environment, name) for name in names)
+    return Ranks(rank, world, local_rank, local_world, source)
 
 
 def _plain(environment: Mapping[str, str]) -> Ranks | None:
@@ -86,8 +87,8 @@ def _srun(environment: Mapping[str, str]) -> Ranks | None:
     """A task of a step. A batch script's own shell has SLURM_NTASKS and SLURM_PROCID, but no SLURM_STEP_ID."""
     if any(name not in environment for name in ("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID")):
         return None
-    names = "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"  # the second may be the whole job's
-    world = next((number(environment, name) for name in names if name in environment), None)
+    sizes = "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"  # the second may be the whole job's
+    world = next((number(environment, name) for name in sizes if name in environment), None)
     if world is None:
         return None
     rank, local_rank = number(environment, "SLURM_PROCID"), number(environment, "SLURM_LOCALID")

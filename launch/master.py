@@ -24,12 +24,24 @@ def set_master(ranks: Ranks, environment: MutableMapping[str, str] = os.environ)
     """Set MASTER_ADDR and MASTER_PORT, where they are not, for ranks that will meet.
 
     Raises:
-        JobError: there are several hosts, and nothing says which one is the first.
+        JobError: there are several hosts, and nothing says which one is the first; or torchrun would start ranks again
+            that then read what those before them said.
     """
+    refuse_stale_store(environment)
     if ranks.spread:
         address = environment.get("MASTER_ADDR") or find_address(ranks, environment)
         environment["MASTER_PORT"] = str(number(environment, "MASTER_PORT", find_port(ranks, environment)))
         environment["MASTER_ADDR"] = address
+
+
+def refuse_stale_store(environment: Mapping[str, str]) -> None:
+    """torchrun lends its own store to all attempts: ranks that it starts again find the addresses of the dead there."""
+    restarts, lent = number(environment, "TORCHELASTIC_MAX_RESTARTS", 0), "TORCHELASTIC_USE_AGENT_STORE"
+    if restarts and environment.get(lent) == "True":
+        rule = "ranks that torchrun starts again would read where the dead ones were"
+        raise JobError(
+            "torchrun --max-restarts", restarts, rule, "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+        )
 
 
 def find_address(ranks: Ranks, environment: Mapping[str, str]) -> str:

@@ -64,6 +64,7 @@ def train(
     with ExitStack() as stack:
         world = join(resolved.job)
         stack.push(partial(leave, world))
+        stack.enter_context(world.named(lambda: "beside the steps (start, evaluation, report)"))
         if fresh and world.main and (aside := set_aside(folder)):
             print(f"{folder} was set aside as {aside}")
         world.meet()
@@ -234,7 +235,8 @@ def train_and_save(
         show_samples=partial(show_samples, parts, recorder),
     )
     try:
-        trainer.run(done)
+        with world.named(lambda: f"step {trainer.step}"):
+            trainer.run(done)
     finally:
         saver.close()
         if trainer.ledger:

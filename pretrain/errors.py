@@ -54,6 +54,14 @@ class DivergenceError(HeadwayError):
     """Ranks that should hold equal bits do not; names ranks, tensors and the step."""
 
 
+class StartError(HeadwayError):
+    """The ranks of a run did not find each other; names the ranks that are missing, or the master."""
+
+
+class LostRanksError(HeadwayError):
+    """A collective failed; names the step, this rank and the ranks and hosts that do not answer."""
+
+
 class Interrupted(HeadwayError):
     """The run was asked to stop (signal, preemption), has saved its state and can be started again."""
 

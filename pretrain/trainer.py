@@ -83,6 +83,8 @@ class Trainer:
     memory: Callable[[], float]
     ledger: Ledger | None = None
     show_samples: Callable[[int], None] | None = None
+    step: int = 0
+    """The step that is being done, from 1."""
 
     def run(self, done: int) -> None:
         """Train from step `done` on.
@@ -119,8 +121,8 @@ class Trainer:
     def _step(self, step: int) -> bool:
         """One step, its record, and the evaluation after it; whether any rank was asked to stop."""
         begin = time.perf_counter()
+        number = self.step = step + 1
         batch = next(self.batches)
-        number = step + 1
         watch = None
         if self.recorder.wants_histograms(number):
             watch = partial(self.recorder.histograms, number)

@@ -75,6 +75,8 @@ class Parallel(Section):
     """Steps between checks that replicas hold the same bits; 0 makes none."""
     timeout: Positive = 600
     """Seconds that a collective may take."""
+    start_timeout: Positive = 300
+    """Seconds within which all ranks must have come."""
     teacher: TeacherLayout = TeacherLayout()
 
 

@@ -158,6 +158,13 @@ def test_mpi_on_several_hosts_needs_to_be_told_where(environment):
     assert environment["MASTER_PORT"] == "29500"
 
 
+def test_restarts_by_torchrun_need_a_store_of_their_own():
+    environment = TORCHRUN | {"MASTER_ADDR": "a", "MASTER_PORT": "1", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    set_master(find_ranks(environment), environment | {"TORCHELASTIC_USE_AGENT_STORE": "False"})
+    with pytest.raises(JobError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        set_master(find_ranks(environment), environment | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
+
+
 @pytest.mark.parametrize("given", [["--nproc", "4"], ["--nproc=4"]])
 def test_ranks_get_the_command_line_without_nproc(given):
     assert without_nproc(["train", "gpt/tiny", *given, "--set", "a=b"]) == [
