@@ -10,6 +10,8 @@ import torch
 
 from headway.kernels.attention.choose import choose
 from headway.launch.environment import find_ranks
+from headway.launch.master import set_master
+from headway.launch.signals import end_with_launcher
 from headway.launch.teacher import find_teacher, give_head, hire, shape_of
 from headway.launch.teacher_cache import check_cache, open_cache, read_beside, shape_in
 from headway.launch.teacher_source import TeacherSource
@@ -103,11 +105,13 @@ def run_folder(job: Job) -> Path:
 def join(job: Job) -> World:
     """Find the ranks, lay them out, check what the engine can do, and join them."""
     ranks = find_ranks()
+    end_with_launcher(ranks)
     layout = mesh.lay_out(job.parallel, mesh.students(job, ranks.world))
     device = devices.choose_device(job.parallel.device, ranks.local_rank)
     capabilities.check(job, layout, device.type)
     rows_per_micro_batch(job, layout.data)
     backend = devices.choose_backend(device, job.parallel.backend)
+    set_master(ranks)
     return mesh.start(job, layout, ranks.rank, ranks.world, ranks.local_rank, device, backend)
 
 

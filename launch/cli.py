@@ -6,6 +6,7 @@ Heavy libraries are imported inside the commands, so that `headway --help` answe
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Annotated
 
@@ -76,6 +77,39 @@ def look(run_path: RunPath, debug: Debug = False) -> None:
     from headway.launch import run
 
     run.look(run_path)
+
+
+@app.command()
+def watch(
+    paths: Annotated[
+        list[str] | None, typer.Argument(help="Run folders, or folders of runs; runs/ if none is given.")
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="Show them as they are now, and end.")] = False,
+    interval: Annotated[float, typer.Option(help="Seconds between looks.", min=0.1)] = 2.0,
+    svg: Annotated[str | None, typer.Option(help="Write the picture to this file, and end.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Show runs on the terminal as they go: of one its curves, speed, checkpoints and events; of several a line each.
+
+    Reads the run folders alone: also runs on other machines can be watched that share the file system. Ends by itself
+    when all runs are over; prints once where there is no terminal."""
+    from headway.launch import watch as view
+
+    view.watch(paths or ["runs"], once=once, interval=interval, svg=svg)
+
+
+@app.command()
+def card(
+    run_path: RunPath,
+    out: Annotated[
+        str | None, typer.Option("--out", help="Folder to write into; the run's if left out.", metavar="DIR")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write a run's MODEL_CARD.md (Hugging Face's format), DATA_SHEET.md and loss curve from its records."""
+    from headway.launch import card as cards
+
+    cards.write(run_path, out)
 
 
 @data.command("build")
@@ -287,15 +321,30 @@ def main() -> None:
     except Exception as error:
         if "--debug" in sys.argv:
             raise
-        sys.exit(explain(error))
+        code = explain(error)
+        leave_at_once(error, code)
+        sys.exit(code)
+
+
+def leave_at_once(error: Exception, code: int) -> None:
+    """End without the destructors of process groups, which may wait for a rank that is lost."""
+    from headway.pretrain.errors import LostRanksError, StartError
+
+    if isinstance(error, LostRanksError | StartError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def explain(error: Exception) -> int:
     """Print an error as one message that names the rank, if there are several; returns the exit code."""
-    from headway.launch.environment import find_ranks
-    from headway.pretrain.errors import HeadwayError, Interrupted
+    from headway.launch.environment import Ranks, find_ranks
+    from headway.pretrain.errors import HeadwayError, Interrupted, JobError
 
-    ranks = find_ranks()
+    try:
+        ranks = find_ranks()
+    except JobError:  # the error itself, or told after it is mended
+        ranks = Ranks()
     who = f"headway (rank {ranks.rank})" if ranks.spread else "headway"
     if not isinstance(error, HeadwayError):
         first = (str(error).strip().splitlines() or ["no message"])[0]

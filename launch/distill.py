@@ -89,6 +89,7 @@ def cache(recipes: Sequence[str], sets: Sequence[str], out: str, dtype: str = "a
     with ExitStack() as stack:
         world = join(resolved.job)
         stack.callback(mesh.stop)
+        stack.enter_context(world.named(lambda: "writing the cache"))
         maker = Maker(resolved, world, Path(out), dtype)
         stack.callback(maker.loader.close)
         maker.make(stack.enter_context(StopRequest()))

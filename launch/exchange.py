@@ -10,8 +10,9 @@ import torch
 import yaml
 from torch import Tensor
 
+from headway.launch.card import write_for_export
 from headway.launch.companions import find_specials, special_ids, write_companions
-from headway.launch.start_from import fill, find_checkpoint, is_weight
+from headway.launch.start_from import AVERAGE, fill, find_checkpoint, is_weight
 from headway.parallel.checkpoint.load import load
 from headway.parallel.checkpoint.manifest import Manifest, read_manifest
 from headway.parallel.checkpoint.save import Checkpointer
@@ -26,9 +27,6 @@ from headway.pretrain.hf.tokenizers import copy_tokenizer, find_tokenizer
 from headway.pretrain.hf.writing import inputs_of, write_folder
 from headway.pretrain.objectives import build_objective
 from headway.pretrain.recipe import validate
-
-AVERAGE = "ema."
-"""How names of averaged weights begin (optimizer.ema)."""
 
 
 def import_model(kind: str, source: str, out: str | None) -> None:
@@ -128,6 +126,7 @@ def export_model(place: str, kind: str, to: str, average: bool = False) -> None:
     ids = special_ids(job, specials) if specials else {}
     write_folder(target, job, Lazy(frozenset(tensors), tensors.__getitem__), shapes, ids)
     notes += write_companions(target, job, specials, file)
+    notes += [note] if (note := write_for_export(path, target, average)) else []
     if not average and any(name.startswith(AVERAGE) for name in manifest.tensors):
         notes.append("these are the weights; evaluation uses their averages, which --average exports")
     for note in notes:

@@ -1,4 +1,9 @@
-"""Several ranks on this machine, through torchrun's agent."""
+"""Several ranks on this machine, through torchrun's agent.
+
+What a caller sees of `headway train R --nproc N`: 0, 2, 70 or 75, as of one rank. Of `torchrun --no-python headway
+train R` it sees less: the agent ends with 1 whatever the ranks' codes were (it prints them, and signals), so that 75
+cannot be told from 70. A batch script that is queued again on 75 starts its ranks by srun or mpirun instead.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +11,16 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 import uuid
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from headway.pretrain.errors import HeadwayError, Interrupted, JobError
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
 class RankFailed(HeadwayError):
@@ -20,8 +30,11 @@ class RankFailed(HeadwayError):
 def start(ranks: int, arguments: list[str]) -> None:
     """Run `headway ARGUMENTS` as `ranks` local processes; returns when all are done.
 
+    A signal to this process goes on to all ranks, which save and stop.
+
     Raises:
-        JobError, Interrupted, RankFailed: with the exit code of the rank that failed first.
+        Interrupted: all ranks saved and stopped.
+        RankFailed: names the rank that failed first, and the signal if one ended it.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -31,6 +44,7 @@ def start(ranks: int, arguments: list[str]) -> None:
     # Workers read a peer's old address if the agent lends them its rendezvous store; and fewer threads each.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")  # seconds for ranks to save before SIGKILL
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -44,18 +58,32 @@ def start(ranks: int, arguments: list[str]) -> None:
     try:
         elastic_launch(config, headway_script())(*without_nproc(arguments))
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        _raise(code)
+        raise told(error) from None
     except SignalException as error:
         raise Interrupted(f"stopped by {signal.Signals(error.sigval).name}; start again to go on") from None
 
 
-def _raise(code: int) -> None:
-    if code == Interrupted.exit_code:
-        raise Interrupted("all ranks saved and stopped; start again to go on")
-    failed = RankFailed(f"a rank ended with exit code {code}; its message stands above")
-    failed.exit_code = JobError.exit_code if code == JobError.exit_code else failed.exit_code
-    raise failed
+MEANINGS = {
+    signal.SIGKILL: "often: out of memory, see the kernel's log",
+    signal.SIGABRT: "NCCL's watchdog does so when a collective takes too long, its message stands above",
+}
+"""What the signals that end ranks often mean."""
+
+
+def told(error: ChildFailedError) -> HeadwayError:
+    """What the end of the ranks means: that of the rank that was killed, if one was, else of the first that failed."""
+    killed = {rank: f for rank, f in error.failures.items() if f.exitcode < 0}
+    rank, failure = next(iter(killed.items())) if killed else error.get_first_failure()
+    if failure.exitcode == Interrupted.exit_code:
+        return Interrupted("all ranks saved and stopped; start again to go on")
+    here = f"rank {rank} on host {socket.gethostname()}"
+    if failure.exitcode < 0:
+        number = signal.Signals(-failure.exitcode)
+        meaning = f" ({MEANINGS[number]})" if number in MEANINGS else ""
+        return RankFailed(f"{here} was killed by {number.name}{meaning}")
+    failed = RankFailed(f"{here} ended with exit code {failure.exitcode}; its message stands above")
+    failed.exit_code = JobError.exit_code if failure.exitcode == JobError.exit_code else failed.exit_code
+    return failed
 
 
 def headway_script() -> str:

@@ -9,10 +9,14 @@ from pathlib import Path
 
 from headway.launch import saving
 from headway.launch.assemble import Parts, assemble, choose_hardware, join, run_folder
-from headway.launch.environment import incarnation
+from headway.launch.energy import RunEnergy
+from headway.launch.environment import this_start
+from headway.launch.facts import data, facts
 from headway.launch.finish import Finished, finish, heldout_values, report
 from headway.launch.ledger import open_ledger
+from headway.launch.place import find_place
 from headway.launch.resume import check_resumable, keep_choices, set_aside
+from headway.launch.samples import show_samples
 from headway.launch.signals import StopRequest
 from headway.launch.teacher import begin_with, teach
 from headway.parallel import mesh
@@ -22,13 +26,14 @@ from headway.parallel.engines import capabilities
 from headway.parallel.mesh import World
 from headway.pretrain import device as devices
 from headway.pretrain.config import Job
-from headway.pretrain.errors import HeadwayError, Interrupted, JobError
+from headway.pretrain.errors import FencedError, HeadwayError, Interrupted, JobError
 from headway.pretrain.files import publish
 from headway.pretrain.inert import inert, refuse_inert
 from headway.pretrain.recipe import Resolved, dump, load_job, resolve
+from headway.pretrain.records.backends import check_backends
 from headway.pretrain.records.metrics import peak_memory_gib
 from headway.pretrain.records.records import Recorder, open_records
-from headway.pretrain.trainer import Trainer
+from headway.pretrain.trainer import Agreement, Trainer
 
 
 def check(recipes: Sequence[str], sets: Sequence[str], ranks: int, device: str | None = None) -> None:
@@ -39,6 +44,7 @@ def check(recipes: Sequence[str], sets: Sequence[str], ranks: int, device: str |
     """
     resolved = resolve(recipes, sets)
     refuse_inert(resolved)
+    check_backends(resolved.job.tracking.backends)
     layout = mesh.lay_out(resolved.job.parallel, mesh.students(resolved.job, ranks))
     device = device or devices.choose_device(resolved.job.parallel.device).type
     capabilities.check(resolved.job, layout, device)
@@ -53,10 +59,12 @@ def train(
     when all is trained and is no longer heeded here."""
     resolved = resolve(recipes, sets)
     refuse_inert(resolved)
+    check_backends(resolved.job.tracking.backends)
     folder = run_folder(resolved.job)
     with ExitStack() as stack:
         world = join(resolved.job)
         stack.push(partial(leave, world))
+        stack.enter_context(world.named(lambda: "beside the steps (start, evaluation, report)"))
         if fresh and world.main and (aside := set_aside(folder)):
             print(f"{folder} was set aside as {aside}")
         world.meet()
@@ -115,6 +123,12 @@ def tell(parts: Parts, notes: Sequence[str]) -> None:
 
 
 def run(parts: Parts, folder: Path, stop: StopRequest) -> None:
+    """Take over the folder, restore, train, evaluate, report."""
+    with open_checkpoints(parts, folder) as checkpointer:  # before one is chosen: none is published meanwhile
+        go_on(parts, folder, stop, checkpointer)
+
+
+def go_on(parts: Parts, folder: Path, stop: StopRequest, checkpointer: Checkpointer) -> None:
     """Restore, train, evaluate, report."""
     job, world = parts.job, parts.world
     path, warnings = saving.choose(folder / "checkpoints", world)
@@ -135,35 +149,76 @@ def run(parts: Parts, folder: Path, stop: StopRequest) -> None:
         if world.main:
             Finished.read(folder).show(f"{folder} is complete at step {done}")
         return
-    recorder = open_records(folder, job, start_step=done, rank=world.rank)
+    where, told, energy = find_place(parts, path), facts(parts), RunEnergy(job, world)
+    recorder = open_records(folder, job, start_step=done, rank=world.rank, place=where, facts=told)
+    recorder.event("data", **data(parts.dataset))
+    energy.tell(recorder)
     for warning in warnings:
         recorder.event("warning", message=warning)
     status = "failed"
     try:
-        train_and_save(parts, folder, recorder, stop, done)
-        finished = finish(parts, folder, recorder)
+        train_and_save(parts, folder, recorder, stop, checkpointer, energy, done)
+        agree(
+            world, stop, checkpointer, energy
+        )  # too late to stop, but not to leave the report to a successor
+        finished = finish(parts, folder, recorder, energy)
         status = "done"
     except Interrupted:
         status = "stopped"
+        energy.end()
+        raise
+    except FencedError:
+        status = "fenced"
+        raise
+    except Exception as error:
+        recorder.event("failure", error=type(error).__name__, message=str(error))
         raise
     finally:
+        energy.close()
         recorder.close(status, finished.summary if status == "done" else None)
     if world.main:
         finished.show(f"{folder} is complete at step {job.train.steps}")
 
 
-def train_and_save(parts: Parts, folder: Path, recorder: Recorder, stop: StopRequest, done: int) -> None:
-    """The training loop with its checkpoints; state is saved before an interruption is passed on."""
-    job, world = parts.job, parts.world
-    checkpointer = Checkpointer(
+def open_checkpoints(parts: Parts, folder: Path) -> Checkpointer:
+    """Become the owner of a run's folder; collective."""
+    job = parts.job
+    return Checkpointer(
         folder / "checkpoints",
         background=job.checkpoint.background,
         keep_last=job.checkpoint.keep_last,
         keep_every=job.checkpoint.keep_every,
-        incarnation=incarnation(),
-        group=world.everyone,
+        start=this_start(),
+        group=parts.world.everyone,
         timeout=job.parallel.timeout / 2,  # the others wait for rank 0 in a collective meanwhile
     )
+
+
+def agree(world: World, stop: StopRequest, checkpointer: Checkpointer, energy: RunEnergy) -> Agreement:
+    """Whether any rank was asked to stop, and what all used since: one all-reduce.
+
+    Raises:
+        FencedError: another start of this run has taken over its folder, on all ranks.
+    """
+    fenced = checkpointer.fenced() if world.main else None
+    mine = float(stop.asked), float(fenced is not None), energy.take()
+    stops, fences, joules = world.sum(*mine, along=mesh.AXES)
+    if fences:
+        raise fenced or FencedError("rank 0 found that another start of this run owns its folder")
+    return Agreement(stops > 0, energy.of_all(joules))
+
+
+def train_and_save(
+    parts: Parts,
+    folder: Path,
+    recorder: Recorder,
+    stop: StopRequest,
+    checkpointer: Checkpointer,
+    energy: RunEnergy,
+    done: int,
+) -> None:
+    """The training loop with its checkpoints; state is saved before an interruption is passed on."""
+    job, world = parts.job, parts.world
     saver = saving.Saver(checkpointer, parts, recorder)
     trainer = Trainer(
         job=job,
@@ -173,13 +228,15 @@ def train_and_save(parts: Parts, folder: Path, recorder: Recorder, stop: StopReq
         yardstick=parts.yardstick,
         saver=saver,
         evaluate=partial(heldout_values, parts),
-        stop_asked=lambda: world.any(stop.asked),
+        agree=partial(agree, world, stop, checkpointer, energy),
         name_samples=parts.name_samples,
         memory=partial(peak_memory_gib, world.device),
         ledger=open_ledger(parts, folder, recorder, done),
+        show_samples=partial(show_samples, parts, recorder),
     )
     try:
-        trainer.run(done)
+        with world.named(lambda: f"step {trainer.step}"):
+            trainer.run(done)
     finally:
         saver.close()
         if trainer.ledger:

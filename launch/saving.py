@@ -17,7 +17,7 @@ from headway.parallel.checkpoint.verify import newest_good
 from headway.parallel.engines.native import NativeEngine
 from headway.parallel.mesh import AXES, World
 from headway.pretrain.engine import State
-from headway.pretrain.errors import CheckpointError
+from headway.pretrain.errors import CheckpointError, FencedError
 from headway.pretrain.records.records import Recorder
 
 
@@ -42,7 +42,9 @@ class Saver:
         self._told = len(self.checkpointer.published)
         while self.checkpointer.problems:
             problem = self.checkpointer.problems.pop(0)
-            self.recorder.event("warning", message=f"no checkpoint: {problem}")
+            if isinstance(problem.__cause__, FencedError):
+                continue  # the records are another start's now; the run ends after this step
+            self.recorder.event("warning", message=f"no checkpoint: {problem}", about="checkpoint")
 
     def finish(self) -> bool:
         """Wait until nothing is being written; whether the last save was published. Collective."""

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
+import sys
+from contextlib import suppress
 from types import FrameType
+
+from headway.launch.environment import Ranks
 
 ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -27,3 +32,14 @@ class StopRequest:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
+
+
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_launcher(ranks: Ranks) -> None:
+    """Have Linux send this rank a SIGTERM when the process that started it dies: a rank whose launcher was killed saves
+    and stops, and does not live on unseen. Of ranks that were started by hand nobody is the launcher."""
+    if ranks.source in ("torchrun", "Open MPI", "MPICH", "srun") and sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))

@@ -26,6 +26,8 @@ VOCABULARY = ("model.embed.tokens.weight", "head.weight", "head.extra", "head.bi
 """Tensors with a row for every piece. Published ones may have more rows than the tokenizer has pieces."""
 HEADS = ("head.", "head_distill.", "pair.", "decoder.", "model.pooler.")
 """What an objective adds to a model: another objective may lack it, or begin with its initial weights."""
+AVERAGE = "ema."
+"""How names of averaged weights begin (optimizer.ema)."""
 WEIGHTS = ("model.", *HEADS)
 """How names of weights begin; moments of optimizers and averages have other names."""
 

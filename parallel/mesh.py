@@ -7,7 +7,8 @@ order, with shard x context x tensor cut into copies x expert.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -15,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from headway.parallel.peers import Peers
+from headway.parallel.roll import meet
 from headway.pretrain.config import Job, Parallel
 from headway.pretrain.data.ramp import BatchSizes
 from headway.pretrain.errors import JobError
@@ -179,6 +182,8 @@ class World:
     """Whether these ranks are a teacher's alone."""
     between: dist.ProcessGroup | None = None
     """All ranks of a run whose teacher has some of its own, over gloo: in it a side waits for the other."""
+    peers: Peers | None = None
+    """All ranks of the run as hosts on a network; None where tests have made the process group."""
 
     @property
     def main(self) -> bool:
@@ -218,6 +223,10 @@ class World:
         """Whether any rank says so; all ranks learn the same answer."""
         return flag if self.size == 1 else self.sum(float(flag), along=AXES)[0] > 0
 
+    def named(self, where: Callable[[], str]) -> AbstractContextManager[None]:
+        """Name who was lost if a collective in the block fails; `where` says what was being done."""
+        return self.peers.named(where) if self.peers else nullcontext()
+
     def meet(self) -> None:
         """Wait for all ranks of the run, a teacher's too."""
         if dist.is_initialized():
@@ -231,23 +240,44 @@ class World:
 def start(
     job: Job, layout: Layout, rank: int, size: int, local_rank: int, device: torch.device, backend: str
 ) -> World:
-    """Join the other ranks (MASTER_ADDR and MASTER_PORT say where) and build the mesh."""
-    mesh = experts = None
+    """Join the other ranks (MASTER_ADDR and MASTER_PORT say where) and build the mesh.
+
+    Raises:
+        StartError: ranks are missing after `parallel.start_timeout` seconds, or the master is.
+        JobError: two ranks have the same GPU.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if size > 1:
-        if not dist.is_initialized():
-            timeout = timedelta(seconds=job.parallel.timeout)
-            dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
-        if theirs := apart(job):
-            return _start_apart(job, layout, rank, (size - theirs, theirs), local_rank, device, backend)
-        mesh = _mesh(device.type, layout)
-        if layout.expert > 1:
-            shape = (layout.pipeline, layout.replicate, layout.fold // layout.expert, layout.expert)
-            names = ("pipeline", "replicate", "copies", "expert")
-            experts = init_device_mesh(device.type, shape, mesh_dim_names=names)
-            experts["copies", "expert"]._flatten("experts")  # sums along both then take one all-reduce
+    if size == 1:
+        return World(rank, size, local_rank, device, backend, layout, None)
+    if dist.is_initialized():
+        return _start(job, layout, rank, size, local_rank, device, backend)
+    peers = meet(rank, size, job.parallel.start_timeout, _gpu(device) if backend == "nccl" else "")
+    with peers.named(lambda: "connecting to the others"):
+        timeout = timedelta(seconds=job.parallel.timeout)
+        store = dist.PrefixStore("groups", peers.store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        return replace(_start(job, layout, rank, size, local_rank, device, backend), peers=peers)
+
+
+def _start(
+    job: Job, layout: Layout, rank: int, size: int, local_rank: int, device: torch.device, backend: str
+) -> World:
+    """Build the mesh, and with it the process groups of its axes."""
+    if theirs := apart(job):
+        return _start_apart(job, layout, rank, (size - theirs, theirs), local_rank, device, backend)
+    experts, mesh = None, _mesh(device.type, layout)
+    if layout.expert > 1:
+        shape = (layout.pipeline, layout.replicate, layout.fold // layout.expert, layout.expert)
+        names = ("pipeline", "replicate", "copies", "expert")
+        experts = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        experts["copies", "expert"]._flatten("experts")  # sums along both then take one all-reduce
     return World(rank, size, local_rank, device, backend, layout, mesh, experts)
+
+
+def _gpu(device: torch.device) -> str:
+    """What tells a GPU from all others of its host."""
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 PATIENCE = timedelta(days=7)

@@ -66,8 +66,15 @@ _PEAKS: list[tuple[str, dict[str, float]]] = [
 ]
 
 
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+"""Variables by which a launcher shows a process some of a host's GPUs."""
+
+
 def choose_device(requested: str = "auto", local_rank: int = 0) -> torch.device:
     """The device of this rank: `auto` is a GPU of its own where torch sees one, else the CPU.
+
+    A launcher may show each rank only its own GPU (`srun --gpus-per-task=1`): that is then the device, whatever
+    the rank's number. Ranks that are shown the same one are refused when they meet.
 
     Raises JobError if CUDA was asked for and is missing, or if the host has fewer GPUs than ranks.
     """
@@ -79,6 +86,8 @@ def choose_device(requested: str = "auto", local_rank: int = 0) -> torch.device:
             raise JobError("parallel.device", requested, rule, "cpu")
         return torch.device("cpu")
     count = torch.cuda.device_count()
+    if count == 1 and any(name in os.environ for name in VISIBLE):
+        return torch.device("cuda", 0)
     if local_rank >= count:
         rule = f"every process of a host needs a GPU of its own: process {local_rank} finds {count}"
         raise JobError("parallel.device", requested, rule, f"cpu, or at most {count} processes on this host")

@@ -38,6 +38,10 @@ class CheckpointError(HeadwayError):
     """A checkpoint that cannot be read or written; names the file and what was found in it."""
 
 
+class FencedError(CheckpointError):
+    """Another start of this run has taken over its folder; names that start."""
+
+
 class NonFiniteError(HeadwayError):
     """The loss or the gradient is not finite; names the step and the samples of the batch."""
 
@@ -48,6 +52,14 @@ class LedgerError(HeadwayError):
 
 class DivergenceError(HeadwayError):
     """Ranks that should hold equal bits do not; names ranks, tensors and the step."""
+
+
+class StartError(HeadwayError):
+    """The ranks of a run did not find each other; names the ranks that are missing, or the master."""
+
+
+class LostRanksError(HeadwayError):
+    """A collective failed; names the step, this rank and the ranks and hosts that do not answer."""
 
 
 class Interrupted(HeadwayError):

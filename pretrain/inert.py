@@ -162,10 +162,46 @@ RULES: list[Rule] = [
         lambda j: not j.objective.distill.logits.hard,
         "objective.distill.logits.hard: labels have the cross-entropy",
     ),
-    ("tracking.project", lambda j: j.tracking.wandb != "off", "tracking.wandb is off"),
-    ("tracking.group", lambda j: j.tracking.wandb != "off", "tracking.wandb is off"),
-    ("tracking.tags", lambda j: j.tracking.wandb != "off", "tracking.wandb is off"),
-    ("tracking.histograms_every", lambda j: j.tracking.wandb != "off", "tracking.wandb is off"),
+    (
+        "tracking.prometheus.",
+        lambda j: "prometheus" in j.tracking.backends,
+        "tracking.backends has no prometheus",
+    ),
+    *(
+        (
+            f"tracking.{name}",
+            lambda j: j.tracking.wandb != "off" or "tensorboard" in j.tracking.backends,
+            "tracking.wandb is off, and tracking.backends has no tensorboard",
+        )
+        for name in ("histograms_every", "samples_every")
+    ),
+    *(
+        (f"tracking.{name}", lambda j: j.tracking.wandb != "off", "tracking.wandb is off")
+        for name in (
+            "entity",
+            "project",
+            "group",
+            "job_type",
+            "tags",
+            "notes",
+            "x_axis",
+            "alerts",
+            "exporters",
+        )
+    ),
+    (
+        "tracking.energy.watts",
+        lambda j: j.tracking.energy.source in ("auto", "tdp"),
+        "tracking.energy.source estimates nothing",
+    ),
+    *(
+        (
+            f"tracking.energy.{name}",
+            lambda j: j.tracking.energy.source != "off",
+            "tracking.energy.source is off",
+        )
+        for name in ("pue", "grid")
+    ),
 ]
 
 

@@ -10,10 +10,24 @@ from typing import Protocol
 
 from headway.pretrain.config import Job
 from headway.pretrain.data.ledger import Ledger
+from headway.pretrain.energy.counter import Reading
 from headway.pretrain.engine import Batch, Engine, StepResult
 from headway.pretrain.errors import Interrupted, NonFiniteError
 from headway.pretrain.records.metrics import step_values
 from headway.pretrain.records.records import Recorder
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks tell each other at the end of a step.
+
+    Attributes:
+        stop: whether any was asked to stop.
+        energy: of all ranks together, since they last agreed; None where none is measured.
+    """
+
+    stop: bool
+    energy: Reading | None = None
 
 
 class Saver(Protocol):
@@ -50,10 +64,11 @@ class Trainer:
         batches: endless iterator over this rank's rows of successive global batches.
         saver: writes checkpoints.
         evaluate: held-out loss on at most that many rows (None: all), in nats a token.
-        stop_asked: whether any rank was asked to stop; equal on all ranks.
+        agree: what all ranks learn of each other after each step; equal on all ranks.
         name_samples: names of the samples of the last global batch, for error messages.
         memory: peak memory of this process so far, in GiB.
         ledger: is told which samples steps used; on the rank that writes records.
+        show_samples: tells the recorder what the model does with samples after a step.
     """
 
     job: Job
@@ -63,10 +78,13 @@ class Trainer:
     yardstick: Yardstick
     saver: Saver
     evaluate: Callable[[int | None], dict[str, float]]
-    stop_asked: Callable[[], bool]
+    agree: Callable[[], Agreement]
     name_samples: Callable[[], str]
     memory: Callable[[], float]
     ledger: Ledger | None = None
+    show_samples: Callable[[int], None] | None = None
+    step: int = 0
+    """The step that is being done, from 1."""
 
     def run(self, done: int) -> None:
         """Train from step `done` on.
@@ -80,13 +98,13 @@ class Trainer:
         if done == 0 and self.job.train.eval_every:
             self.recorder.event("eval", **self.evaluate(self.job.train.eval_rows))
         for step in range(done, steps):
-            self._step(step)
+            stop = self._step(step)
             self.saver.poll()
             finished = step + 1
             if every and finished % every == 0 and finished < steps:
                 self.saver.save(finished)
                 saved = finished
-            if self.stop_asked():
+            if stop:
                 if saved != finished:
                     self.saver.save(finished)
                 raise Interrupted(self._last_word(finished))
@@ -100,10 +118,11 @@ class Trainer:
             return f"asked to stop: saved after {place}; start again to go on"
         return f"asked to stop after {place}, which could not be saved; start again to go on from the checkpoint before"
 
-    def _step(self, step: int) -> None:
+    def _step(self, step: int) -> bool:
+        """One step, its record, and the evaluation after it; whether any rank was asked to stop."""
         begin = time.perf_counter()
+        number = self.step = step + 1
         batch = next(self.batches)
-        number = step + 1
         watch = None
         if self.recorder.wants_histograms(number):
             watch = partial(self.recorder.histograms, number)
@@ -113,12 +132,18 @@ class Trainer:
             raise NonFiniteError(f"{error}; samples: {self.name_samples()}") from None
         if self.ledger:
             self.ledger.step(number, result.used)
-        self.recorder.step(self._values(step, result, time.perf_counter() - begin))
+        seconds = time.perf_counter() - begin
+        agreed = self.agree()
+        self.recorder.step(self._values(step, result, seconds, agreed.energy))
         every = self.job.train.eval_every
         if every and number % every == 0 and number < self.job.train.steps:
             self.recorder.event("eval", **self.evaluate(self.job.train.eval_rows))
+        every = self.job.tracking.samples_every
+        if self.show_samples and every and number % every == 0 and number < self.job.train.steps:
+            self.show_samples(number)
+        return agreed.stop
 
-    def _values(self, step: int, result: StepResult, seconds: float) -> dict:
+    def _values(self, step: int, result: StepResult, seconds: float, energy: Reading | None) -> dict:
         return step_values(
             step + 1,
             result,
@@ -127,4 +152,5 @@ class Trainer:
             flops=result.rows * self.yardstick.flops_per_row,
             peak=self.yardstick.peak,
             memory_gib=self.memory(),
+            energy=energy,
         )

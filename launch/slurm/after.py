@@ -193,14 +193,15 @@ def first_to_end(code: int, log: str) -> tuple[int, list[str]]:
     """The code of the rank that ended first by itself, and its node, as srun tells them in the job's log.
 
     srun itself gives the highest code, which may be that of ranks that it ended thereafter. Those that fail next fail
-    because the first one is gone.
+    because the first one is gone; and where ranks of several nodes fail at once, none of these is to blame.
     """
     for node, how in _SAID.findall(log):
         if how == _BY_SRUN:
             continue
+        blamed = [] if set(node) & set("[,") else [node]
         if found := _CODE.match(how):
-            return int(found[1]), [node]
-        return (128 + 10 if how == _BY_USR1 else max(code, HeadwayError.exit_code)), [node]
+            return int(found[1]), blamed
+        return (128 + 10 if how == _BY_USR1 else max(code, HeadwayError.exit_code)), blamed
     return code, []
 
 

@@ -31,7 +31,7 @@ class Request(Section):
     reservation: str | None = None
     exclude: str | None = None
     """Nodes that are not to be used, as Slurm lists them: `node[3,7]`."""
-    time: str = "24:00:00"
+    time: str | Positive = "24:00:00"
     """How long the job may run: `minutes`, `h:mm:ss` or `days-h:mm:ss`."""
     signal_before: Positive | None = None
     """Seconds before that time at which the ranks are asked to save; 300, or a tenth of a shorter time, if not
@@ -75,14 +75,14 @@ class Request(Section):
         return self.signal_before or min(300, seconds_of(self.time) // 10)
 
 
-def seconds_of(time: str) -> int:
+def seconds_of(time: str | int) -> int:
     """Seconds of a time as sbatch takes it (`sbatch --time`): minutes, minutes:seconds, hours:minutes:seconds,
     days-hours, days-hours:minutes, days-hours:minutes:seconds.
 
     Raises:
         JobError: none of these.
     """
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", str(time))
     if not found:
         raise JobError("--time", time, "must be minutes, h:mm:ss or days-h:mm:ss", "24:00:00")
     days, *parts = (int(part) if part is not None else None for part in found.groups())
@@ -106,7 +106,7 @@ def read_request(cluster: str | None, options: Mapping[str, Any]) -> Request:
         tree = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
         if not isinstance(tree, dict):
             raise JobError("--cluster", cluster, "must be a mapping of settings, as nodes: 2")
-    given = {key: value for key, value in options.items() if value}
+    given = {key: value for key, value in options.items() if value not in (None, [], {})}
     if "env" in given:
         given["env"] = {**tree.get("env", {}), **given["env"]}
     request = validate_as(Request, {**tree, **given})

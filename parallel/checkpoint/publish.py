@@ -6,63 +6,53 @@ manifest before the staging folder gets its public name, and that name is durabl
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 from pathlib import Path
-from typing import Any
 
 from headway.parallel.checkpoint.durable import (
     beside,
     exchange,
     remove_tree,
-    replace_file,
     sync_folder,
     write_new,
 )
 from headway.parallel.checkpoint.manifest import MANIFEST, Manifest
+from headway.parallel.checkpoint.owner import Owner, Start
 from headway.parallel.checkpoint.parts import part_name
 from headway.parallel.checkpoint.retention import LATEST, TRASH, discard, folder_name
 from headway.pretrain.errors import CheckpointError
 
-OWNER = "owner.json"
 STAGING = ".staging-"
 
 
 class Folder:
-    """A checkpoints folder, owned by the run that opened it last.
-
-    A node that was declared dead may still be writing when its successor starts. The successor leaves a token
-    in `owner.json`, and a run whose token has been replaced publishes nothing more.
+    """A checkpoints folder, owned by the start of the run that came last (see `owner`).
 
     Args:
         path: the folder; made by `take_over`.
         token: names this run's staging folders; equal on all its ranks.
-        incarnation: how often the job has been started (`SLURM_RESTART_COUNT`); a lower one never takes over.
+        start: which start of the job this is.
     """
 
-    def __init__(self, path: Path, token: int, incarnation: int) -> None:
-        self.path, self.token, self.incarnation = path, token, incarnation
+    def __init__(self, path: Path, token: int, start: Start) -> None:
+        self.path, self.token, self.owner = path, token, Owner(path, token, start)
 
     def staging(self, step: int, attempt: int) -> Path:
         """Where attempt number `attempt` of this run puts its files together."""
         return self.path / f"{STAGING}{folder_name(step)}-{self.token:016x}-{attempt}"
 
     def take_over(self) -> None:
-        """Become the owner and remove what dead attempts left. Raises OSError, CheckpointError."""
+        """Become the owner and remove what dead attempts left. Raises OSError, FencedError."""
         self.path.mkdir(parents=True, exist_ok=True)
-        owner = self._owner()
-        if owner.get("incarnation", 0) > self.incarnation:
-            raise self._fenced(owner)
-        me = {"incarnation": self.incarnation, "token": f"{self.token:016x}", "pid": os.getpid()}
-        replace_file(self.path / OWNER, json.dumps(me).encode())
+        self.owner.take()
         self._clean("")
 
     def open_staging(self, step: int, attempt: int) -> None:
         """Make the staging folder of an attempt and remove earlier ones. Raises OSError, CheckpointError."""
-        if not (self.path / OWNER).exists():  # someone removed the folder while the run went on
+        if not self.owner.taken():  # someone removed the folder while the run went on
             self.take_over()
-        self._check_owner()
+        self.owner.check()
         self._clean(f"-{self.token:016x}-")
         self.staging(step, attempt).mkdir()
 
@@ -73,7 +63,7 @@ class Folder:
         write_new(staging / MANIFEST, manifest.dump())
         check_sizes(staging, manifest)
         sync_folder(staging)
-        self._check_owner()
+        self.owner.check()
         final = self.path / folder_name(manifest.step)
         pointer = beside(
             self.path / LATEST, f"{final.name}\n".encode()
@@ -97,25 +87,6 @@ class Folder:
         for name in os.listdir(self.path):
             if name.startswith(TRASH) or (name.startswith(STAGING) and among in name):
                 remove_tree(self.path / name)
-
-    def _check_owner(self) -> None:
-        owner = self._owner()
-        if owner.get("token") != f"{self.token:016x}":
-            raise self._fenced(owner)
-
-    def _owner(self) -> dict[str, Any]:
-        try:
-            owner = json.loads((self.path / OWNER).read_bytes())
-        except (OSError, ValueError):
-            return {}
-        return owner if isinstance(owner, dict) else {}
-
-    def _fenced(self, owner: dict[str, Any]) -> CheckpointError:
-        return CheckpointError(
-            f"{self.path / OWNER}: another start of this run owns the folder (incarnation "
-            f"{owner.get('incarnation')}, token {owner.get('token')}; this one is incarnation "
-            f"{self.incarnation}, token {self.token:016x}). Nothing is published; stop this process."
-        )
 
 
 def new_token() -> int:

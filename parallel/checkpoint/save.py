@@ -18,13 +18,14 @@ from headway.parallel.checkpoint.durable import disk_errors, remove_tree
 from headway.parallel.checkpoint.host import HostBuffer
 from headway.parallel.checkpoint.layout import held
 from headway.parallel.checkpoint.manifest import check_json
+from headway.parallel.checkpoint.owner import Start
 from headway.parallel.checkpoint.plan import Plan, make_plan
 from headway.parallel.checkpoint.publish import Folder, new_token
 from headway.parallel.checkpoint.retention import latest, retire
 from headway.parallel.checkpoint.shards import header, write_shard
 from headway.parallel.checkpoint.team import Team
 from headway.pretrain.engine import State
-from headway.pretrain.errors import CheckpointError
+from headway.pretrain.errors import CheckpointError, FencedError
 
 
 class Work(NamedTuple):
@@ -51,7 +52,7 @@ class Checkpointer:
         background: write in a thread; `save` then returns when the copy to host memory is complete.
         keep_last: newest checkpoints that are kept.
         keep_every: checkpoints at multiples of this many steps are kept for good; 0 keeps none for good.
-        incarnation: how often the job has been restarted; fences off a predecessor that is still writing.
+        start: which start of the job this is; fences off a predecessor that is still writing.
         timeout: seconds that rank 0 waits for another rank's shard after the last one that came.
 
     Attributes:
@@ -59,7 +60,7 @@ class Checkpointer:
         published: folders that were published, in order; rank 0 only.
 
     Raises:
-        CheckpointError: the folder cannot be made or written, or a higher incarnation owns it.
+        CheckpointError: the folder cannot be made or written, or a later start of the same job owns it.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Checkpointer:
         background: bool = True,
         keep_last: int = 2,
         keep_every: int = 0,
-        incarnation: int = 0,
+        start: Start = Start(),
         timeout: float = 300.0,
     ) -> None:
         self.team = Team(group)
@@ -79,7 +80,7 @@ class Checkpointer:
         self.problems: list[CheckpointError] = []
         self.published: list[Path] = []
         token = int(self.team.gather([new_token()])[0, 0])
-        self.folder = Folder(Path(folder), token, incarnation)
+        self.folder = Folder(Path(folder), token, start)
         self._attempt = 0
         self._good = False  # this rank's share of the last save; on rank 0: it is published
         self._plan: Plan | None = None
@@ -149,6 +150,10 @@ class Checkpointer:
         """Wait for the last save; collective. True on all ranks if its checkpoint has been published."""
         self._join()
         return bool(self.team.gather([self._good])[0, 0])
+
+    def fenced(self) -> FencedError | None:
+        """Why this run must end, if another start of it has taken over the folder; asked on rank 0."""
+        return self.folder.owner.successor()
 
     def close(self) -> None:
         """Finish what this rank is writing and free the buffers; `problems` can still be read."""

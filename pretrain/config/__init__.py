@@ -22,7 +22,7 @@ from headway.pretrain.config.objective import (
     Spans,
 )
 from headway.pretrain.config.optimizer import Optimizer, Schedule
-from headway.pretrain.config.run import Checkpoint, Parallel, Ramp, Run, Tracking, Train
+from headway.pretrain.config.run import Checkpoint, Energy, Parallel, Ramp, Run, Tracking, Train
 
 __all__ = [
     "Attention",
@@ -31,6 +31,7 @@ __all__ = [
     "Checkpoint",
     "Data",
     "Denoiser",
+    "Energy",
     "Experts",
     "Images",
     "Infill",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from headway.pretrain.config.distilling import check_distill
 from headway.pretrain.config.mechanisms import check_attention
+from headway.pretrain.energy.grid import find_grid
 from headway.pretrain.errors import JobError
 
 if TYPE_CHECKING:
@@ -238,6 +239,11 @@ def check_schedule(job: Job) -> None:
         )
 
 
+def check_energy(job: Job) -> None:
+    """The grid is one that we know."""
+    find_grid(job.tracking.energy.grid)
+
+
 RULES = (
     check_family,
     check_heads,
@@ -252,4 +258,5 @@ RULES = (
     check_distill,
     check_batch,
     check_schedule,
+    check_energy,
 )

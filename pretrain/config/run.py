@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from headway.pretrain.config.base import AboveZero, AxisSize, Count, Fraction, Positive, Section
+from headway.pretrain.config.base import AboveZero, AxisSize, Count, Fraction, NotNegative, Positive, Section
 
 
 class Run(Section):
@@ -75,6 +75,8 @@ class Parallel(Section):
     """Steps between checks that replicas hold the same bits; 0 makes none."""
     timeout: Positive = 600
     """Seconds that a collective may take."""
+    start_timeout: Positive = 300
+    """Seconds within which all ranks must have come."""
     teacher: TeacherLayout = TeacherLayout()
 
 
@@ -121,15 +123,66 @@ class Checkpoint(Section):
     """Write while training goes on; the step waits only for the copy to host memory."""
 
 
+class Prometheus(Section):
+    """Where a Prometheus server can read the run's numbers while it goes."""
+
+    host: str = "127.0.0.1"
+    """Address that is listened on: this machine's own, unless another is given. Whoever reaches it can read."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 9109
+    """0 takes one that is free; either way `prometheus.json` in the run's folder names it."""
+
+
+AlertKind = Literal["diverged", "failed", "done", "checkpoint"]
+
+
+class Energy(Section):
+    """How a run's energy is measured, and what a kilowatt-hour stands for."""
+
+    source: Literal["auto", "rapl", "nvml", "tdp", "off"] = "auto"
+    """Counters of the processors (rapl) or of NVIDIA's GPUs (nvml), or an estimate from what devices may draw at most
+    (tdp); `auto` measures where it can, estimates where it cannot, and says which."""
+    watts: AboveZero | None = None
+    """Power of a rank's device, for an estimate; from a table by the device's name if not given."""
+    pue: Annotated[float, Field(ge=1)] = 1.0
+    """What the building draws for each unit that its computers do (power usage effectiveness)."""
+    grid: NotNegative | str | None = None
+    """Kilograms of CO2 equivalent a kWh, or a country's code (FR) for its average; the world's average if not
+    given."""
+
+
 class Tracking(Section):
     """Who is told."""
 
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
     """`auto` is online with an API key and offline without one."""
-    project: str = "headway"
+    entity: str | None = None
+    """W&B user or team; $WANDB_ENTITY, else the key's own, if not given."""
+    project: str | None = None
+    """W&B project; $WANDB_PROJECT, else `headway`, if not given."""
     group: str | None = None
+    """$WANDB_RUN_GROUP if not given."""
+    job_type: str | None = None
+    """$WANDB_JOB_TYPE if not given."""
     tags: list[str] = []
+    """$WANDB_TAGS if not given."""
+    notes: str | None = None
+    """$WANDB_NOTES if not given."""
+    x_axis: Literal["step", "tokens"] = "step"
+    """What W&B's charts have on their x axis; `tokens` are those seen so far."""
+    alerts: list[AlertKind] = ["diverged", "failed", "done", "checkpoint"]
+    """Of what W&B sends a mail or a Slack message: loss or gradient not finite, or replicas apart; another failure; the
+    end; a checkpoint that was not saved."""
+    backends: list[Literal["tensorboard", "prometheus"]] = []
+    """Who is told beside W&B: event files in the run's folder, an endpoint over HTTP."""
+    prometheus: Prometheus = Prometheus()
+    exporters: dict[str, str] = {}
+    """Name -> address of Prometheus pages (DCGM or node exporters of other nodes) that W&B records beside the system
+    metrics of the first node."""
     histograms_every: Count = 0
     """Steps between histograms of gradients; 0 sends none."""
+    samples_every: Count = 0
+    """Steps between samples (completions, guesses, attention maps, reconstructions) that are sent; 0 sends them at the
+    end only."""
     prompt: str = "def main():\n"
     """Text that is continued at the end of the run and drawn as attention maps in the report."""
+    energy: Energy = Energy()

@@ -1,8 +1,9 @@
 """`metrics.jsonl`: one JSON object a step, each step once, whatever happened to the process that wrote it.
 
-Keys: `step, loss, lr, grad_norm, tokens, tokens_per_second, step_seconds, mfu, memory_gib`, then what the
-objective and evaluations add. A number that is not finite is written as `null`, the only spelling that every
-JSON reader takes; `read_metrics` gives it back as NaN.
+Keys: `step, loss, lr, grad_norm, tokens, tokens_per_second, step_seconds, mfu, memory_gib`, `joules` and `watts` where
+energy is counted, then what the objective and evaluations add, and `tokens_seen`, the tokens of all steps so far. A
+number that is not finite is written as `null`, the only spelling that every JSON reader takes; `read_metrics` gives it
+back as NaN.
 """
 
 from __future__ import annotations
@@ -17,12 +18,21 @@ from typing import Any
 
 import torch
 
+from headway.pretrain.energy.counter import Reading
 from headway.pretrain.engine import StepResult
 from headway.pretrain.errors import DataError
 
 
 def step_values(
-    step: int, result: StepResult, *, lr: float, seconds: float, flops: float, peak: float, memory_gib: float
+    step: int,
+    result: StepResult,
+    *,
+    lr: float,
+    seconds: float,
+    flops: float,
+    peak: float,
+    memory_gib: float,
+    energy: Reading | None = None,
 ) -> dict[str, Any]:
     """The line of one step.
 
@@ -30,6 +40,7 @@ def step_values(
         seconds: wall time of the step.
         flops: floating-point operations of the step, forward and backward, over all ranks.
         peak: FLOP/s that all devices could reach together.
+        energy: of all ranks, since the step before ended.
     """
     return {
         "step": step,
@@ -41,6 +52,7 @@ def step_values(
         "step_seconds": seconds,
         "mfu": flops / seconds / peak,
         "memory_gib": memory_gib,
+        **({"joules": energy.joules, "watts": energy.watts} if energy else {}),
         **({"skipped": True} if result.skipped else {}),
         **result.metrics,
     }
@@ -62,6 +74,11 @@ class MetricsFile:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
         self._pending = b""
         self._line = encode(self._row) if self._row else b""
+
+    @property
+    def last(self) -> Mapping[str, Any]:
+        """The last line, empty if there is none."""
+        return self._row
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one step."""

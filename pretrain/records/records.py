@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from headway.pretrain.config import Job
+from headway.pretrain.energy.account import lost
 from headway.pretrain.records.backends import open_backends
-from headway.pretrain.records.backends.base import Backend, Told
+from headway.pretrain.records.backends.base import Backend, Gallery, Told
 from headway.pretrain.records.backends.wandb import wandb_mode
-from headway.pretrain.records.metrics import MetricsFile, encode
+from headway.pretrain.records.metrics import MetricsFile, encode, read_metrics
+from headway.pretrain.records.process import identify
 from headway.pretrain.records.progress import ProgressDisplay
 
 
@@ -30,7 +32,8 @@ class Recorder(Protocol):
         """Something between steps: `eval`, `checkpoint`, `warning`, or a kind of the caller's own.
 
         `eval`: numbers, which join the line of the last step. `checkpoint`: `step` and `path`.
-        `warning`: `message`.
+        `warning`: `message`, and `about` if it is of a checkpoint. `failure`: `error`, the name of its class, and
+        `message`.
         """
 
     def wants_histograms(self, step: int) -> bool:
@@ -39,8 +42,12 @@ class Recorder(Protocol):
     def histograms(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Distributions of tensors by name, usually gradients, before the optimizer changes them."""
 
+    def show(self, gallery: Gallery) -> None:
+        """Samples and pictures of the model as it is."""
+
     def close(self, status: str = "done", summary: Mapping[str, Any] | None = None) -> None:
-        """End of the run: `done`, `stopped` (will be started again) or `failed`."""
+        """End of the run: `done`, `stopped` (will be started again), `failed`, or `fenced`: another start of it goes
+        on, and the records are that one's."""
 
 
 class NoRecords:
@@ -55,6 +62,8 @@ class NoRecords:
 
     def histograms(self, step: int, tensors: Mapping[str, Tensor]) -> None: ...
 
+    def show(self, gallery: Gallery) -> None: ...
+
     def close(self, status: str = "done", summary: Mapping[str, Any] | None = None) -> None: ...
 
 
@@ -62,31 +71,48 @@ class Records:
     """Keeps everything; no full disk and no dead W&B server stops the run, and each trouble is told once.
 
     Beside `metrics.jsonl`, `events.jsonl` keeps what happened when: starts, checkpoints, warnings, the end.
-    It is never cut: after a crash it shows both lives of the run.
+    It is never cut: after a crash it shows both lives of the run, and what the first did in vain.
 
     Args:
         run_dir: the run's folder.
         job: the resolved job; W&B gets it as the run's config.
         start_step: step of the checkpoint that the run goes on from, 0 for a new one.
+        facts: what the run is beside its job, as `Told` has it.
         mode: `online`, `offline` or `off`, from `wandb_mode`.
+        place: where the run computes, which the event of its start tells: `world`, `hosts`, `layout`...
         stream: where progress goes; standard output if not given.
     """
 
     def __init__(
-        self, run_dir: Path, job: Job, start_step: int = 0, *, mode: str = "off", stream: TextIO | None = None
+        self,
+        run_dir: Path,
+        job: Job,
+        start_step: int = 0,
+        *,
+        mode: str = "off",
+        place: Mapping[str, Any] | None = None,
+        facts: Mapping[str, Any] | None = None,
+        stream: TextIO | None = None,
     ) -> None:
         self._run_dir, self._told = run_dir, set[str]()
         self._histograms_every = job.tracking.histograms_every
         self._step = start_step
+        begun = lost(read_metrics(run_dir), start_step)  # before these steps are cut off
         self._metrics = MetricsFile(run_dir / "metrics.jsonl", start_step)
+        self._tokens = self._metrics.last.get("tokens_seen") or tokens_of(run_dir)
         self._progress = ProgressDisplay(job.train.steps, start_step, stream=stream)
         self.backends: list[Backend] = []
-        self.event("start" if start_step == 0 else "resume", step=start_step)
-        told = Told(run_dir, job, start_step, self._warn, self._progress.say)
+        place = dict(place or {})
+        kind = "start" if start_step == 0 else "resume"
+        self.event(kind, step=start_step, **place, process=identify(), **begun)
+        told = Told(run_dir, job, start_step, self._warn, self._progress.say, place, dict(facts or {}))
         self.backends = open_backends(told, mode)
 
     def step(self, values: Mapping[str, Any]) -> None:
         self._step = int(values["step"])
+        if "tokens" in values:
+            self._tokens += int(values["tokens"])
+            values = {**values, "tokens_seen": self._tokens}
         self._try(self._metrics.write, values)
         self._log(numbers(values))
         self._progress.step(values)
@@ -117,11 +143,16 @@ class Records:
         for backend in self.backends:
             backend.histograms(step, {name: h for name, h in found.items() if h})
 
+    def show(self, gallery: Gallery) -> None:
+        for backend in self.backends:
+            backend.show(self._step, gallery)
+
     def close(self, status: str = "done", summary: Mapping[str, Any] | None = None) -> None:
         self._progress.close()
         for backend in self.backends:
             backend.close(status, numbers(summary or {}))
-        self.event("end", status=status)
+        if status != "fenced":
+            self.event("end", status=status)
         self._metrics.close()
 
     def _warn(self, message: str) -> None:
@@ -147,12 +178,25 @@ class Records:
 
 
 def open_records(
-    run_dir: Path, job: Job, *, start_step: int = 0, rank: int = 0, stream: TextIO | None = None
+    run_dir: Path,
+    job: Job,
+    *,
+    start_step: int = 0,
+    rank: int = 0,
+    place: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
+    stream: TextIO | None = None,
 ) -> Recorder:
     """Records on rank 0, silence on the others; JobError if `tracking.wandb` asks for what cannot be."""
     if rank != 0:
         return NoRecords()
-    return Records(run_dir, job, start_step, mode=wandb_mode(job.tracking.wandb), stream=stream)
+    mode = wandb_mode(job.tracking.wandb)
+    return Records(run_dir, job, start_step, mode=mode, place=place, facts=facts, stream=stream)
+
+
+def tokens_of(run_dir: Path) -> int:
+    """Tokens of all steps so far, of a run whose lines do not say it."""
+    return sum(int(row.get("tokens", 0)) for row in read_metrics(run_dir))
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:

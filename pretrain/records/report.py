@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from headway.pretrain.energy.account import account
 from headway.pretrain.files import publish
 from headway.pretrain.records.attention_maps import AttentionMaps, draw_heads
 from headway.pretrain.records.charts import column, learned_charts, loss_chart, small_charts
@@ -24,9 +25,11 @@ from headway.pretrain.records.records import read_events
 
 OURS = "this model"
 """Name of the trained model among the entries of a score."""
-_DERIVED = {"status", "steps", "tokens", "tokens_per_second", "mfu", "memory_gib"}
+_DERIVED = {"status", "steps", "tokens", "tokens_per_second", "mfu", "memory_gib", "energy"}
 _LASTING = {"parameters", "device", "devices", "precision", "precision_reason", "peak_flops", "peak_source",
             "environment"}  # fmt: skip
+_QUIET = {"eval", "checkpoint", "data", "meter", "energy"}
+"""Kinds of events that the page shows in another way, or not at all."""
 
 
 def write_report(
@@ -51,23 +54,18 @@ def write_report(
         pairs: attention of a student and of its teacher on that sample.
     """
     rows, events = read_metrics(run_dir), read_events(run_dir)
-    derived, saved = derive(rows, events), _saved(run_dir)
-    if saved.get("steps") != derived.get(
-        "steps"
-    ):  # the run went on: measurements of its earlier end are stale
-        saved = {k: saved[k] for k in _LASTING & saved.keys()} | _baselines(saved)
-    saved = {k: v for k, v in saved.items() if k not in _DERIVED}
-    known = {"environment": environment(), **derived, **saved}
+    settings = list(flatten(job))
+    values = {key: value for key, value, _ in settings}
+    known = {"environment": environment(), **know(run_dir, rows, events, values)}
     known |= {k: v for k, v in (summary or {}).items() if v is not None}
     publish(run_dir / "summary.json", json.dumps(plain(known), indent=1, ensure_ascii=False) + "\n")
-    settings = list(flatten(job))
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page.filters.update(short=short, si=_si, clock=clock, show=show, size=_size, date=_date)
     html = page.get_template("report.html.j2").render(
         name=run_dir.resolve().name,
         s={k: v for k, v in known.items() if not (isinstance(v, float) and math.isnan(v))},
-        facts=facts({key: value for key, value, _ in settings}, known),
+        facts=facts(values, known),
         bars=bars(known),
         painted=painted,
         loss=loss_chart(rows),
@@ -77,13 +75,29 @@ def write_report(
         heads=draw_heads(maps) if maps else None,
         pairs=draw_pairs(pairs) if pairs else None,
         checkpoints=checkpoints(run_dir),
-        events=[e for e in events if e.get("kind") not in ("eval", "checkpoint")][-50:],
+        events=[e for e in events if e.get("kind") not in _QUIET][-50:],
         skipped=sum(bool(row.get("skipped")) for row in rows),
         broken=[row["step"] for row in rows if not math.isfinite(row.get("loss", 0.0))],
         written=time.time(),
     )
     publish(run_dir / "report.html", html)
     return run_dir / "report.html"
+
+
+def know(
+    run_dir: Path, rows: list[dict[str, Any]], events: list[dict[str, Any]], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a run's records tell of it, and what an earlier report knew that still holds.
+
+    Args:
+        values: settings of the job by dotted name.
+    """
+    derived, saved = derive(rows, events), _saved(run_dir)
+    if energy := account(rows, events, values):
+        derived["energy"] = energy
+    if saved.get("steps") != derived.get("steps"):  # the run went on: what its earlier end measured is stale
+        saved = {k: saved[k] for k in _LASTING & saved.keys()} | _baselines(saved)
+    return {**derived, **{k: v for k, v in saved.items() if k not in _DERIVED}}
 
 
 def derive(rows: list[dict[str, Any]], events: list[dict[str, Any]]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ COMMANDS = [
     ["train"],
     ["eval"],
     ["look"],
+    ["watch"],
     ["data", "build"],
     ["data", "inspect"],
     ["data", "ledger"],

@@ -10,7 +10,7 @@ import torch
 from headway.kernels.map_distillation import map_distillation_loss
 from headway.launch import run
 from headway.launch.compare import compare
-from headway.launch.finish import Shown, beginning, show
+from headway.launch.samples import Shown, beginning, show
 from headway.pretrain.objectives.distill.match import LEARNED
 from headway.pretrain.records.map_pairs import divergences
 from headway.tests.pretrain.records.test_report import Page, squeeze

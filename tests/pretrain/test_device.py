@@ -52,6 +52,15 @@ def test_each_local_rank_gets_a_gpu_of_its_own_or_an_error(monkeypatch):
         choose_device("auto", 2)
 
 
+def test_a_rank_that_is_shown_one_gpu_has_that_one(monkeypatch):
+    pretend_gpu(monkeypatch, "NVIDIA H100 PCIe", count=1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(JobError, match="process 1 finds 1"):
+        choose_device("auto", 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")  # srun --gpus-per-task=1
+    assert choose_device("auto", 1) == GPU
+
+
 def test_backend_follows_the_device(monkeypatch):
     assert choose_backend(CPU) == "gloo"
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)

@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from headway.pretrain.config import Job
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of plain values under the names of their columns."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | float | int]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG, and a line under it."""
+
+    png: bytes
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """What people look at of a model in training: samples of what it writes, pictures of what it attends to."""
+
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    pictures: Mapping[str, Sequence[Picture]] = field(default_factory=dict)
 
 
 class Backend(Protocol):
@@ -22,8 +46,12 @@ class Backend(Protocol):
     def histograms(self, step: int, histograms: Mapping[str, tuple[list[float], list[float]]]) -> None:
         """Counts and the edges of their bins, by name."""
 
+    def show(self, step: int, gallery: Gallery) -> None:
+        """Samples and pictures of the model after a step."""
+
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
-        """End of the run: `done`, `stopped` or `failed`, and what only its end knows."""
+        """End of the run: `done`, `stopped`, `failed` or `fenced` (another start of the run writes on under its name:
+        leave without a word), and what only its end knows."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +64,8 @@ class Told:
         start_step: step of the checkpoint that the run goes on from, 0 for a new one.
         warn: to be called with one sentence when something is amiss; the same sentence is shown once.
         say: to be called with what a person wants to know, e.g. an address.
+        place: where the run computes, as the event of its start tells it.
+        facts: what the run is beside its job and its place: versions, data, sizes; plain values.
     """
 
     run_dir: Path
@@ -43,3 +73,5 @@ class Told:
     start_step: int
     warn: Callable[[str], None]
     say: Callable[[str], None]
+    place: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)

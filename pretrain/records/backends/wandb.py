@@ -6,6 +6,7 @@ does not block; only `finish` waits, for a stated time.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import netrc
@@ -16,13 +17,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from headway.pretrain.config import Tracking
 from headway.pretrain.errors import JobError
+from headway.pretrain.records.backends.base import Gallery, Told
 
 _BUFFER = 64 * 2**20
 """Bytes that may wait for a client that does not read."""
@@ -56,31 +57,30 @@ def has_api_key() -> bool:
     return False
 
 
+ALERT_WAIT = 1800.0
+"""Seconds in which one kind of alert is sent once."""
+LEVELS = {"diverged": "ERROR", "failed": "ERROR", "checkpoint": "WARN", "done": "INFO"}
+KEPT = ("job.yaml", "report.html", "summary.json", "MODEL_CARD.md")
+"""Files of the run folder that are uploaded at the end, those that are there."""
+
+
 class WandbTracker:
     """One W&B run under `run_dir/wandb`; its id is kept there, so that a resumed run goes on in the same one.
 
     Args:
-        config: the resolved job, plain values.
-        warn: called with one sentence when something is amiss.
-        say: called with the address of an online run.
+        mode: `online` or `offline`.
         init_timeout: seconds that the server has to answer before the run is recorded offline.
         finish_timeout: seconds that the end of the run waits for the last uploads.
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        mode: str,
-        tracking: Tracking,
-        config: Mapping[str, Any],
-        *,
-        warn: Callable[[str], None],
-        say: Callable[[str], None] = lambda text: None,
-        init_timeout: float = 20.0,
-        finish_timeout: float = 30.0,
+        self, told: Told, mode: str, *, init_timeout: float = 20.0, finish_timeout: float = 30.0
     ) -> None:
-        self._folder, self._name = run_dir.resolve() / "wandb", run_dir.resolve().name
-        self._warn, self._say, self._timeout = warn, say, finish_timeout
+        run_dir, tracking = told.run_dir.resolve(), told.job.tracking
+        self._run_dir, self._folder, self._name = run_dir, run_dir / "wandb", run_dir.name
+        self._warn, self._say, self._timeout = told.warn, told.say, finish_timeout
+        self._alerts, self._steps = frozenset(tracking.alerts), told.job.train.steps
+        self._alerted = dict[str, float]()
         self._pending, self._inbox = bytearray(), b""
         self._alive, self._warned = True, False
         self.run: dict[str, Any] = {}
@@ -101,16 +101,31 @@ class WandbTracker:
         os.set_blocking(self._out, False)
         self._send(
             do="start",
-            dir=str(run_dir.resolve()),
+            dir=str(run_dir),
             mode=mode,
-            id=_run_id(self._folder / "run.json"),
-            project=tracking.project,
-            name=self._name,
-            group=tracking.group,
-            tags=list(tracking.tags),
-            config=dict(config),
+            start_step=told.start_step,
             pid=os.getpid(),
             init_timeout=init_timeout,
+            finish_timeout=finish_timeout,
+            x_axis=tracking.x_axis,
+            exporters=tracking.exporters,
+            inputs=[one for one in told.facts.get("data", []) if one.get("uri") and one.get("fingerprint")],
+            last_words=self._alert_of(
+                "failed",
+                "killed",
+                "The training process ended without a word: killed, or its machine is gone.",
+            ),
+            arguments={
+                "id": _run_id(self._folder / "run.json"),
+                "name": self._name,
+                "config": {**told.job.model_dump(mode="json"), "facts": {**told.place, **told.facts}},
+                "entity": tracking.entity,
+                "project": tracking.project,
+                "group": tracking.group,
+                "job_type": tracking.job_type,
+                "tags": tracking.tags or None,
+                "notes": tracking.notes,
+            },
         )
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -121,10 +136,31 @@ class WandbTracker:
         """Counts and bin edges by name."""
         self._send(do="log", step=step, values={}, histograms=dict(histograms))
 
+    def show(self, step: int, gallery: Gallery) -> None:
+        """Tables, and pictures as PNG; they are a part of the step's row."""
+        self._send(
+            do="log",
+            step=step,
+            values={},
+            tables={name: [list(t.columns), [list(r) for r in t.rows]] for name, t in gallery.tables.items()},
+            pictures={
+                name: [[base64.b64encode(p.png).decode(), p.caption] for p in pictures]
+                for name, pictures in gallery.pictures.items()
+            },
+        )
+
     def event(self, kind: str, step: int, fields: Mapping[str, Any]) -> None:
-        """Of a checkpoint a reference artifact: W&B learns where it is; nothing is uploaded."""
+        """Of a checkpoint a reference artifact: W&B learns where it is; nothing is uploaded. Of failures an alert."""
         if kind == "checkpoint":
             self._checkpoint(step, Path(fields["path"]))
+        elif kind == "failure":
+            diverged = fields["error"] in ("NonFiniteError", "DivergenceError")
+            alert = "diverged" if diverged else "failed"
+            self._alert(
+                alert, alert, f"After step {step} of {self._steps}: {fields['error']}: {fields['message']}"
+            )
+        elif kind == "warning" and fields.get("about") == "checkpoint":
+            self._alert("checkpoint", "has no new checkpoint", f"After step {step}: {fields['message']}")
 
     def _checkpoint(self, step: int, path: Path) -> None:
         self._send(
@@ -135,11 +171,35 @@ class WandbTracker:
             metadata={"step": step},
         )
 
+    def _alert(self, kind: str, what: str, text: str) -> None:
+        alert, now = self._alert_of(kind, what, text), time.monotonic()
+        if alert and now - self._alerted.get(kind, -ALERT_WAIT) >= ALERT_WAIT:
+            self._alerted[kind] = now
+            self._send(do="alert", alert=alert)
+
+    def _alert_of(self, kind: str, what: str, text: str) -> dict[str, Any] | None:
+        """Arguments of W&B's alert; None if nobody asked for this kind. W&B limits titles to 63 characters."""
+        if kind not in self._alerts:
+            return None
+        title = f"{self._name[: 60 - len(what)]}: {what}"
+        return {"title": title, "text": text[:2000], "level": LEVELS[kind], "wait_duration": ALERT_WAIT}
+
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
+        """Upload what is small, tell that it is done."""
+        if status == "fenced":  # to finish would mark the run as failed that another process goes on with
+            return self._end(patience=0.0)
+        if status == "done":
+            best = ", ".join(f"{k} {v:.4g}" for k, v in summary.items() if k.startswith("heldout_loss"))
+            self._alert("done", "done", f"All {self._steps} steps are trained. {best}")
+        kept = [str(self._run_dir / name) for name in KEPT if (self._run_dir / name).exists()]
+        self._send(do="files", paths=kept)
         self.finish({"done": 0, "stopped": 0}.get(status, 1), summary)
 
     def finish(self, exit_code: int = 0, summary: Mapping[str, Any] | None = None) -> None:
-        """Hand over the rest and wait, at most `finish_timeout` seconds; then the client is ended."""
+        """Hand over the rest and wait, at most `finish_timeout` seconds; then the client is ended.
+
+        W&B itself gives up uploading a little earlier, so that it still closes its log on disk.
+        """
         if summary:
             self._send(do="summary", values=dict(summary))
         self._send(do="finish", exit_code=exit_code)
@@ -151,9 +211,14 @@ class WandbTracker:
             self._push()
             finished = self._listen()
         if self._alive and not finished:
-            later = f"send it later: wandb sync {self.run.get('dir', self._folder)}"
-            self._warn(f"W&B did not take the last data within {self._timeout:.0f} s; {later}")
+            self._warn(f"W&B did not take the last data within {self._timeout:.0f} s; {self._later()}")
         self._end(patience=5.0 if finished else 0.0)
+
+    def _later(self) -> str:
+        if self.run.get("mode") == "online":
+            # What the server already has of this run it would get twice: hence a run of its own.
+            return f"send it later: wandb sync --include-online --id {self.run['id']}-again {self.run['dir']}"
+        return f"send it later: wandb sync {self.run.get('dir', self._folder)}"
 
     def _send(self, **command: Any) -> None:
         if not self._alive:
@@ -189,6 +254,8 @@ class WandbTracker:
         for line in lines:
             message = json.loads(line)
             finished = finished or "finished" in message
+            if message.get("unsent"):
+                self._warn(f"W&B did not take the last data; {self._later()}")
             if "run" in message:
                 self.run = message["run"]
                 if self.run["url"]:
@@ -220,6 +287,6 @@ def _run_id(path: Path) -> str:
     """The W&B run of this run folder: read, or drawn and written."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return str(json.loads(path.read_text())["id"])
-    name = secrets.token_hex(4)
+    name = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
     path.write_text(json.dumps({"id": name}) + "\n")
     return name

@@ -5,6 +5,7 @@ import torch
 
 from headway.parallel.checkpoint import retention, save
 from headway.parallel.checkpoint.load import load
+from headway.parallel.checkpoint.owner import Start
 from headway.parallel.checkpoint.publish import Folder
 from headway.parallel.checkpoint.retention import latest, list_checkpoints, retire, step_of
 from headway.parallel.checkpoint.save import Checkpointer
@@ -132,16 +133,19 @@ def test_leftovers_are_cleaned_at_start(tmp_path, saver):
 
 
 def test_a_predecessor_that_still_runs_is_fenced_off(tmp_path):
-    old = Checkpointer(tmp_path, background=False)
+    old = Checkpointer(tmp_path, background=False, start=Start("job", 0))
     old.save(1, state(1))
-    new = Checkpointer(tmp_path, background=False, incarnation=1)
+    assert old.fenced() is None
+    new = Checkpointer(tmp_path, background=False, start=Start("job", 1))
     new.save(2, state(2))
     old.save(3, state(3))
-    assert "another start of this run owns the folder (incarnation 1" in str(old.problems[0])
+    assert "another start of this run owns the folder (restart 1 of job" in str(old.problems[0])
     assert steps(tmp_path) == [1, 2]
     assert latest(tmp_path).name == "step_00000002"
-    with pytest.raises(CheckpointError, match="incarnation 1"):
-        Checkpointer(tmp_path, incarnation=0)
+    assert "restart 1 of job" in str(old.fenced())
+    assert new.fenced() is None
+    with pytest.raises(CheckpointError, match="restart 1 of job"):
+        Checkpointer(tmp_path, start=Start("job", 0))
     old.close()
     new.close()
 
@@ -152,18 +156,18 @@ def test_taken_over_while_writing(tmp_path, monkeypatch):
 
     def slow(*args):
         written = real(*args)
-        (tmp_path / "owner.json").write_text('{"incarnation": 2, "token": "another"}')
+        (tmp_path / "owner.json").write_text('{"job": "j", "count": 2, "token": "another"}')
         return written
 
     with Checkpointer(tmp_path, background=False) as checkpointer:
         checkpointer.save(1, state())
         monkeypatch.setattr(save, "write_shard", slow)
         checkpointer.save(2, state())
-    assert "owns the folder (incarnation 2, token another" in str(checkpointer.problems[0])
+    assert "owns the folder (restart 2 of j, on host None, token another" in str(checkpointer.problems[0])
     assert steps(tmp_path) == [1]
 
 
-def test_restarting_at_the_same_incarnation_takes_over(tmp_path):
+def test_a_second_start_by_hand_takes_over(tmp_path):
     first = Checkpointer(tmp_path, background=False)
     second = Checkpointer(tmp_path, background=False)
     first.save(1, state(1))

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from headway.pretrain.config import Job, Tracking
+from headway.pretrain.config import Job
 from headway.pretrain.errors import JobError
+from headway.pretrain.records.backends.base import Told
 from headway.pretrain.records.backends.wandb import WandbTracker, has_api_key, wandb_mode
 from headway.pretrain.records.metrics import read_metrics
 from headway.pretrain.records.records import Records
@@ -48,6 +49,10 @@ def histories(run_dir: Path) -> list[dict[int, dict]]:
 
 def job(**tracking) -> Job:
     return Job.model_validate({"tracking": {"project": "proof", "tags": ["a"], **tracking}})
+
+
+def told(run_dir: Path, warnings: list[str], **tracking) -> Told:
+    return Told(run_dir, job(**tracking), 0, warnings.append, lambda _: None, facts={"parameters": 7})
 
 
 def row(step: int) -> dict:
@@ -108,7 +113,8 @@ def test_an_offline_run_holds_what_metrics_jsonl_holds(tmp_path, capfd):
     assert "wandb" not in capfd.readouterr().err  # a quiet console
 
 
-def test_a_resumed_run_goes_on_under_the_same_id(tmp_path):
+def test_a_resumed_run_goes_on_under_the_same_id_and_tells_each_step_once(tmp_path):
+    """`wandb sync` would give steps that the server has other numbers: see `wandb_past.py`."""
     run_dir = tmp_path / "run"
     first = Records(run_dir, job(), mode="offline")
     for step in range(1, 9):
@@ -120,7 +126,7 @@ def test_a_resumed_run_goes_on_under_the_same_id(tmp_path):
     second.close("done")
     earlier, later = histories(run_dir)
     assert list(earlier) == list(range(1, 9))
-    assert list(later) == list(range(6, 11))
+    assert list(later) == [9, 10]
     together = {**earlier, **later}
     assert together == {r["step"]: {k: v for k, v in r.items() if k != "step"} for r in read_metrics(run_dir)}
     names = {path.name for path in run_dir.glob("wandb/offline-run-*/run-*.wandb")}
@@ -165,7 +171,7 @@ def test_a_server_that_refuses_leaves_an_offline_run_and_one_warning(tmp_path, m
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     warnings: list[str] = []
     run_dir = tmp_path / "run"
-    tracker = WandbTracker(run_dir, "online", Tracking(), {"a": 1}, warn=warnings.append, init_timeout=2)
+    tracker = WandbTracker(told(run_dir, warnings), "online", init_timeout=2)
     for step in range(1, 4):
         tracker.log(step, row(step))
     tracker.finish()
@@ -186,9 +192,7 @@ def test_a_server_that_never_answers_delays_the_end_by_the_stated_time_only(tmp_
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         warnings: list[str] = []
         run_dir = tmp_path / "run"
-        tracker = WandbTracker(
-            run_dir, "online", Tracking(), {}, warn=warnings.append, init_timeout=600, finish_timeout=1
-        )
+        tracker = WandbTracker(told(run_dir, warnings), "online", init_timeout=600, finish_timeout=1)
         for step in range(1, 2001):
             tracker.log(step, row(step))
         tracker.finish()
@@ -199,14 +203,14 @@ def test_a_server_that_never_answers_delays_the_end_by_the_stated_time_only(tmp_
 
 def test_a_client_that_dies_or_stops_reading_does_not_disturb_the_run(tmp_path):
     warnings: list[str] = []
-    tracker = WandbTracker(tmp_path / "a", "offline", Tracking(), {}, warn=warnings.append)
+    tracker = WandbTracker(told(tmp_path / "a", warnings), "offline")
     os.killpg(tracker._process.pid, signal.SIGKILL)
     for step in range(1, 2000):
         tracker.log(step, row(step))
     tracker.finish()
     assert ["ended early" in warning for warning in warnings] == [True]
 
-    tracker = WandbTracker(tmp_path / "b", "offline", Tracking(), {}, warn=warnings.append)
+    tracker = WandbTracker(told(tmp_path / "b", warnings), "offline")
     os.killpg(tracker._process.pid, signal.SIGSTOP)
     text = {"blob": "x" * 2**20}
     for step in range(1, 80):  # more than the pipe and the buffer hold

@@ -1,0 +1,1 @@
+"""What `headway watch` shows, from the files of run folders alone; loads neither torch nor the config."""
