@@ -220,6 +220,10 @@ class Cluster:
         """What runs on a node without its slurmd: steps and the tasks of jobs."""
         return [pid for pid in self._processes(name) if pid != self._children[f"slurmd-{name}"].pid]
 
+    def ranks(self, name: str) -> list[int]:
+        """The tasks of steps on a node: what srun has started there."""
+        return [pid for pid in self.processes(name) if b"SLURM_STEP_ID" in variables(pid)]
+
     # -- the rest ----------------------------------------------------------------------------------------------
 
     def run(self, *command: str, stdin: str | None = None, cwd: Path | None = None) -> str:
@@ -300,16 +304,15 @@ class Cluster:
 
     def _processes(self, name: str = "") -> list[int]:
         """Processes of a node, or of the whole cluster."""
-        label = f"{OWNER}={self.folder}:{name}" if name else f"{OWNER}={self.folder}"
-        conf, node = f"SLURM_CONF={self.conf}".encode(), f"SLURMD_NODENAME={name}".encode()
+        names = [name] if name else self.names
+        labels = [f"{self.folder}:{one}" for one in names] + ([] if name else [str(self.folder)])
         found = []
         for path in Path("/proc").glob("[0-9]*"):
-            try:
-                variables = (path / "environ").read_bytes().split(b"\0")
-            except OSError:  # ended meanwhile
-                continue
-            owned = any(variable.startswith(label.encode()) for variable in variables)
-            if owned or (conf in variables and (not name or node in variables)):
+            theirs = variables(int(path.name))
+            of_job = theirs.get(b"SLURM_CONF") == str(self.conf).encode()
+            if theirs.get(OWNER.encode(), b"").decode() in labels or (
+                of_job and (not name or theirs.get(b"SLURMD_NODENAME") == name.encode())
+            ):
                 found.append(int(path.name))
         return [pid for pid in found if pid != os.getpid()]
 
@@ -330,6 +333,15 @@ class Cluster:
             if lines and not (path.suffix == ".out" and path.with_suffix(".log").exists()):  # the same, twice
                 ends += [f"== {path.name}", *lines]
         return "\n".join(ends)
+
+
+def variables(pid: int) -> dict[bytes, bytes]:
+    """The environment that a process was started with; empty if it has ended."""
+    try:
+        pairs = (Path("/proc") / str(pid) / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return {}
+    return dict(pair.split(b"=", 1) for pair in pairs if b"=" in pair)
 
 
 def kill(processes: Iterable[int]) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from headway.launch.run import train
 from headway.tests.launch.slurm import launched
 from headway.tests.launch.slurm.cluster import Cluster, missing
 from headway.tests.launch.slurm.launched import Desk, MakeDesk, Run
@@ -39,6 +40,14 @@ def straight(virtual_slurm: Cluster, tmp_path_factory: pytest.TempPathFactory, c
     run = Desk(virtual_slurm, tmp_path_factory.mktemp("straight"), corpus, pace=0).launch()
     run.wait_until_done()
     return run
+
+
+@pytest.fixture(scope="session")
+def alone(straight: Run) -> Run:
+    """The same in one process, without Slurm."""
+    desk = straight.folder.parents[1]
+    train(["gpt/tiny", str(desk / "small.yaml")], [f"run.dir={desk / 'runs'}", "run.name=alone"])
+    return Run(straight.cluster, desk / "runs/alone")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from headway.launch import ledger
 from headway.launch.slurm import jobs
@@ -108,6 +108,10 @@ class Run:
         command = [*HEADWAY, "checkpoint", "verify", str(self.folder)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
+
+    def faults(self) -> list[dict[str, Any]]:
+        """What its jobs have noted."""
+        return [line for line in jobs.notes(self.folder) if line["kind"] == "fault"]
 
     def recover(self, fault: str, start: int, timeout: float = 120) -> None:
         """After a fault: wait until start number `start` has come further than the run was, and note the cost."""
