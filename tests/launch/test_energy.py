@@ -11,6 +11,7 @@ import torch
 from headway.launch.energy import RunEnergy
 from headway.launch.run import agree
 from headway.launch.signals import StopRequest
+from headway.parallel.checkpoint.save import Checkpointer
 from headway.parallel.mesh import lay_out, start
 from headway.pretrain.config import Job
 from headway.pretrain.energy.meter import Meter
@@ -37,26 +38,27 @@ class Fixed:
     def close(self) -> None: ...
 
 
-def agree_in_a_group(rank: int, world: int, layout: dict) -> list:
+def agree_in_a_group(rank: int, world: int, layout: dict, folder: Path) -> list:
     """Two agreements; the last rank is asked to stop before the second."""
     job = Job.model_validate({"parallel": layout, "tracking": {"energy": {"source": "off"}}})
     here = start(job, lay_out(job.parallel, world), rank, world, rank, torch.device("cpu"), "gloo")
     energy, stop, answers = RunEnergy(job, here), StopRequest(), []
-    off = agree(here, stop, energy)
+    checkpointer = Checkpointer(folder)
+    off = agree(here, stop, checkpointer, energy)
     assert off.energy is None
     energy._meter = Meter([Fixed(10.0**rank)], "fixed", True)
     for asked in (False, rank == world - 1):
         stop.asked = asked
-        said = agree(here, stop, energy)
+        said = agree(here, stop, checkpointer, energy)
         assert said.energy is not None
         answers.append((said.stop, said.energy.joules))
     return answers
 
 
 @pytest.mark.parametrize("layout", [{}, {"tensor": 2}, {"pipeline": 2, "shard": 2}])
-def test_one_sum_over_all_ranks_at_any_layout(pool, layout):
+def test_one_sum_over_all_ranks_at_any_layout(pool, layout, tmp_path):
     """1 + 10 + 100 + 1000 joules: each rank counts once, whatever axis it is on."""
-    for answers in pool(agree_in_a_group, ranks=4, layout=layout):
+    for answers in pool(agree_in_a_group, ranks=4, layout=layout, folder=tmp_path):
         assert answers == [(False, 1111), (True, 1111)]
 
 

@@ -111,7 +111,7 @@ def test_a_terminal_is_left_when_the_run_is_over(tmp_path):
 
 
 def test_what_is_not_there(tmp_path, monkeypatch):
-    assert "holds no records yet" in watch(tmp_path)
+    assert "holds no records yet" in " ".join(watch(tmp_path).split())  # lines are wrapped
     (tmp_path / "gpt-tiny").mkdir()
     with pytest.raises(JobError, match=r"gpt-tinny.*is no folder.*gpt-tiny\."):
         watch(tmp_path / "gpt-tinny")

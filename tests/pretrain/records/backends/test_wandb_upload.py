@@ -266,7 +266,7 @@ def test_a_real_run_killed_and_resumed_equals_its_metrics(server, small_job, tmp
     told = [{k: v for k, v in p.items() if k not in media} for p in points(stored)]
     assert [p["step"] for p in told] == list(range(21))  # 0: the evaluation before training
     # Steps 11 to 14 were computed twice; what depends on the clock is another.
-    clock = {"tokens_per_second", "step_seconds", "mfu", "memory_gib"}
+    clock = {"tokens_per_second", "step_seconds", "mfu", "memory_gib", "joules", "watts"}
     for point, row in zip(told[1:], metrics, strict=True):
         drop = clock if 11 <= row["step"] <= 14 else set()
         assert {k: v for k, v in point.items() if k not in drop} == {
