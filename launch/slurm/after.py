@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from headway.launch.environment import this_start
 from headway.launch.slurm import client, jobs
 from headway.parallel.checkpoint.retention import latest, step_of
 from headway.pretrain.errors import HeadwayError, Interrupted, JobError
@@ -64,12 +65,12 @@ def decide(
         next_link: another job of the chain waits for the end of this one.
         cancelled: a person has cancelled the run.
     """
+    if state != "RUNNING":  # first: when a node is lost, srun ends with 0
+        return Decision("leave", f"Slurm has ended the job ({state}), and starts it again if it is to be")
     if code == 0:
         return Decision("end", "the run is complete")
     if cancelled:
         return Decision("end", "the run was cancelled")
-    if state != "RUNNING":
-        return Decision("leave", f"Slurm has ended the job ({state}), and starts it again if it is to be")
     if code == JobError.exit_code:
         return Decision("end", "the job or its command line is wrong; the message stands above")
     if code in STOPPED:
@@ -109,7 +110,10 @@ def after(run: Path, code: int, rules: Rules, *, asked: bool = False) -> int:
         asked: the script was asked to stop; an agent that hides the codes of its ranks says 1 then.
     """
     me = client.job_states(this_job())[0]
-    code, nodes = first_to_end(code, since_start(end_of(me.log)))
+    if me.restarts > this_start().count:  # this node is dead for Slurm, and the script has not noticed
+        print(f"== job {me.job}: Slurm has started it again, on {me.nodes or 'other nodes'}", flush=True)
+        return code
+    code, nodes = first_to_end(code, since_start(end_of(me.log))) if code else (0, [])
     code = Interrupted.exit_code if asked and code else code
     waiting = chain_behind(run, me.job)
     if code not in (0, JobError.exit_code, *STOPPED) and me.state == "RUNNING":

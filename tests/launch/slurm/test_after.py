@@ -34,6 +34,7 @@ def test_a_run_that_was_asked_to_stop_goes_on(code):
 @pytest.mark.parametrize("state", ["CANCELLED", "PREEMPTED", "PENDING", "NODE_FAIL"])
 def test_what_slurm_has_ended_is_left_to_slurm(state):
     assert ended(75, state=state, next_link=True) == ("leave", ())
+    assert ended(0, state=state, next_link=True) == ("leave", ())  # srun ends with 0 when a node is lost
 
 
 def test_faults_are_borne_until_there_is_no_progress():
