@@ -53,6 +53,7 @@ SelectTypeParameters=CR_CPU
 ReturnToService=2
 SlurmdTimeout={node_timeout}
 KillWait=5
+MessageTimeout=4
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=2,sched_interval=2,batch_sched_delay=0
 PriorityType=priority/basic
@@ -219,6 +220,10 @@ class Cluster:
         """What runs on a node without its slurmd: steps and the tasks of jobs."""
         return [pid for pid in self._processes(name) if pid != self._children[f"slurmd-{name}"].pid]
 
+    def ranks(self, name: str) -> list[int]:
+        """The tasks of steps on a node: what srun has started there."""
+        return [pid for pid in self.processes(name) if b"SLURM_STEP_ID" in variables(pid)]
+
     # -- the rest ----------------------------------------------------------------------------------------------
 
     def run(self, *command: str, stdin: str | None = None, cwd: Path | None = None) -> str:
@@ -291,35 +296,52 @@ class Cluster:
         dead = [name for name, child in self._children.items() if child.poll() is not None]
         if dead:
             raise ClusterError(f"ended: {dead}\n{self._logs()}")
-        try:
-            return all(self.node_state(name) == "idle" for name in self.names)
+        try:  # sinfo may call a node mixed for a minute after its last job: what counts is that there are no jobs
+            well = all(self.node_state(name) in ("idle", "mixed", "allocated") for name in self.names)
+            return well and not self.run("squeue", "--noheader").strip()
         except ClusterError:  # slurmctld is not up yet
             return False
 
     def _processes(self, name: str = "") -> list[int]:
         """Processes of a node, or of the whole cluster."""
-        label = f"{OWNER}={self.folder}:{name}" if name else f"{OWNER}={self.folder}"
-        conf, node = f"SLURM_CONF={self.conf}".encode(), f"SLURMD_NODENAME={name}".encode()
+        names = [name] if name else self.names
+        labels = [f"{self.folder}:{one}" for one in names] + ([] if name else [str(self.folder)])
         found = []
         for path in Path("/proc").glob("[0-9]*"):
-            try:
-                variables = (path / "environ").read_bytes().split(b"\0")
-            except OSError:  # ended meanwhile
-                continue
-            owned = any(variable.startswith(label.encode()) for variable in variables)
-            if owned or (conf in variables and (not name or node in variables)):
+            theirs = variables(int(path.name))
+            of_job = theirs.get(b"SLURM_CONF") == str(self.conf).encode()
+            if theirs.get(OWNER.encode(), b"").decode() in labels or (
+                of_job and (not name or theirs.get(b"SLURMD_NODENAME") == name.encode())
+            ):
                 found.append(int(path.name))
         return [pid for pid in found if pid != os.getpid()]
 
     def _trouble(self, awaited: str) -> Callable[[], str]:
-        return lambda: f"no {awaited}\n{self._logs()}"
+        return lambda: f"no {awaited}: {self._run_anyhow('sinfo', '-N', '-o', '%N %T %E')}\n{self._logs()}"
+
+    def _run_anyhow(self, *command: str) -> str:
+        """What a command says, if it does: for messages about trouble."""
+        try:
+            return self.run(*command)
+        except ClusterError as error:
+            return str(error)
 
     def _logs(self) -> str:
         ends = []
         for path in sorted([*self.folder.glob("*.log"), *self.folder.glob("*.out")]):
-            lines = path.read_text(errors="replace").splitlines()[-15:]
-            ends += [f"== {path.name}", *lines] if lines else []
+            lines = path.read_text(errors="replace").splitlines()[-10:]
+            if lines and not (path.suffix == ".out" and path.with_suffix(".log").exists()):  # the same, twice
+                ends += [f"== {path.name}", *lines]
         return "\n".join(ends)
+
+
+def variables(pid: int) -> dict[bytes, bytes]:
+    """The environment that a process was started with; empty if it has ended."""
+    try:
+        pairs = (Path("/proc") / str(pid) / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return {}
+    return dict(pair.split(b"=", 1) for pair in pairs if b"=" in pair)
 
 
 def kill(processes: Iterable[int]) -> list[int]:
