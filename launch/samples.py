@@ -107,7 +107,7 @@ def example(parts: Parts, count: int) -> Batch:
 def beginning(parts: Parts) -> Batch:
     """The beginning of a text, or an image."""
     batch = example(parts, 1)
-    for name in ("tokens", "labels", "targets", "documents", "segments"):
+    for name in ("tokens", "targets", "documents", "segments"):
         if name in batch:
             batch[name] = batch[name][:, :MAP_TOKENS]
     return batch
@@ -157,7 +157,7 @@ def guess(parts: Parts, objective: Objective, batch: Batch) -> Table | None:
     if not isinstance(objective, MaskedLM) or parts.dataset.tokenizer is None:
         return None
     logits_BSV = objective.logits(batch["tokens"], batch.get("documents"), batch.get("segments"))
-    guessed_S, true_S = logits_BSV[0].argmax(-1).tolist(), batch["labels"][0].tolist()
+    guessed_S, true_S = logits_BSV[0].argmax(-1).tolist(), batch["labels"][0, :MAP_TOKENS].tolist()
     seen = [spell(parts, int(token)) for token in batch["tokens"][0]]
     text = readable("".join(seen))
     return Table(

@@ -44,7 +44,7 @@ class Request(Section):
     """Faults on a node after which it is left out; 0 leaves none out."""
     launcher: Literal["srun", "torchrun"] = "srun"
     """`srun` starts every rank and tells how it ended. `torchrun` is one agent a node that `srun` starts; it hides the
-    exit codes of its ranks, and gives them 30 seconds to save after a signal."""
+    exit codes of its ranks, and gives them two minutes to save after a signal."""
     interface: str | None = None
     """Network interface of NCCL's bootstrap and of gloo, e.g. `ib0`; theirs to choose if not given."""
     container: str | None = None
