@@ -175,7 +175,7 @@ def chain_behind(run: Path, job: str) -> list[str]:
     """Jobs of the chain after this one that still wait."""
     lines = [line for line in jobs.notes(run) if line["kind"] == "submitted"]
     after = {line.get("after"): str(line["job"]) for line in lines}
-    found = []
+    found: list[str] = []
     while (job := after.get(job, "")) and len(found) < len(lines):
         if client.job_states(job)[0].state == "PENDING":
             found.append(job)

@@ -87,10 +87,8 @@ def seconds_of(time: str | int) -> int:
         raise JobError("--time", time, "must be minutes, h:mm:ss or days-h:mm:ss", "24:00:00")
     days, *parts = (int(part) if part is not None else None for part in found.groups())
     given = [part for part in parts if part is not None]
-    if days is not None:
-        units = (3600, 60, 1)
-    else:
-        units = {1: (60,), 2: (60, 1), 3: (3600, 60, 1)}[len(given)]
+    all_units = (3600, 60, 1)
+    units = all_units if days is not None or len(given) == 3 else all_units[1 : 1 + len(given)]
     return (days or 0) * 86400 + sum(n * unit for n, unit in zip(given, units, strict=False))
 
 
