@@ -46,9 +46,10 @@ def launch(
     if parallel and not points:
         raise JobError("--sweep-parallel", parallel, "has no effect without --sweep")
     device = "cuda" if request.gpus_per_node else "cpu"
+    grouped = points and job.tracking.group is None and job.tracking.wandb != "off"
+    group = [f"tracking.group={job.run.name}"] if grouped else []
     for point in points or [Point((), folder)]:
-        runs.check(recipes, [*sets, *point.sets], request.ranks, device)
-    group = ["tracking.group=" + job.run.name] if points and job.tracking.group is None else []
+        runs.check(recipes, [*sets, *group, *point.sets], request.ranks, device)
     arguments = [*recipes, *(word for one in [*sets, *group] for word in ("--set", one))]
     text = render(
         request,
