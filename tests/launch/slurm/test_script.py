@@ -101,13 +101,15 @@ def test_a_sweep_is_an_array_of_runs(small_job):
     script = dry(
         small_job,
         *("--sweep", "optimizer.lr=1e-3,3e-4", "--sweep", "train.seed=0,1"),
-        *("--sweep-parallel", "2", "--set", "run.name=sweep"),
+        *("--sweep-parallel", "2", "--set", "run.name=sweep", "--set", "tracking.wandb=offline"),
     )
     assert "#SBATCH --array=0-3%2\n" in script
     assert "#SBATCH --output=runs/sweep/slurm/%A_%a.log\n" in script
     third = "2) point=(--set optimizer.lr=3e-4 --set train.seed=0 --set run.name=sweep-2) run=runs/sweep-2 ;;"
     assert third in script
     assert '--set tracking.group=sweep "${point[@]}"' in script
+    unseen = dry(small_job, "--sweep", "optimizer.lr=1e-3,3e-4")  # the small job tells W&B nothing
+    assert "tracking.group" not in unseen
 
 
 def test_points_of_a_sweep():
