@@ -56,7 +56,7 @@ def test_a_task_of_a_sweep_is_requeued_alone(desk, cluster, alone):
 
 
 def test_status_logs_and_cancel(desk, cluster, straight):
-    place = desk(pace=0.3)
+    place = desk(pace=1.5)  # slow enough to be met under way by four commands
     run = place.launch()
     run.wait_for_step(EVERY + 2)
     said = place.headway("launch", "status", "runs/run")
@@ -69,7 +69,7 @@ def test_status_logs_and_cancel(desk, cluster, straight):
     assert newest_step(run.folder) == run.step() < STEPS
     assert "the run was cancelled" in place.headway("launch", "logs", "runs/run")
     assert cluster.restarts(run.job) == 0
-    again = place.launch()
+    again = desk(pace=0).launch()
     again.wait_until_done()
     assert len(run.begun()) == 2
     again.prove(straight)
