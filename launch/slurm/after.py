@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,7 +52,7 @@ def decide(
     code: int,
     state: str,
     rules: Rules,
-    faults: Sequence[Mapping[str, Any]],
+    ends: Sequence[Mapping[str, Any]],
     *,
     next_link: bool,
     cancelled: bool,
@@ -61,7 +62,7 @@ def decide(
     Args:
         code: exit code of the ranks.
         state: of this job, as Slurm has it.
-        faults: the run's noted faults, this one included; with `step` (of the newest checkpoint) and `nodes`.
+        ends: the run's noted faults and stops, this one included; with `step` (of the newest checkpoint) and `nodes`.
         next_link: another job of the chain waits for the end of this one.
         cancelled: a person has cancelled the run.
     """
@@ -74,23 +75,32 @@ def decide(
     if code == JobError.exit_code:
         return Decision("end", "the job or its command line is wrong; the message stands above")
     if code in STOPPED:
-        return _again("the ranks were asked to stop, and saved", rules, next_link)
-    return _after_fault(code, rules, faults, next_link)
+        return _after_stop(rules, ends, next_link)
+    return _after_fault(code, rules, ends, next_link)
 
 
-def _after_fault(code: int, rules: Rules, faults: Sequence[Mapping[str, Any]], next_link: bool) -> Decision:
-    in_a_row = 0
-    for fault in reversed(faults):
-        if fault["step"] != faults[-1]["step"]:
-            break
-        in_a_row += 1
+def _in_a_row(ends: Sequence[Mapping[str, Any]]) -> int:
+    """Ends since the newest checkpoint is the one that it is."""
+    return len(list(takewhile(lambda end: end["step"] == ends[-1]["step"], reversed(ends))))
+
+
+def _after_stop(rules: Rules, ends: Sequence[Mapping[str, Any]], next_link: bool) -> Decision:
+    """Ranks that are always stopped before they have begun would be started for ever."""
+    if (in_vain := _in_a_row(ends) - 1) > rules.max_faults:
+        why = f"stopped {in_vain} times in a row before there was a new checkpoint: is --time too short?"
+        return Decision("end", why)
+    return _again("the ranks were asked to stop, and saved", rules, next_link)
+
+
+def _after_fault(code: int, rules: Rules, ends: Sequence[Mapping[str, Any]], next_link: bool) -> Decision:
+    in_a_row = _in_a_row(ends)
     if in_a_row > rules.max_faults:
         return Decision("end", f"{in_a_row} faults in a row without a new checkpoint")
-    counts = Counter(node for fault in faults for node in fault["nodes"])
+    counts = Counter(node for end in ends for node in end["nodes"])
     bad = tuple(
         sorted(n for n, count in counts.items() if rules.exclude_after and count >= rules.exclude_after)
     )
-    where = f" on {', '.join(faults[-1]['nodes'])}" if faults[-1]["nodes"] else ""
+    where = f" on {', '.join(ends[-1]['nodes'])}" if ends[-1]["nodes"] else ""
     why = f"a fault{where} (exit code {code}), the {in_a_row}. without a new checkpoint"
     return _again(why, rules, next_link, bad)
 
@@ -116,11 +126,12 @@ def after(run: Path, code: int, rules: Rules, *, asked: bool = False) -> int:
     code, nodes = first_to_end(code, since_start(end_of(me.log))) if code else (0, [])
     code = Interrupted.exit_code if asked and code else code
     waiting = chain_behind(run, me.job)
-    if code not in (0, JobError.exit_code, *STOPPED) and me.state == "RUNNING":
-        jobs.note(run, "fault", job=me.job, code=code, nodes=nodes, step=newest_step(run))
-    faults = [line for line in jobs.notes(run) if line["kind"] == "fault"]
+    if code not in (0, JobError.exit_code) and me.state == "RUNNING":
+        kind, to_blame = ("stop", []) if code in STOPPED else ("fault", nodes)
+        jobs.note(run, kind, job=me.job, code=code, nodes=to_blame, step=newest_step(run))
+    ends = [line for line in jobs.notes(run) if line["kind"] in ("fault", "stop")]
     cancelled = (jobs.slurm_folder(run) / jobs.CANCELLED).exists()
-    decision = decide(code, me.state, rules, faults, next_link=bool(waiting), cancelled=cancelled)
+    decision = decide(code, me.state, rules, ends, next_link=bool(waiting), cancelled=cancelled)
     print(f"== job {me.job}: {decision.why}", flush=True)
     carry_out(decision, run, me, waiting)
     return Interrupted.exit_code if code in STOPPED else code

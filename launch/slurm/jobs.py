@@ -1,4 +1,4 @@
-"""What is kept of a run's jobs: `RUN/slurm/jobs.jsonl`, one line for each that was submitted, and each fault.
+"""What is kept of a run's jobs: `RUN/slurm/jobs.jsonl`, one line for each that was submitted, and each fault and stop.
 
 Whatever happens to Slurm's memory of a job, the run folder tells which jobs worked on it.
 """
@@ -21,7 +21,8 @@ def slurm_folder(run: Path) -> Path:
 
 
 def note(run: Path, kind: str, **fields: Any) -> None:
-    """Append a line: `submitted` (job, and `after` or `without` where so), `fault` (job, code, nodes, step), `done`."""
+    """Append a line: `submitted` (job, and `after`, `without` or `runs` where so), `fault` or `stop` (job, code, nodes,
+    step)."""
     folder = slurm_folder(run)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "jobs.jsonl", "a", encoding="utf-8") as file:

@@ -44,7 +44,7 @@ def test_the_earlier_process_ends_and_the_records_are_the_later_ones(small_job, 
     folder = tmp_path / "run"
     assert [row["step"] for row in read_metrics(folder)] == list(range(1, 21))
     kinds = [event["kind"] for event in read_events(folder)]
-    assert kinds[:2] == ["start", "start"]
+    assert kinds.count("start") == 2
     assert "warning" not in kinds
     assert kinds.count("end") == 1  # the later one's: the earlier one leaves without a word
     show(str(folder), open_data=True)

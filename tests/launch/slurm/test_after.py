@@ -8,8 +8,8 @@ from headway.launch.slurm.show import progress
 from headway.pretrain.errors import JobError
 
 
-def ended(code, *, state="RUNNING", rules=Rules(), faults=(), next_link=False, cancelled=False):
-    decision = decide(code, state, rules, faults, next_link=next_link, cancelled=cancelled)
+def ended(code, *, state="RUNNING", rules=Rules(), ends=(), next_link=False, cancelled=False):
+    decision = decide(code, state, rules, ends, next_link=next_link, cancelled=cancelled)
     return decision.what, decision.exclude
 
 
@@ -25,10 +25,18 @@ def test_a_run_that_is_done_or_wrong_ends_with_its_chain():
 
 @pytest.mark.parametrize("code", [75, 138, 143])
 def test_a_run_that_was_asked_to_stop_goes_on(code):
-    assert ended(code) == ("again", ())
-    assert ended(code, next_link=True) == ("next", ())
-    assert ended(code, rules=Rules(requeue=False)) == ("end", ())
-    assert ended(code, cancelled=True) == ("end", ())
+    here = [fault(5), fault(10)]
+    assert ended(code, ends=here) == ("again", ())
+    assert ended(code, ends=here, next_link=True) == ("next", ())
+    assert ended(code, ends=here, rules=Rules(requeue=False)) == ("end", ())
+    assert ended(code, ends=here, rules=Rules(max_faults=0)) == ("again", ())
+    assert ended(code, ends=here, cancelled=True) == ("end", ())
+
+
+def test_stops_in_vain_are_not_borne_for_ever():
+    assert ended(138, ends=[fault(5)] * 4) == ("again", ())
+    assert ended(138, ends=[fault(5)] * 5, next_link=True) == ("end", ())
+    assert ended(138, ends=[fault(5)] * 5 + [fault(6)]) == ("again", ())
 
 
 @pytest.mark.parametrize("state", ["CANCELLED", "PREEMPTED", "PENDING", "NODE_FAIL"])
@@ -38,18 +46,18 @@ def test_what_slurm_has_ended_is_left_to_slurm(state):
 
 
 def test_faults_are_borne_until_there_is_no_progress():
-    assert ended(70, faults=[fault(5)]) == ("again", ())
-    assert ended(70, faults=[fault(5)] * 3) == ("again", ())
-    assert ended(70, faults=[fault(5)] * 4) == ("end", ())
-    assert ended(70, faults=[fault(5)] * 4 + [fault(10)]) == ("again", ())
-    assert ended(137, faults=[fault(5)], rules=Rules(max_faults=0)) == ("end", ())
+    assert ended(70, ends=[fault(5)]) == ("again", ())
+    assert ended(70, ends=[fault(5)] * 3) == ("again", ())
+    assert ended(70, ends=[fault(5)] * 4) == ("end", ())
+    assert ended(70, ends=[fault(5)] * 4 + [fault(10)]) == ("again", ())
+    assert ended(137, ends=[fault(5)], rules=Rules(max_faults=0)) == ("end", ())
 
 
 def test_a_node_of_repeated_faults_is_left_out():
     faults = [fault(5, "a"), fault(9, "b"), fault(12, "a")]
-    assert ended(70, faults=faults) == ("again", ("a",))
-    assert ended(70, faults=faults, next_link=True) == ("next", ("a",))
-    assert ended(70, faults=faults, rules=Rules(exclude_after=0)) == ("again", ())
+    assert ended(70, ends=faults) == ("again", ("a",))
+    assert ended(70, ends=faults, next_link=True) == ("next", ("a",))
+    assert ended(70, ends=faults, rules=Rules(exclude_after=0)) == ("again", ())
 
 
 # As srun 22.05 writes them, in the order in which ranks end.
