@@ -208,6 +208,7 @@ def test_a_student_names_its_teacher(folder, small_job, tmp_path):
     assert "The teacher's own data is not recorded here" in sheet
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_family(name, corpus, tmp_path):
     folder = start(name, corpus, tmp_path)

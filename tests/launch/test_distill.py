@@ -78,7 +78,7 @@ def test_a_run_in_stages_goes_on_as_if_it_had_not_stopped(start, teacher):
     assert "distillation.contrast.queue" in one
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_teacher_on_a_rank_of_its_own(start, teacher, small_job):
     """A signal ends both sides, saved; one process goes on where two were, and the curve is that of one from the
     beginning."""

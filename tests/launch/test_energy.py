@@ -55,7 +55,7 @@ def agree_in_a_group(rank: int, world: int, layout: dict, folder: Path) -> list:
     return answers
 
 
-@pytest.mark.parametrize("layout", [{}, {"tensor": 2}, {"pipeline": 2, "shard": 2}])
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2, "pipeline": 2}])
 def test_one_sum_over_all_ranks_at_any_layout(pool, layout, tmp_path):
     """1 + 10 + 100 + 1000 joules: each rank counts once, whatever axis it is on."""
     for answers in pool(agree_in_a_group, ranks=4, layout=layout, folder=tmp_path):
@@ -104,7 +104,7 @@ def test_an_unknown_source_is_refused_before_a_record_is_opened(train, tmp_path)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_killed_run_counts_what_it_did_in_vain(train, small_job, tmp_path):
     """SIGKILL before the first checkpoint: all steps are done twice, and what the first life used is told."""
     sets = ["train.steps=40", "checkpoint.every=0", "tracking.energy.source=tdp", "tracking.energy.watts=100"]

@@ -11,7 +11,7 @@ from headway.pretrain.records.metrics import read_metrics
 from headway.tests.launch.hosts import ADDRESSES, NAMES, Hosts, NoHosts
 from headway.tests.launch.test_train import HEADWAY
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.matrix, pytest.mark.xdist_group("hosts")]  # two minutes
 STEPS = 60
 SETS = "precision=fp64", f"train.steps={STEPS}"
 TIMEOUT = 10

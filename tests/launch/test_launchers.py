@@ -28,11 +28,12 @@ def alone(small_job, tmp_path_factory):
 @pytest.mark.parametrize(
     "launcher",
     [
-        OPEN_MPI,
-        MPICH,
-        (*MPICH, "sh", "-c", 'env "$@"', "sh"),  # a script stands between the launcher and the rank
+        pytest.param(OPEN_MPI, marks=pytest.mark.matrix),
+        pytest.param(MPICH, marks=pytest.mark.matrix),
+        # a script stands between the launcher and the rank
+        pytest.param((*MPICH, "sh", "-c", 'env "$@"', "sh"), marks=pytest.mark.matrix),
         (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--no-python"),
-        ("sh", "-c", BY_SHELL, "sh"),
+        pytest.param(("sh", "-c", BY_SHELL, "sh"), marks=pytest.mark.matrix),
     ],
     ids=["Open MPI", "MPICH", "MPICH and a script", "torchrun", "RANK and WORLD_SIZE"],
 )

@@ -99,7 +99,7 @@ def test_a_signal_to_the_agent_reaches_all_ranks_which_save(started):
     started.ended()
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_rank_that_is_killed_is_named(started):
     os.kill(started.ranks[1], signal.SIGKILL)
     assert started.agent.wait(60) == 70
@@ -110,7 +110,7 @@ def test_a_rank_that_is_killed_is_named(started):
     started.ended()
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_ranks_do_not_outlive_their_agent(started):
     started.agent.kill()
     started.agent.wait()

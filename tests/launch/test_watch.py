@@ -49,7 +49,7 @@ def start(small_job, tmp_path):
         child.stdout.close()
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_run_is_seen_running_stopped_and_killed(start, tmp_path):
     child = start()
     text = watch("--once", tmp_path / "run")

@@ -147,6 +147,7 @@ def test_an_online_run_arrives_whole(server, tmp_path):
     assert server.used == [str(server.artifacts.index(data))]  # an input of the run, not an output
 
 
+@pytest.mark.matrix
 def test_unset_names_come_from_the_environment(server, tmp_path, monkeypatch):
     for name, value in {"PROJECT": "p", "ENTITY": "e", "RUN_GROUP": "g", "JOB_TYPE": "j", "NOTES": "n", "TAGS": "x,y",
                         "RUN_ID": "chosen"}.items():  # fmt: skip
@@ -166,7 +167,14 @@ def test_unset_names_come_from_the_environment(server, tmp_path, monkeypatch):
     assert [server.runs["other"].bucket[k] for k in ("project", "entity")] == ["headway", ENTITY]
 
 
-@pytest.mark.parametrize("modes", [("online", "online"), ("offline", "offline"), ("offline", "online")])
+@pytest.mark.parametrize(
+    "modes",
+    [
+        ("online", "online"),
+        pytest.param(("offline", "offline"), marks=pytest.mark.matrix),
+        pytest.param(("offline", "online"), marks=pytest.mark.matrix),
+    ],
+)
 def test_a_rewound_run_has_every_step_once(server, tmp_path, modes):
     """Steps 11 to 14 are computed twice. An online incarnation uploads what was recorded offline before it."""
     run_dir = tmp_path / "run"
@@ -184,6 +192,7 @@ def test_a_rewound_run_has_every_step_once(server, tmp_path, modes):
     ]
 
 
+@pytest.mark.matrix
 def test_steps_that_a_dead_server_missed_are_made_up_for(server, tmp_path):
     """W&B's log of the first incarnation ends early, as that of a machine that lost power."""
     run_dir = tmp_path / "run"
@@ -195,6 +204,7 @@ def test_steps_that_a_dead_server_missed_are_made_up_for(server, tmp_path):
     assert points(only(server)) == read_metrics(run_dir)
 
 
+@pytest.mark.matrix
 def test_a_curve_that_differs_from_the_one_in_wandb_is_a_warning(server, tmp_path):
     run_dir = tmp_path / "run"
     live(run_dir, range(1, 15), "stopped")
@@ -227,6 +237,7 @@ def test_alerts_follow_what_happened(server, tmp_path):
     assert server.alerts[0]["waitDuration"] == 1_800_000  # milliseconds
 
 
+@pytest.mark.matrix
 def test_a_killed_training_process_is_an_alert(server, tmp_path):
     program = f"""
 import io, os, signal
@@ -295,6 +306,7 @@ class Exporter(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None: ...
 
 
+@pytest.mark.matrix
 def test_exporters_of_other_nodes_are_system_metrics(server, tmp_path):
     with ThreadingHTTPServer(("127.0.0.1", 0), Exporter) as exporter:
         threading.Thread(target=exporter.serve_forever, args=(0.02,), daemon=True).start()
@@ -321,7 +333,9 @@ def test_exporters_of_other_nodes_are_system_metrics(server, tmp_path):
 # -- a server that fails ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("status", [401, 403, 500, 429])
+@pytest.mark.parametrize(
+    "status", [401, *(pytest.param(code, marks=pytest.mark.matrix) for code in (403, 500, 429))]
+)
 def test_a_server_that_answers_with_an_error_leaves_an_offline_run_and_one_warning(server, tmp_path, status):
     server.status = status
     warnings, run_dir = [], tmp_path / "run"
@@ -337,6 +351,7 @@ def test_a_server_that_answers_with_an_error_leaves_an_offline_run_and_one_warni
     assert [p for p in run_dir.rglob("*") if p.is_file() and KEY.encode() in p.read_bytes()] == []
 
 
+@pytest.mark.matrix
 def test_a_server_that_dies_midway_is_caught_up_with_by_the_next_incarnation(server, tmp_path):
     run_dir, warnings = tmp_path / "run", []
     tracker = WandbTracker(records_told(run_dir, warnings), "online", finish_timeout=4)
