@@ -162,7 +162,8 @@ def resubmit(run: Path, me: client.JobState, exclude: Sequence[str]) -> bool:
         print(f"== job {me.job}: {', '.join(exclude)} cannot be left out: {error}", flush=True)
         return False
     new = f"{new}_{task}" if task else new
-    jobs.note(run, "submitted", job=new, after=me.job, without=list(exclude))
+    log = str(Path(me.log).with_name(f"{new}.log"))
+    jobs.note(run, "submitted", job=new, after=me.job, without=list(exclude), log=log)
     print(f"== job {new} goes on without {', '.join(exclude)}", flush=True)
     return True
 

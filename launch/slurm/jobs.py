@@ -21,8 +21,8 @@ def slurm_folder(run: Path) -> Path:
 
 
 def note(run: Path, kind: str, **fields: Any) -> None:
-    """Append a line: `submitted` (job, and `after`, `without` or `runs` where so), `fault` or `stop` (job, code, nodes,
-    step)."""
+    """Append a line: `submitted` (job, and `after`, `without`, `runs` or `log` where so), `fault` or `stop`
+    (job, code, nodes, step)."""
     folder = slurm_folder(run)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "jobs.jsonl", "a", encoding="utf-8") as file:
@@ -39,6 +39,13 @@ def notes(run: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return found
+
+
+def logs(run: Path) -> list[Path]:
+    """What the run's jobs have printed, the newest last; a sweep has the logs of its runs."""
+    noted = [Path(line["log"]) for line in notes(run) if "log" in line]
+    there = {path.resolve() for path in (*slurm_folder(run).glob("*.log"), *noted) if path.exists()}
+    return sorted(there, key=lambda path: path.stat().st_mtime)
 
 
 def submitted(run: Path) -> list[str]:

@@ -83,7 +83,7 @@ def logs(path: str, lines: int, follow: bool) -> None:
         JobError: nothing has been written yet.
     """
     run = run_of(path)
-    found = sorted(jobs.slurm_folder(run).glob("*.log"), key=lambda file: file.stat().st_mtime)
+    found = jobs.logs(run)
     if not found:
         raise JobError("run", path, "has no log yet: its job waits", f"headway launch status {path}")
     if follow:

@@ -94,7 +94,8 @@ def submit(path: Path, folder: Path, chain: int, points: Sequence[Point]) -> Non
         places = {"runs": [str(point.folder) for point in points]} if points else {}
         jobs.note(folder, "submitted", job=job, **({"after": before} if before else {}), **places)
         for index, point in enumerate(points):
-            jobs.note(point.folder, "submitted", job=f"{job}_{index}")
+            log = jobs.slurm_folder(folder) / f"{job}_{index}.log"
+            jobs.note(point.folder, "submitted", job=f"{job}_{index}", log=str(log))
         shown = (
             f"link {link + 1} of {chain}" if chain > 1 else f"{len(points)} runs" if points else "submitted"
         )

@@ -2,9 +2,10 @@
 
 import pytest
 
+from headway.launch.slurm import jobs
 from headway.launch.slurm.after import Rules, decide, first_to_end, since_start, this_job
 from headway.launch.slurm.client import parse_job
-from headway.launch.slurm.show import progress
+from headway.launch.slurm.show import logs, progress
 from headway.pretrain.errors import JobError
 
 
@@ -118,6 +119,17 @@ def test_outside_of_a_job():
     assert this_job({"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}) == "7_2"
     with pytest.raises(JobError, match="part of batch scripts"):
         this_job({})
+
+
+def test_logs_of_a_run_of_a_sweep_are_the_sweeps(tmp_path, capsys):
+    log = tmp_path / "sweep/slurm/7_1.log"
+    jobs.note(tmp_path / "sweep-1", "submitted", job="7_1", log=str(log))
+    with pytest.raises(JobError, match="no log yet"):
+        logs(str(tmp_path / "sweep-1"), 2, follow=False)
+    log.parent.mkdir(parents=True)
+    log.write_text("one\ntwo\nthree\n")
+    logs(str(tmp_path / "sweep-1"), 2, follow=False)
+    assert capsys.readouterr().out == f"{log}:\ntwo\nthree\n"
 
 
 def test_a_run_that_waits_has_not_begun(tmp_path):
