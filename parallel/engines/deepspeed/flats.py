@@ -63,6 +63,10 @@ class Flats(ABC):
         """Reduced gradients, not clipped, as runs; between the last backward of a step and the step. Live."""
 
     @abstractmethod
+    def forget(self) -> None:
+        """Drop gradients; harmless where a step has done so."""
+
+    @abstractmethod
     def refresh(self) -> None:
         """Make narrow and gathered copies follow the masters, which were written. Collective."""
 
@@ -71,10 +75,6 @@ class Flats(ABC):
         """torch's optimizer, which moves the masters."""
         found: torch.optim.Optimizer = self.optimizer.optimizer
         return found
-
-    def shape(self, name: str) -> torch.Size:
-        """Of a parameter, which may not be whole at present."""
-        return self.named[name].shape
 
     def weight(self, name: str) -> Tensor:
         """This rank's run of the fp32 weights."""
@@ -118,6 +118,10 @@ class Whole(Flats):
     def gradients(self) -> dict[str, Tensor]:
         return {name: p.grad.view(-1) for name, p in self.named.items() if p.grad is not None}
 
+    def forget(self) -> None:
+        for p in self.named.values():
+            p.grad = None
+
     def refresh(self) -> None:
         """There is one copy only."""
 
@@ -152,6 +156,16 @@ class Shards(Flats):
                 found[names[id(p)]] = part.view(-1)
         return found
 
+    def forget(self) -> None:
+        optimizer = self.optimizer
+        optimizer.zero_grad(set_to_none=True)
+        optimizer.micro_step_id = -1
+        for i in range(len(self.masters)):
+            optimizer.averaged_gradients[i] = None
+            optimizer.all_grad_tensors[i] = None
+        if optimizer.cpu_offload:
+            optimizer.reset_cpu_buffers()
+
     def refresh(self) -> None:
         self.optimizer.update_lp_params()
 
@@ -176,6 +190,10 @@ class NarrowShards(Flats):
         flats = self.optimizer.fp32_groups_gradient_flat_partition
         return {name: flats[run.flat][run.at :][: run.count] for name, run in self.runs.items()}
 
+    def forget(self) -> None:
+        self.optimizer.clear_hp_grads()
+        self.optimizer.clear_lp_grads(set_to_none=True)
+
     def refresh(self) -> None:
         self.optimizer.update_lp_params()
 
@@ -193,10 +211,6 @@ class Parts(Flats):
             runs[name] = Run(flat, at, start if count else 0, count)
         return runs
 
-    def shape(self, name: str) -> torch.Size:
-        found: torch.Size = self.named[name].ds_shape  # type: ignore[attr-defined]
-        return found
-
     def gradients(self) -> dict[str, Tensor]:
         if self.optimizer.offload_optimizer:
             flats = [flat.grad for flat in self.masters]
@@ -207,6 +221,9 @@ class Parts(Flats):
             for p, part in zip(self.optimizer.fp16_groups[i], parts, strict=True):
                 found[names[id(p)]] = part.view(-1)[: self.runs[names[id(p)]].count]
         return found
+
+    def forget(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
 
     def refresh(self) -> None:
         optimizer = self.optimizer
