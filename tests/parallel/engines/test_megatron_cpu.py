@@ -184,3 +184,66 @@ def test_data_parallel_and_optimizers(pool, dtype, distributed, overlap):
         for expected, part in zip(weights, ours, strict=True):
             tolerance = 2e-6 if dtype == "float32" else 1e-2
             torch.testing.assert_close(*map(torch.from_numpy, (part, expected)), rtol=tolerance, atol=tolerance)
+
+
+# -- experts ---------------------------------------------------------------------------------------------------
+
+X, K, N = 4, 2, 7
+"""Experts, experts of a token, tokens of a rank."""
+
+
+def routed(rank, dropped):
+    """Tokens [N, E], which experts they go to [N, X] and with what weight; some pairs may be dropped."""
+    draw = torch.Generator().manual_seed(rank)
+    x_NE = torch.randn(N, E, generator=draw, dtype=torch.float64).requires_grad_()
+    weight_NX = torch.rand(N, X, generator=draw, dtype=torch.float64)
+    map_NX = torch.zeros(N, X, dtype=torch.bool).scatter_(1, weight_NX.topk(K)[1], True)
+    if dropped:
+        map_NX &= torch.rand(N, X, generator=draw) > 0.3
+    return x_NE, map_NX, (weight_NX * map_NX).requires_grad_()
+
+
+def gain_XE():
+    return torch.linspace(-1, 1, X * E, dtype=torch.float64).reshape(X, E)
+
+
+def dispatch(rank, world, dropped):
+    with groups(expert_model_parallel_size=world, expert_tensor_parallel_size=1):
+        from megatron.core.transformer import TransformerConfig
+        from megatron.core.transformer.moe.moe_utils import (
+            get_default_pg_collection,
+            router_gating_linear,
+        )
+        from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+        config = TransformerConfig(
+            num_layers=1, hidden_size=E, num_attention_heads=1, num_moe_experts=X, moe_router_topk=K,
+            expert_model_parallel_size=world, moe_token_dispatcher_type="alltoall",
+            moe_expert_capacity_factor=1.0 if dropped else None, add_bias_linear=False,
+        )  # fmt: skip
+        local = X // world
+        mine = list(range(rank * local, (rank + 1) * local))
+        way = MoEAlltoAllTokenDispatcher(local, mine, config, get_default_pg_collection())
+        x_NE, map_NX, weight_NX = routed(rank, dropped)
+        rows, weights = way.token_dispatch(*way.dispatch_preprocess(x_NE, map_NX, weight_NX))
+        rows, counts, weights = way.dispatch_postprocess(rows, weights)
+        gains = gain_XE()[mine].repeat_interleave(counts, 0)
+        made = way.combine_preprocess(rows * gains * weights[:, None])
+        y_NE = way.combine_postprocess(way.token_combine(made))
+        y_NE.square().sum().backward()
+        scores = router_gating_linear(x_NE.detach(), gain_XE(), None, torch.float32)
+        return y_NE.detach().numpy(), x_NE.grad.numpy(), weight_NX.grad.numpy(), scores.numpy()
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_dispatch_of_tokens(pool, dropped):
+    """All-to-all to experts on two ranks and back; and the router's product, which upstream raises NameError."""
+    for rank, found in enumerate(pool(dispatch, ranks=2, dropped=dropped)):
+        x_NE, _, weight_NX = routed(rank, dropped)
+        y_NE = torch.einsum("ne,xe,nx->ne", x_NE, gain_XE(), weight_NX)
+        y_NE.square().sum().backward()
+        score_NX = (x_NE.detach() @ gain_XE().T).float()
+        weights = torch.where(weight_NX > 0, weight_NX.grad, 0)
+        for part, expected in zip(found, (y_NE.detach(), x_NE.grad, weights, score_NX), strict=True):
+            tolerance = 1e-12 if part.dtype == "float64" else 1e-6  # the router's product is one of fp32
+            torch.testing.assert_close(torch.from_numpy(part), expected, rtol=tolerance, atol=tolerance)
