@@ -7,6 +7,7 @@ from functools import wraps
 from typing import Any
 
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from headway.parallel.apply import blocks_of
 from headway.pretrain.models.spectral import SpectralLinear
@@ -26,6 +27,26 @@ def gather_in(objective: Objective, package: Any) -> None:
     spectral = [p for m in objective.modules() if isinstance(m, SpectralLinear) for p in m.parameters()]
     if spectral:
         objective.iterate = _within(objective.iterate, spectral, package)  # type: ignore[method-assign]
+
+
+def keep_apart(offload: Any) -> None:
+    """Let ZeRO-3's hooks gather and free weights unseen by what counts operations: a policy of recomputation, which would
+    look for the results of gathering among those of the forward.
+
+    Args:
+        offload: DeepSpeed's `DeepSpeedZeRoOffload`.
+    """
+    for name in ("pre_sub_module_forward_function", "post_sub_module_forward_function"):
+        setattr(offload, name, _unseen(getattr(offload, name)))
+
+
+def _unseen(hook: Callable[[Any], None]) -> Callable[[Any], None]:
+    @wraps(hook)
+    def unseen(module: Any) -> None:
+        with _disable_current_modes():
+            hook(module)
+
+    return unseen
 
 
 def _within(method: Callable[..., Any], parameters: list[nn.Parameter], package: Any) -> Callable[..., Any]:
