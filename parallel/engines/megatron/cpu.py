@@ -113,7 +113,7 @@ class Cuda:
     def current_device(self) -> torch.device:
         return CPU
 
-    def Stream(self, *args: Any, **settings: Any) -> Nothing:  # noqa: N802
+    def Stream(self, *args: Any, **settings: Any) -> Nothing:
         return self._only
 
     Event = Stream

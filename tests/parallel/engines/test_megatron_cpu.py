@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from headway.tests.parallel.engines.megatron_ranks import groups
 
-pytest.importorskip("megatron.core")
+pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 
 B, S, E, INNER, V = 2, 4, 6, 8, 12
 """Rows, sequence, hidden, inner and vocabulary sizes."""
@@ -302,6 +303,7 @@ assert torch.cuda.current_device is not cpu.HERE.cuda.current_device
 """
 
 
+@pytest.mark.slow
 def test_torch_is_left_alone():
     """No name of torch changes; a second call changes nothing; with CUDA there is no first."""
     subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT], check=True, timeout=300)

@@ -1,6 +1,8 @@
 """Megatron-Core's pipeline schedules over our stages: the native engine with them in place of torch's, against one
 process, in fp64, all that is random on."""
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from headway.tests.parallel.engines.megatron_ranks import groups
 from headway.tests.parallel.family_cases import build
 from headway.tests.parallel.proof import STEPS, Curve, Running, alone, compare, ranks_of
 
-pytest.importorskip("megatron.core")
+pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 
 
 def curves(rank, world, parallel, names, precision):
