@@ -81,14 +81,12 @@ def adapt() -> None:
 # -- what answers for torch.cuda -------------------------------------------------------------------------------
 
 
-class Stream:
-    """Work is done when it was asked for: nothing to wait for. An event, too."""
+class Nothing:
+    """A stream or an event: work is done when it was asked for, and there is nothing to wait for."""
 
-    def __init__(self, *args: Any, **settings: Any) -> None: ...
+    def wait_stream(self, stream: Nothing | None = None) -> None: ...
 
-    def wait_stream(self, stream: Stream) -> None: ...
-
-    def record_event(self, event: Stream | None = None) -> Stream:
+    def record_event(self, event: Nothing | None = None) -> Nothing:
         return event or self
 
     def synchronize(self) -> None: ...
@@ -99,8 +97,7 @@ class Stream:
 class Cuda:
     """`torch.cuda` as Megatron uses it, of the CPU; other names are torch's own."""
 
-    Stream = Event = Stream
-    _only = Stream()
+    _only = Nothing()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cuda, name)
@@ -116,12 +113,17 @@ class Cuda:
     def current_device(self) -> torch.device:
         return CPU
 
-    def current_stream(self, device: Any = None) -> Stream:
+    def Stream(self, *args: Any, **settings: Any) -> Nothing:
+        return self._only
+
+    Event = Stream
+
+    def current_stream(self, device: Any = None) -> Nothing:
         return self._only
 
     default_stream = current_stream
 
-    def stream(self, stream: Stream) -> AbstractContextManager[None]:
+    def stream(self, stream: Nothing) -> AbstractContextManager[None]:
         return nullcontext()
 
     def synchronize(self, device: Any = None) -> None: ...
@@ -170,7 +172,13 @@ def _translate(constant: Any) -> Any:
         return tuple(map(_translate, constant))
     if not isinstance(constant, str):
         return constant
-    return "cpu" if constant == "cuda" else constant.replace("torch.cuda.", "torch.") if _is_type(constant) else constant
+    return (
+        "cpu"
+        if constant == "cuda"
+        else constant.replace("torch.cuda.", "torch.")
+        if _is_type(constant)
+        else constant
+    )
 
 
 def _is_type(text: str) -> bool:

@@ -15,14 +15,16 @@ from headway.parallel.apply import materialise, spread
 from headway.parallel.engines.base import AUTOCAST, FIRST_ITERATIONS, BaseEngine, persistent_buffers
 from headway.parallel.engines.megatron import fragments, groups, optimizers, settings
 from headway.parallel.engines.megatron.cpu import adapt
+from headway.parallel.engines.megatron.guards import check_groups, check_shares, gather_whole
 from headway.parallel.engines.megatron.marks import mark, narrow
+from headway.parallel.engines.megatron.schedules import Gradients, MegatronPipeline
 from headway.parallel.engines.megatron.spectral import iterate
 from headway.parallel.engines.megatron.swap import swap
 from headway.parallel.engines.totals import Totals
 from headway.parallel.mesh import World
 from headway.parallel.pipeline.plan import Plan, make_plan
 from headway.pretrain.config import Job
-from headway.pretrain.engine import Batch, State
+from headway.pretrain.engine import Batch, State, Sums
 from headway.pretrain.models.layers import Noise
 from headway.pretrain.objectives import Objective
 from headway.pretrain.optim.average import Average
@@ -42,7 +44,7 @@ class MegatronEngine(BaseEngine):
         super().__init__(job, objective, world, precision=precision)
         adapt()
         layout = world.layout
-        self.groups = groups.start(world, _virtual(job, world))
+        self.groups = groups.start(world)
         plan = make_plan(objective, job, layout) if layout.pipeline > 1 else None
         names = [name for name, _ in objective.named_parameters()]
         spread(objective, job, world, precision=precision, plan=plan, plain=True)
@@ -55,6 +57,8 @@ class MegatronEngine(BaseEngine):
         mark(self.named, spread_experts, plan and plan.holders, world.place("pipeline"))
         self._buffer(job, names)
         self.scale = LossScale() if self.scaled else None
+        if plan:
+            self.pipeline = self._stages(plan)
         self.weights_changed()
 
     def _buffer(self, job: Job, names: list[str]) -> None:
@@ -74,16 +78,30 @@ class MegatronEngine(BaseEngine):
         for name, values in exact.items():  # Megatron has made them from the narrow ones
             if (piece := self.pieces.get(name)) is not None:
                 piece.main.copy_(values.view(-1)[piece.start :][: len(piece.main)])
+        check_shares(self.named, self.data.config)
+        check_groups(group for each in self.optimizer.chained_optimizers for group in each.param_groups)
+        self.gather, self.gathered = lambda: None, lambda: None
+        if self.data.ddp_config.overlap_param_gather:
+            self.gather, self.gathered = gather_whole(self.data)
+
+    def _stages(self, plan: Plan) -> MegatronPipeline:
+        """The stages of this rank under Megatron's schedules."""
+        gradients = Gradients(lambda p: p.main_grad, self.data.no_sync, self._reduce)
+        schedule = self.job.parallel.schedule
+        return MegatronPipeline(
+            plan, self.objective, self.named, self.world, schedule, self.rows, self._autocast, gradients
+        )
 
     # -- one step ------------------------------------------------------------------------------------------
 
     def _accumulate(self, batch: Batch, step: int, counts: dict[str, float]) -> Totals:
         weight = self.scale.scale if self.scale else 1.0
+        self.gathered()
         if self.pipeline:
             sums = self._through_stages(self.pipeline, batch, step, counts, weight)
         else:
             sums = self._accumulate_alone(batch, step, counts, weight)
-            finalize_model_grads([self.data], pg_collection=self.groups)
+            self._reduce()
         self.optimizer.prepare_grads()
         if self.scale:
             self._scale_gradients(1.0 / self.scale.scale)
@@ -101,6 +119,10 @@ class MegatronEngine(BaseEngine):
             sums.add(out)
         return sums
 
+    def _reduce(self) -> None:
+        """Sum gradients over data ranks, and shares over the tensor axis; wait for what is under way."""
+        finalize_model_grads([self.data], pg_collection=self.groups)
+
     def _norm(self) -> Tensor | float:
         norm: float = self.optimizer.get_grad_norm()
         return norm
@@ -111,6 +133,7 @@ class MegatronEngine(BaseEngine):
             self._scale_gradients(clip / norm)
         set_rate((each.optimizer for each in self.optimizer.chained_optimizers), self._factor(step))
         self.optimizer.step_with_ready_grads()
+        self.gather()
 
     @torch.no_grad()
     def _scale_gradients(self, factor: float) -> None:
@@ -129,6 +152,14 @@ class MegatronEngine(BaseEngine):
 
     def _gradients(self) -> dict[str, Tensor]:
         return {}  # of a parameter no rank has all
+
+    def evaluate(self, batch: Batch) -> Sums:
+        self.gathered()
+        return super().evaluate(batch)
+
+    def whole(self) -> Objective | None:
+        self.gathered()
+        return super().whole()
 
     # -- state ---------------------------------------------------------------------------------------------
 
@@ -153,9 +184,7 @@ class MegatronEngine(BaseEngine):
 
     def _refresh(self) -> None:
         """Bring the model's parameters up to the main ones; collective."""
+        self.gathered()
         fragments.refresh(self.optimizer)
 
 
-def _virtual(job: Job, world: World) -> int | None:
-    """Stages of a rank, where an interleaved schedule has several."""
-    return None

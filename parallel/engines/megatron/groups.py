@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from headway.parallel.mesh import Layout, World
+from headway.parallel.mesh import World
 
 ORDER = "tp-cp-ep-dp-pp"
 
@@ -32,18 +32,17 @@ class Places:
     pp: int
 
 
-def start(world: World, virtual: int | None = None) -> ProcessGroupCollection:
+def start(world: World) -> ProcessGroupCollection:
     """The groups of a layout; collective. Those of another layout before are forgotten.
 
     A process alone gets a group of its own, without which Megatron does nothing.
 
-    Args:
-        world: this process among the ranks.
-        virtual: stages of a rank of the pipeline, where there are several.
+    Stages of a pipeline that share parameters add their gradients themselves (`pipeline.shared`): Megatron's group for
+    that is given one rank.
     """
     if not dist.is_initialized():
         dist.init_process_group(world.backend, store=dist.HashStore(), rank=0, world_size=1)
-    key = world.layout, virtual, dist.group.WORLD
+    key = world.layout, dist.group.WORLD
     if _made.get("key") == key and parallel_state.is_initialized():
         return _made["groups"]
     stop()
@@ -51,11 +50,11 @@ def start(world: World, virtual: int | None = None) -> ProcessGroupCollection:
     parallel_state.initialize_model_parallel(
         layout.tensor,
         layout.pipeline,
-        virtual,
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=1,
         order=ORDER,
+        get_embedding_ranks=lambda line, *_: line[:1],
         create_gloo_process_groups=False,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -83,8 +82,3 @@ def _agree(world: World, groups: ProcessGroupCollection) -> None:
 def places(world: World) -> Places:
     """Where this rank stands."""
     return Places(world.place("tensor"), world.place("context"), world.data_rank, world.place("pipeline"))
-
-
-def sizes(layout: Layout) -> Places:
-    """How many ranks there are along Megatron's axes."""
-    return Places(layout.tensor, layout.context, layout.data, layout.pipeline)

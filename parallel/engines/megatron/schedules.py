@@ -29,7 +29,6 @@ from headway.parallel.pipeline.plan import Plan
 from headway.parallel.pipeline.run import Pipeline
 from headway.parallel.pipeline.stages import StageModule
 from headway.pretrain.objectives import Objective
-from headway.pretrain.optim.norms import square_sum
 
 SCHEDULES = ("1f1b", "interleaved_1f1b")
 """Values of `parallel.schedule` that Megatron has."""
@@ -50,13 +49,6 @@ class Gradients:
     finish: Callable[[], None] = lambda: None
 
 
-def plain(parameter: Tensor) -> Tensor:
-    """The gradient that autograd gives, zeros where there is none: of parameters outside of any DDP."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
-
-
 class MegatronPipeline(Pipeline):
     """`Pipeline` with Megatron's schedules.
 
@@ -65,7 +57,8 @@ class MegatronPipeline(Pipeline):
     distributed one: a bucket of their own is then cut alike at all holders, and copies can be added shard by shard.
 
     Args:
-        gradients: see there; without it, autograd's, and no data axes.
+        gradients: see there; None where they are in `grad`, and whole when they come. `norm` is of those only:
+            Megatron's optimizers tell the norm of others.
     """
 
     def __init__(
@@ -81,17 +74,11 @@ class MegatronPipeline(Pipeline):
     ) -> None:
         assert schedule in SCHEDULES, schedule
         super().__init__(plan, objective, named, world, schedule, rows, autocast)
-        self.gradients = gradients or Gradients(plain)
+        self.gradients = gradients
         self.ledger = Ledger()
 
-    def norm(self) -> float:
-        """L2 norm of the gradient of the whole model, where every rank has whole gradients and whole parameters."""
-        parts = [self.gradients.of(p) for p in self.shared.owned(self.named) if p.requires_grad]
-        mine = float(square_sum(parts)) if parts else 0.0
-        return float(self.world.sum(mine, along=("pipeline",))[0] ** 0.5)
-
     def _run(self, count: int, rows: int, shapes: list[Shapes], kind: str) -> None:
-        chunks, config, sizes = self._schedule(count, rows, shapes, kind)
+        chunks, sizes = self._schedule(count, rows, shapes, kind)
         interleaved = len(chunks) > 1
         shaped = {} if interleaved else {"adjust_tensor_shapes_fn": lambda *_: sizes}
         micros: list[Iterator[int]] = [iter(range(count)) for _ in chunks]
@@ -107,17 +94,25 @@ class MegatronPipeline(Pipeline):
             **shaped,
         )
         self.ledger.check()
-        self.gradients.finish()
+        if self.gradients:
+            self.gradients.finish()
 
     def _add_shared(self) -> None:
-        self.shared.add({name: self.gradients.of(self.named[name]) for name in self.shared.copied(self.named)})
+        if self.gradients is None:
+            return super()._add_shared()
+        self.shared.add(
+            {name: self.gradients.of(self.named[name]) for name in self.shared.copied(self.named)}
+        )
 
     def _schedule(self, count: int, rows: int, shapes: list[Shapes], kind: str) -> Any:
-        """Chunks, their configuration, and sizes of what is received and sent; the same for batches that are alike."""
+        """Chunks, and sizes of what is received and sent; the same for batches that are alike."""
         key = (kind, count, rows, *shapes)
         if key not in self.schedules:
             wires = [
-                (Wire.of(s.stage.number, a.examples("into", rows)), Wire.of(s.stage.number + 1, a.examples("out", rows)))
+                (
+                    Wire.of(s.stage.number, a.examples("into", rows)),
+                    Wire.of(s.stage.number + 1, a.examples("out", rows)),
+                )
                 for s, a in zip(self.stages, shapes, strict=True)
             ]
             if len(self.stages) == 1:
@@ -129,7 +124,7 @@ class MegatronPipeline(Pipeline):
                 Chunk(stage, pair, sizes[1], self.ledger, config)
                 for stage, pair in zip(self.stages, wires, strict=True)
             ]
-            self.schedules[key] = chunks, config, tuple([(size, 1, 1)] for size in sizes)
+            self.schedules[key] = chunks, tuple([(size, 1, 1)] for size in sizes)
         return self.schedules[key]
 
     def _config(self, count: int) -> TransformerConfig:
@@ -148,7 +143,7 @@ class MegatronPipeline(Pipeline):
             hidden_size=1,
             pipeline_model_parallel_size=ranks,
             pipeline_dtype=WORD,
-            no_sync_func=self.gradients.no_sync,
+            no_sync_func=self.gradients and self.gradients.no_sync,
             # gloo still reads what was sent when its memory would be given back.
             deallocate_pipeline_outputs=self.world.device.type == "cuda",
             **several,

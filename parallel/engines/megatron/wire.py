@@ -101,9 +101,7 @@ class Send(torch.autograd.Function):
     """Tensors -> message; its gradient is a message of the tensors' gradients."""
 
     @staticmethod
-    def forward(
-        ctx: Any, wire: Wire, words: int, micro: int, ledger: Ledger, *tensors: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, wire: Wire, words: int, micro: int, ledger: Ledger, *tensors: Tensor) -> Tensor:
         ctx.told = wire, micro, ledger
         return wire.write(tensors, words, wire.boundary, micro)
 

@@ -1,5 +1,9 @@
 """Megatron-Core on the CPU: every part that the engine uses, beside plain torch in one process."""
 
+import subprocess
+import sys
+from importlib.util import find_spec
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,9 +12,9 @@ from torch.nn import functional as F
 
 from headway.tests.parallel.engines.megatron_ranks import groups
 
-pytest.importorskip("megatron.core")
+pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 
-B, S, E, I, V = 2, 4, 6, 8, 12
+B, S, E, INNER, V = 2, 4, 6, 8, 12
 """Rows, sequence, hidden, inner and vocabulary sizes."""
 
 
@@ -23,7 +27,14 @@ def settings(**more):
 def whole(dtype=torch.float64):
     """Weights of a table, a linear, one behind it, and a head; ids and labels [S, B]."""
     torch.manual_seed(0)
-    sizes = {"table": (V, E), "inner": (I, E), "bias": (I,), "outer": (E, I), "gain": (E,), "head": (V, E)}
+    sizes = {
+        "table": (V, E),
+        "inner": (INNER, E),
+        "bias": (INNER,),
+        "outer": (E, INNER),
+        "gain": (E,),
+        "head": (V, E),
+    }
     weights = {n: torch.randn(size, dtype=dtype).requires_grad_() for n, size in sizes.items()}
     return weights, torch.randint(0, V, (S, B)), torch.randint(0, V, (S, B))
 
@@ -43,12 +54,14 @@ def layers(rank, world, sequence):
     with groups(tensor_model_parallel_size=world):
         from megatron.core import tensor_parallel as tp
 
-        config = settings(tensor_model_parallel_size=world, sequence_parallel=sequence, params_dtype=torch.float64)
+        config = settings(
+            tensor_model_parallel_size=world, sequence_parallel=sequence, params_dtype=torch.float64
+        )
         ours = {"config": config, "init_method": nn.init.zeros_}
         table = tp.VocabParallelEmbedding(V, E, reduce_scatter_embeddings=sequence, **ours)
-        inner = tp.ColumnParallelLinear(E, I, gather_output=False, **ours)
+        inner = tp.ColumnParallelLinear(E, INNER, gather_output=False, **ours)
         outer = tp.RowParallelLinear(
-            I, E, bias=False, input_is_parallel=True, skip_bias_add=False, **ours
+            INNER, E, bias=False, input_is_parallel=True, skip_bias_add=False, **ours
         )
         head = tp.ColumnParallelLinear(E, V, bias=False, gather_output=False, **ours)
         weights, ids_SB, labels_SB = whole()
@@ -70,7 +83,10 @@ def layers(rank, world, sequence):
 
 @pytest.mark.parametrize("sequence", [False, True])
 def test_layers(pool, sequence):
-    """Tables, linears and the loss over cut vocabularies; with sequence parallelism, too. In fp64 but for the loss, which Megatron takes of fp32 logits."""
+    """Tables, linears and the loss over cut vocabularies; with sequence parallelism, too.
+
+    In fp64 but for the loss, which Megatron takes of fp32 logits: 1e-6 relative.
+    """
     loss, gradients = in_one_process()
     for rank, (found, parts) in enumerate(pool(layers, ranks=2, sequence=sequence)):
         assert found == pytest.approx(loss, rel=1e-6)
@@ -88,12 +104,14 @@ STEPS, LR, DECAY, CLIP = 3, 1e-2, 0.1, 0.5
 
 def net(dtype):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(E, I), nn.GELU(), nn.LayerNorm(I), nn.Linear(I, E)).to(dtype)
+    return nn.Sequential(nn.Linear(E, INNER), nn.GELU(), nn.LayerNorm(INNER), nn.Linear(INNER, E)).to(dtype)
 
 
 def rows(step, rank, micro, dtype):
     """Input and target [B, E] of a micro-batch."""
-    return torch.randn(2, B, E, generator=torch.Generator().manual_seed(100 * step + 10 * rank + micro)).to(dtype)
+    return torch.randn(2, B, E, generator=torch.Generator().manual_seed(100 * step + 10 * rank + micro)).to(
+        dtype
+    )
 
 
 def loss_of(module, micro):
@@ -166,7 +184,11 @@ def by_megatron(rank, world, dtype, distributed, overlap):
             norms.append(optimizer.step()[1])
         if overlap and distributed:
             module.start_param_sync(force_sync=True)
-        return norms, [p.detach().float().numpy() for p in module.module.parameters()], len(module.buffers[0].buckets)
+        return (
+            norms,
+            [p.detach().float().numpy() for p in module.module.parameters()],
+            len(module.buffers[0].buckets),
+        )
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -178,12 +200,16 @@ def test_data_parallel_and_optimizers(pool, dtype, distributed, overlap):
     In bf16 weights are rounded alike unless their masters lie within fp32's error of the middle between two.
     """
     norms, weights = by_torch(getattr(torch, dtype))
-    for found, ours, buckets in pool(by_megatron, ranks=2, dtype=dtype, distributed=distributed, overlap=overlap):
+    for found, ours, buckets in pool(
+        by_megatron, ranks=2, dtype=dtype, distributed=distributed, overlap=overlap
+    ):
         assert found == pytest.approx(norms, rel=1e-5)
         assert (buckets > 1) == overlap
         for expected, part in zip(weights, ours, strict=True):
             tolerance = 2e-6 if dtype == "float32" else 1e-2
-            torch.testing.assert_close(*map(torch.from_numpy, (part, expected)), rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(
+                *map(torch.from_numpy, (part, expected)), rtol=tolerance, atol=tolerance
+            )
 
 
 # -- experts ---------------------------------------------------------------------------------------------------
@@ -247,3 +273,91 @@ def test_dispatch_of_tokens(pool, dropped):
         for part, expected in zip(found, (y_NE.detach(), x_NE.grad, weights, score_NX), strict=True):
             tolerance = 1e-12 if part.dtype == "float64" else 1e-6  # the router's product is one of fp32
             torch.testing.assert_close(torch.from_numpy(part), expected, rtol=tolerance, atol=tolerance)
+
+
+# -- the adapter -------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import importlib, torch
+from headway.parallel.engines.megatron import cpu
+
+for name in cpu.MODULES:
+    importlib.import_module(f"megatron.core.{name}")
+from megatron.core.optimizer import clip_grads
+from megatron.core.tensor_parallel import mappings
+
+modules = torch, torch.cuda, torch.distributed, torch.autograd, torch.Tensor, torch.amp
+before = [dict(vars(module)) for module in modules]
+available, torch.cuda.is_available = torch.cuda.is_available, lambda: True
+cpu.adapt()
+assert mappings.torch is torch  # nothing where CUDA is
+torch.cuda.is_available = available
+cpu.adapt()
+code = clip_grads.clip_grad_by_total_norm_fp32.__code__
+assert "torch.FloatTensor" in code.co_consts and mappings.torch is cpu.HERE
+cpu.adapt()
+assert clip_grads.clip_grad_by_total_norm_fp32.__code__ is code and mappings.torch is cpu.HERE
+for module, names in zip(modules, before):
+    assert vars(module) == names, module
+assert torch.cuda.current_device is not cpu.HERE.cuda.current_device
+"""
+
+
+@pytest.mark.slow
+def test_torch_is_left_alone():
+    """No name of torch changes; a second call changes nothing; with CUDA there is no first."""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT], check=True, timeout=300)
+
+
+def drawn(rank, world):
+    """Numbers of the generator that Megatron keeps beside the default one, and of the default one around it."""
+    with groups():
+        from megatron.core.tensor_parallel import random
+
+        torch.manual_seed(1)
+        random.model_parallel_cuda_manual_seed(7, force_reset_rng=True)
+        first = torch.rand(3)
+        tracker = random.get_cuda_rng_tracker()
+        with tracker.fork():
+            beside = torch.rand(3)
+        second = torch.rand(3)
+        with tracker.fork():
+            again = torch.rand(3)
+        return [x.tolist() for x in (torch.cat([first, second]), torch.cat([beside, again]))]
+
+
+def test_generators(pool):
+    """Megatron's tracker switches the only generator there is, and back; 2718 it adds for ranks of the tensor axis."""
+    ((default, beside),) = pool(drawn, ranks=1)
+    for seed, found in ((7, default), (7 + 2718, beside)):
+        draw = torch.Generator().manual_seed(seed)
+        assert found == torch.cat([torch.rand(3, generator=draw) for _ in range(2)]).tolist()
+
+
+def autocast(rank, world):
+    """A linear's output and gradients under autocast in bf16, with weights of fp32."""
+    with groups():
+        from megatron.core.tensor_parallel import ColumnParallelLinear
+
+        linear = ColumnParallelLinear(E, INNER, config=settings(), init_method=nn.init.zeros_, bias=False)
+        linear.weight.data.copy_(whole(torch.float32)[0]["inner"])
+        x = torch.ones(S, B, E, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = linear(x)[0]
+        y.float().square().sum().backward()
+        return str(y.dtype), [t.detach().float().numpy() for t in (y, x.grad, linear.weight.grad)]
+
+
+def test_autocast(pool):
+    """Forward and backward of a linear round as torch's do."""
+    ((dtype, found),) = pool(autocast, ranks=1)
+    weight = whole(torch.float32)[0]["inner"]
+    x = torch.ones(S, B, E, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = F.linear(x, weight)
+    y.float().square().sum().backward()
+    assert dtype == str(y.dtype)
+    for part, expected in zip(found, (y, x.grad, weight.grad), strict=True):
+        # Sums of at most 8 products of bf16, rounded to it at other places: 2^-8 of the largest.
+        tolerance = float(expected.detach().abs().max()) * 2**-7
+        torch.testing.assert_close(torch.from_numpy(part), expected.detach().float(), rtol=0, atol=tolerance)

@@ -1,6 +1,8 @@
 """Megatron-Core's pipeline schedules over our stages: the native engine with them in place of torch's, against one
 process, in fp64, all that is random on."""
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import torch
@@ -11,19 +13,20 @@ from headway.tests.parallel.engines.megatron_ranks import groups
 from headway.tests.parallel.family_cases import build
 from headway.tests.parallel.proof import STEPS, Curve, Running, alone, compare, ranks_of
 
-pytest.importorskip("megatron.core")
+pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 
 
-def curves(rank, world, parallel, names):
-    """Name -> fields of the `Curve` of some steps."""
+def curves(rank, world, parallel, names, precision):
+    """Name -> fields of the `Curve` of some steps; over data and context axes, the native engine's FSDP reduces."""
     virtual = parallel.get("virtual", 2 if "interleaved" in parallel.get("schedule", "") else 1)
     sizes = {"virtual_pipeline_model_parallel_size": virtual} if virtual > 1 else {}
+    sizes["context_parallel_size"] = parallel.get("context", 1)
     with groups(pipeline_model_parallel_size=parallel["pipeline"], **sizes):
         from headway.parallel.engines.megatron.schedules import MegatronPipeline
 
         found = {}
         for name in names:
-            running = Running(name, rank, world, parallel)
+            running = Running(name, rank, world, parallel, precision=precision)
             engine = running.engine
             engine.pipeline = MegatronPipeline(
                 engine.pipeline.plan, engine.objective, engine.named, running.here, running.job.parallel.schedule,
@@ -35,25 +38,44 @@ def curves(rank, world, parallel, names):
         return found
 
 
-def prove(pool, parallel, names):
-    found = pool(curves, ranks=ranks_of(parallel), timeout=600, parallel=parallel, names=names)
+def prove(pool, parallel, names, precision="fp64"):
+    settings = {"parallel": parallel, "names": names, "precision": precision}
+    found = pool(curves, ranks=ranks_of(parallel), timeout=600, **settings)
     for name in names:
         for rank in found:
-            compare(name, Curve(*rank[name]), alone(name))
+            compare(name, Curve(*rank[name]), alone(name), precision)
 
 
 CASES = [
     ({"pipeline": 2}, ["gpt", "t5", "experts"]),
     ({"pipeline": 2, "schedule": "interleaved_1f1b"}, ["experts", "t5"]),
     ({"pipeline": 2, "schedule": "interleaved_1f1b", "micro_batch": 4}, ["experts"]),
+]
+MORE = [
+    ({"pipeline": 2}, ["bert", "vit", "mae", "ul2", "transformer", "roberta", "mobile", "linear"]),
     ({"pipeline": 2, "schedule": "interleaved_1f1b", "virtual": 3, "micro_batch": 1}, ["content"]),
+    ({"pipeline": 4}, ["albert", "t5"]),
+    ({"pipeline": 3, "schedule": "interleaved_1f1b", "virtual": 2}, ["content"]),
+    ({"pipeline": 2, "shard": 2, "schedule": "interleaved_1f1b"}, ["t5"]),
+    ({"pipeline": 2, "context": 2}, ["t5", "experts"]),
 ]
 
 
-@pytest.mark.parametrize(("parallel", "names"), CASES)
+@pytest.mark.parametrize(
+    ("parallel", "names"), [*CASES, *(pytest.param(*case, marks=pytest.mark.matrix) for case in MORE)]
+)
 def test_schedules_draw_the_curve_of_one_process(pool, parallel, names):
     """Tied tables, a block that two stages use, three micro-batches on two ranks, three stages a rank."""
     prove(pool, parallel, names)
+
+
+@pytest.mark.parametrize(
+    ("precision", "schedule"),
+    [("bf16", "1f1b"), pytest.param("fp32", "interleaved_1f1b", marks=pytest.mark.matrix)],
+)
+def test_messages_of_other_precisions(pool, precision, schedule):
+    """Under autocast a stream is narrow and what routers give beside is not: in one message."""
+    prove(pool, {"pipeline": 2, "schedule": schedule}, ["experts"], precision)
 
 
 # -- with Megatron's DDP, which shards gradients over two data ranks -----------------------------------------------
@@ -112,7 +134,8 @@ def sharded(rank, world, name, overlap):
             data.zero_grad_buffer()
             pipeline.train(pipeline.cut(batch), job.train.seed, 0, counts, 1.0)
         return {
-            n: (named[n].main_grad.numpy(), shard.view_as(named[n]).numpy()) for n, shard in shards(data).items()
+            n: (named[n].main_grad.numpy(), shard.view_as(named[n]).numpy())
+            for n, shard in shards(data).items()
         }
 
 
