@@ -76,12 +76,6 @@ class Parts:
         batch = self.engine.objective.collate(rows)
         return {key: value.to(self.world.device) for key, value in batch.items()}
 
-    def weights(self) -> list[torch.Tensor]:
-        """All parameters of the model, of every stage of a pipeline; only their shapes mean anything."""
-        there = self.engine.elsewhere().values()
-        ours = (p for p in self.engine.objective.parameters() if p.requires_grad)
-        return [*ours, *(t for t in there if isinstance(t, torch.nn.Parameter))]
-
     def name_samples(self) -> str:
         """Names of all samples of the last global batch, for error messages."""
         return "; ".join(self.loader.stream.describe(draw) for draw in self.loader.draws)

@@ -46,7 +46,8 @@ def held(tensors: Mapping[str, Any]) -> list[Held]:
     """All parts that this rank holds, by name; parts without elements are left out.
 
     A plain tensor is a whole. A `Fragment` knows its boxes. A DTensor is one box under `Shard` and `Replicate` in any
-    order and any number of axes on one dim, and several boxes where FSDP2 over tensor parallelism interleaves (`_StridedShard`).
+    order and any number of axes on one dim, and several boxes where FSDP2 over tensor parallelism interleaves
+    (`_StridedShard`).
 
     Raises:
         CheckpointError: for a dtype that safetensors lacks, a pending reduction, or an unknown placement.

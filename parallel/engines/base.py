@@ -258,6 +258,12 @@ class BaseEngine(ABC):
         """Weights and buffers that other stages of a pipeline hold, on the meta device."""
         return self.pipeline.elsewhere() if self.pipeline else {}
 
+    def parameters(self) -> int:
+        """Numbers that are trained, in the whole model."""
+        here = self.state().tensors
+        ours = sum(here[name].numel() for name, p in self.named.items() if p.requires_grad)
+        return ours + sum(t.numel() for t in self.elsewhere().values() if isinstance(t, nn.Parameter))
+
     def scale_weights(self, batch: Batch) -> None:
         """LSUV on this rank's rows of a global batch; all ranks call it together."""
 

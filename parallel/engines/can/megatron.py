@@ -43,7 +43,7 @@ CAN: dict[str, Cell] = {
     "offload of activations": TESTED,
     "lsuv": refused("it measures layer after layer before the engine takes the weights"),
     "spectral": TESTED,
-    "spectral x tensor": refused("power iterations read whole matrices"),
+    "spectral x tensor": TESTED,
     "distillation": refused("a teacher's taps and lessons are native's"),
     "histograms": refused("gradients are flat shards after their reduction"),
     "check of replicas": TESTED,
