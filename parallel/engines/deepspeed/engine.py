@@ -14,7 +14,7 @@ from headway.parallel.checkpoint.fragments import Fragment
 from headway.parallel.engines.base import FIRST_ITERATIONS, BaseEngine, persistent_buffers
 from headway.parallel.engines.deepspeed import experts, start
 from headway.parallel.engines.deepspeed.flats import MOMENTS, flats_of
-from headway.parallel.engines.deepspeed.gathered import gather_in, iterate_parts, keep_apart
+from headway.parallel.engines.deepspeed.gathered import gather_in, iterate_parts, keep_apart, spare_linears
 from headway.parallel.engines.deepspeed.merge import configure, one_bit
 from headway.parallel.engines.deepspeed.ranks import Ranks
 from headway.parallel.engines.deepspeed.settings import Json
@@ -75,6 +75,7 @@ class DeepSpeedEngine(BaseEngine):
             iterate_parts(objective, self.parts, world.group("tensor"))
         if self.stage == 3:
             gather_in(objective, package)
+            spare_linears(objective)
             keep_apart(self.deepspeed.optimizer.parameter_offload)
         self._write_masters(masters)
         self.weights_changed()
@@ -219,7 +220,7 @@ def handed(config: Json) -> Json:
     It clips. It drives micro-batches, of which a growing batch has more and more. `train_batch_size` is left out because
     DeepSpeed takes ranks along the context axis for readers of other rows.
     """
-    zero = dict(config["zero_optimization"])
+    zero = config["zero_optimization"] | {"memory_efficient_linear": False}  # `gathered.spare_linears` is in its place
     if zero["stage"] in (1, 2) and "offload_optimizer" not in zero and "bf16" not in config:
         zero["compute_grad_norm"] = False
     rest = {key: value for key, value in config.items() if key != "train_batch_size"}

@@ -6,7 +6,7 @@ Shapes: O outputs, I inputs of a linear layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch.distributed as dist
@@ -61,6 +61,25 @@ def _joined(weight_OI: Tensor, part: Part, group: dist.ProcessGroup) -> Tensor:
     whole_OI[place] = weight_OI
     dist.all_reduce(whole_OI, group=group)
     return whole_OI
+
+
+def spare_linears(objective: Objective) -> None:
+    """Let plain linear layers keep their weight for the backward, and not a view of it, which would keep what ZeRO-3 has
+    gathered alive between the passes.
+
+    DeepSpeed itself puts its function in the place of torch.nn.functional.linear, for all that the process computes from
+    then on. It adds the bias in place, too: to what a policy of recomputation has kept.
+    """
+    for module in objective.modules():
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+            module.forward = partial(_linear, module)  # type: ignore[method-assign]
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
+
+    y: Tensor = LinearFunctionForZeroStage3.apply(x, layer.weight)
+    return y if layer.bias is None else y + layer.bias
 
 
 def keep_apart(offload: Any) -> None:
