@@ -22,6 +22,10 @@ METHODS = ("logits", "attention_maps", "reconstruct")
 """What people ask of a model. Blocks gather their own weights when they are called; the rest is gathered here."""
 
 
+HOLDER = -1
+"""A number that no module has with DeepSpeed."""
+
+
 def gather_in(objective: Objective, package: Any) -> None:
     """Let methods of an objective that ZeRO-3 has cut find the weights that they read."""
     inside = {id(p) for block in blocks_of(objective) for p in block.parameters()}
@@ -108,6 +112,13 @@ def _within(method: Callable[..., Any], parameters: list[nn.Parameter], package:
     @wraps(method)
     def gathered(*args: Any, **kwargs: Any) -> Any:
         with package.zero.GatheredParameters(parameters):
-            return method(*args, **kwargs)
+            users = [p.ds_active_sub_modules for p in parameters]  # type: ignore[attr-defined]
+            for modules in users:  # who is named here uses them: modules that are called leave them whole
+                modules.add(HOLDER)
+            try:
+                return method(*args, **kwargs)
+            finally:
+                for modules in users:
+                    modules.discard(HOLDER)
 
     return gathered
