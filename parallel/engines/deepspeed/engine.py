@@ -104,7 +104,7 @@ class DeepSpeedEngine(BaseEngine):
             if gradient.numel() and self._answers_for(name)
         ]
         mine = float(torch.stack(squares).double().sum()) if squares else 0.0
-        return float(self.world.sum(mine, along=AXES)[0] ** 0.5) / self._scale
+        return float(self.world.sum(mine, along=AXES)[0] ** 0.5) / (self.scale.scale if self.scale else 1.0)
 
     def _update(self, step: int, norm: float) -> None:
         clip = self.job.optimizer.clip
