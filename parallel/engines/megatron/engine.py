@@ -15,6 +15,7 @@ from headway.parallel.apply import materialise, spread
 from headway.parallel.engines.base import AUTOCAST, FIRST_ITERATIONS, BaseEngine, persistent_buffers
 from headway.parallel.engines.megatron import fragments, groups, optimizers, settings
 from headway.parallel.engines.megatron.cpu import adapt
+from headway.parallel.engines.megatron.experts import take_dispatchers
 from headway.parallel.engines.megatron.guards import check_groups, check_shares, gather_whole
 from headway.parallel.engines.megatron.marks import mark, narrow
 from headway.parallel.engines.megatron.schedules import Gradients, MegatronPipeline
@@ -51,6 +52,8 @@ class MegatronEngine(BaseEngine):
         if layout.tensor > 1:
             swap(objective, settings.layers(job, layout), self.groups.tp, world.device.type)
             objective.iterate = partial(iterate, objective, self.groups.tp)
+        if layout.expert > 1:
+            take_dispatchers(objective, world, self.groups, settings.dispatcher(job, layout))
         materialise(objective, job, world)
         self.named: Mapping[str, nn.Parameter] = dict(objective.named_parameters())
         spread_experts = expert.routed(objective) if layout.expert > 1 else set()
