@@ -39,7 +39,7 @@ def fill_in(resolved: Resolved, rows: Sequence[Row], ranks: Ranks) -> tuple[Reso
             except JobError as error:
                 errors.append(error)
             else:
-                resolved = resolved.settle_all(new, ORIGIN + row.key)
+                resolved = resolved.settle_all(new, ORIGIN + row.key) if new else resolved
         raise_all(errors)
     return resolved, [told[index] for index in range(len(rows))]
 
@@ -49,7 +49,7 @@ def _decide(resolved: Resolved, row: Row, ranks: Ranks) -> tuple[Row, Settings]:
     said, new, stand = dict(leaves(resolved.job)), dict[str, Any](), dict[str, str]()
     for name, value in row.settings.items():
         by = resolved.origins.get(name)
-        if by is None or (said[name] == LEFT and agree(name, value, LEFT)):
+        if by is None or (said[name] == LEFT != value and agree(name, value, LEFT)):
             new[name] = value
         elif not agree(name, value, said[name]) and not _same_rows(resolved.job, name, value, ranks):
             stand[name] = f"{name} = {one_line(said[name])} ({by}) stands"
@@ -72,8 +72,10 @@ def agree(name: str, asked: Any, said: Any) -> bool:
 
 def _same_rows(job: Job, name: str, asked: Any, ranks: Ranks) -> bool:
     """Whether micro-batches have as many rows, where all of a rank's rows at once is said by no number."""
+    if name != MICRO_BATCH:
+        return False
     whole = _rows(job, ranks)
-    return name == MICRO_BATCH and (asked or whole) == (job.parallel.micro_batch or whole)
+    return (asked or whole) == (job.parallel.micro_batch or whole)
 
 
 def _known(row: Row, job: Job, ranks: Ranks) -> Row:
