@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 
 from rich.table import Table
+from rich.text import Text
 
 from headway.launch.accelerate.job import expected_ranks, resolve_asked, tabulate
 from headway.launch.console import console
@@ -29,7 +30,7 @@ def show(recipes: Sequence[str], sets: Sequence[str], accelerate: str | None = N
         plain = [as_plain(v) for v in value] if isinstance(value, list) else value
         style = "yellow" if name in useless else "dim" if origin == DEFAULT else None
         note = f"no effect: {useless[name]}" if name in useless else ""
-        table.add_row(name, one_line(plain), origin, note, style=style)
+        table.add_row(name, *(Text(each) for each in (one_line(plain), origin, note)), style=style)
     console().print(table)
 
 

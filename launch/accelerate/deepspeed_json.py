@@ -14,6 +14,8 @@ KEYS = {
     "zero_optimization.stage": "deepspeed.zero_stage",
     "zero_optimization.offload_optimizer.device": "deepspeed.offload_optimizer_device",
     "zero_optimization.offload_param.device": "deepspeed.offload_param_device",
+    "zero_optimization.offload_optimizer.nvme_path": "deepspeed.offload_optimizer_nvme_path",
+    "zero_optimization.offload_param.nvme_path": "deepspeed.offload_param_nvme_path",
     "gradient_clipping": "deepspeed.gradient_clipping",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
 }

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 from rich.table import Table
+from rich.text import Text
 
 from headway.launch.accelerate.asks import Row, translate
 from headway.launch.accelerate.decide import fill_in
@@ -87,5 +88,8 @@ def tabulate(rows: Sequence[Row]) -> Table:
     for title in ("accelerate", "value", "became"):
         shown.add_column(title, no_wrap=title == "accelerate", overflow="fold")
     for row in rows:
-        shown.add_row(row.key, str(row.value), row.became, style=None if row.settings else "dim")
+        shown.add_row(
+            *(Text(each) for each in (row.key, str(row.value), row.became)),
+            style=None if row.settings else "dim",
+        )
     return shown

@@ -169,13 +169,8 @@ DEEPSPEED: dict[str, Rule] = {
         {"none": "stays on the device"}
         | {d: {"parallel.deepspeed.offload_parameters": d} for d in DEVICES[1:]}
     ),
-    "offload_optimizer_nvme_path": off(
-        "is said in a JSON file of DeepSpeed",
-        "deepspeed_config_file with zero_optimization.offload_optimizer",
-    ),
-    "offload_param_nvme_path": off(
-        "is said in a JSON file of DeepSpeed", "deepspeed_config_file with zero_optimization.offload_param"
-    ),
+    "offload_optimizer_nvme_path": Rule({"none": "none"}, setting="parallel.deepspeed.nvme_path", kind=str),
+    "offload_param_nvme_path": Rule({"none": "none"}, setting="parallel.deepspeed.nvme_path", kind=str),
     "gradient_clipping": Rule(
         {
             "auto": "the job's optimizer.clip says",
