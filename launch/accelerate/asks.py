@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from headway.launch.accelerate.mapping import ALIASES, READ_BY, RULES
-from headway.launch.accelerate.rules import Settings, Share, plain
+from headway.launch.accelerate.mapping import ALIASES, READ_BY, RULES, ZERO_STAGE
+from headway.launch.accelerate.rules import Host, Settings, Share, plain
 from headway.pretrain.errors import JobError
 from headway.pretrain.recipe import InvalidJob, one_line
 
 ORIGIN = "accelerate: "
 """Origin of a setting: this and the key that asked for it."""
+
+STAGES = {"deepspeed.zero_stage", "deepspeed.config_file"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Row:
 
 
 def _spell(value: Any) -> str:
-    return str(value) if isinstance(value, Share) else one_line(value)
+    return str(value) if isinstance(value, Host | Share) else one_line(value)
 
 
 def translate(given: Sequence[Given]) -> list[Row]:
@@ -64,6 +66,9 @@ def translate(given: Sequence[Given]) -> list[Row]:
         except JobError as error:
             errors.append(error)
     raise_all(errors)
+    names = {one.name for one in given}
+    if _value("distributed_type", given, "no") == "deepspeed" and not names & STAGES:
+        rows.append(Row("zero_stage", "not said", ZERO_STAGE, "as Accelerate has it", asked=False))
     return rows
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from headway.launch.accelerate.asks import ORIGIN, Row, raise_all
-from headway.launch.accelerate.rules import HOST, LEFT, Settings, Share
+from headway.launch.accelerate.rules import LEFT, Host, Settings, Share
 from headway.launch.environment import Ranks
 from headway.parallel import mesh
 from headway.pretrain.config import Job
@@ -84,7 +84,7 @@ def _known(row: Row, job: Job, ranks: Ranks) -> Row:
     for name, value in row.settings.items():
         if isinstance(value, Share):
             value = _micro_batch(row, job, value, ranks)
-        known[name] = ranks.local_world if value is HOST else value
+        known[name] = ranks.local_world if isinstance(value, Host) else value
     return replace(row, settings=known)
 
 

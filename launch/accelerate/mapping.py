@@ -10,7 +10,7 @@ write its checkpoints) has a note in place of settings. All else that Headway do
 
 from __future__ import annotations
 
-from headway.launch.accelerate.rules import HOST, LEFT, Rule, Settings, Share, off, switch
+from headway.launch.accelerate.rules import LEFT, Host, Rule, Settings, Share, off, switch
 
 REPLICAS: Settings = {"parallel.replicate": LEFT, "parallel.shard": 1}
 """DistributedDataParallel."""
@@ -96,8 +96,8 @@ STRATEGIES: dict[str, Settings | str] = {
     "full_shard": {"parallel.shard": LEFT, "parallel.replicate": 1, "parallel.reshard": True},
     "shard_grad_op": {"parallel.shard": LEFT, "parallel.replicate": 1, "parallel.reshard": False},
     "no_shard": REPLICAS,
-    "hybrid_shard": {"parallel.shard": HOST, "parallel.replicate": LEFT, "parallel.reshard": True},
-    "hybrid_shard_zero2": {"parallel.shard": HOST, "parallel.replicate": LEFT, "parallel.reshard": False},
+    "hybrid_shard": {"parallel.shard": Host(), "parallel.replicate": LEFT, "parallel.reshard": True},
+    "hybrid_shard_zero2": {"parallel.shard": Host(), "parallel.replicate": LEFT, "parallel.reshard": False},
 }
 """Of FSDP 1 (torch.distributed.fsdp.ShardingStrategy, numbered from 1)."""
 STRATEGIES |= {str(i): settings for i, settings in enumerate(list(STRATEGIES.values()), 1)}
@@ -338,3 +338,6 @@ ALIASES = {
 
 READ_BY = {"fsdp": "fsdp", "deepspeed": "deepspeed", "megatron_lm": "megatron_lm"}
 """Section -> the distributed_type that reads it."""
+
+ZERO_STAGE: Settings = {"parallel.deepspeed.zero": 2}
+"""Of Accelerate's DeepSpeedPlugin, where neither a stage nor a JSON file is named."""

@@ -15,13 +15,12 @@ LEFT = -1
 """Of an axis: the ranks that the other axes leave."""
 
 
-class Symbol(str):
-    """A value that only the number of ranks makes a number."""
+@dataclass(frozen=True)
+class Host:
+    """As the size of an axis: the ranks of a host."""
 
-    __slots__ = ()
-
-
-HOST = Symbol("the ranks of a host")
+    def __str__(self) -> str:
+        return "the ranks of a host"
 
 
 @dataclass(frozen=True)
@@ -65,21 +64,24 @@ class Rule:
         if not self.setting:
             nearest = self.nearest if self.nearest is not None else ", ".join(self.values) or None
             raise JobError(key, value, self.refused, nearest)
+        return {self.setting: self._number(key, value)}
+
+    def _number(self, key: str, value: Any) -> Any:
+        """The value as the setting has it; raises JobError if it cannot be."""
+        if self.kind is str:
+            return str(value)
         try:
-            number = self.kind(value)
-        except (TypeError, ValueError):
-            rule = f"becomes {self.setting}: must be {NAMES.get(self.kind, 'a number')}"
+            number = float(value) if self.kind is float else int(str(value))
+        except ValueError:
+            rule = f"becomes {self.setting}: must be a {'number' if self.kind is float else 'whole number'}"
             raise JobError(key, value, rule, self.nearest) from None
-        if isinstance(number, int | float) and number < 1 and self.kind in (int, Share):
+        if self.kind is not float and number < 1:
             raise JobError(key, value, f"becomes {self.setting}: must be at least 1", 1)
-        return {self.setting: number}
+        return Share(int(number)) if self.kind is Share else number
 
     def unasked(self, value: Any) -> bool:
         """Whether the value is what Accelerate tells ranks in any case."""
         return self.default is not None and plain(value) == self.default
-
-
-NAMES: Mapping[type, str] = {int: "a whole number", float: "a number", str: "text"}
 
 
 def plain(value: Any) -> str:
