@@ -18,6 +18,7 @@ from headway.launch.accelerate.asks import translate
 from headway.launch.accelerate.environment import launched, read_variables
 from headway.launch.accelerate.file import SECTIONS
 from headway.launch.accelerate.job import resolve_asked
+from headway.pretrain.recipe import dump
 from headway.tests.launch.accelerate.told import ALONE, FOUR, TWO, settings_of, variables
 
 
@@ -160,6 +161,17 @@ def test_what_the_launcher_asks_for(options, expected, tmp_path, monkeypatch):
             r"accelerate: (ACCELERATE|FSDP|MEGATRON_LM|PARALLELISM_CONFIG|accelerate launch)",
             job.origins[name],
         )
+
+
+@pytest.mark.parametrize("options", [options for options, _ in ENVIRONMENTS])
+def test_a_saved_job_agrees_with_what_made_it(options, tmp_path, monkeypatch):
+    """A job.yaml says everything, so that it would conflict with whatever it did not take over."""
+    (tmp_path / "recipe.yaml").write_text("run: {name: run}\n")
+    for name, value in variables(f"{options} --num_processes 4").items():
+        monkeypatch.setenv(name, value)
+    job, _ = resolve_asked([str(tmp_path / "recipe.yaml")], [], None, FOUR)
+    (tmp_path / "job.yaml").write_text(dump(job))
+    assert resolve_asked([str(tmp_path / "job.yaml")], [], None, FOUR)[0].job == job.job
 
 
 FILES = [

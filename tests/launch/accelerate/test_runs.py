@@ -1,5 +1,6 @@
 """Whole runs under Accelerate's launcher and by its files."""
 
+import json
 import os
 import shutil
 import socket
@@ -76,6 +77,8 @@ def test_two_ranks_of_accelerate_launch_draw_the_curve_of_one(options, axis, alo
         "accelerate: "
     )
     assert origin["optimizer.lr"] == str(small_job)
+    launcher = json.loads((tmp_path / "run" / "events.jsonl").read_text().splitlines()[0])["launcher"]
+    assert launcher == "accelerate launch, " + ("Open MPI" if "--cpu" in options else "torchrun")
 
 
 @pytest.mark.slow
