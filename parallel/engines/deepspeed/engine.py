@@ -14,7 +14,7 @@ from headway.parallel.checkpoint.fragments import Fragment
 from headway.parallel.engines.base import FIRST_ITERATIONS, BaseEngine, persistent_buffers
 from headway.parallel.engines.deepspeed import experts, start
 from headway.parallel.engines.deepspeed.flats import MOMENTS, flats_of
-from headway.parallel.engines.deepspeed.gathered import gather_in, keep_apart
+from headway.parallel.engines.deepspeed.gathered import gather_in, iterate_parts, keep_apart
 from headway.parallel.engines.deepspeed.merge import configure, one_bit
 from headway.parallel.engines.deepspeed.ranks import Ranks
 from headway.parallel.engines.deepspeed.settings import Json
@@ -71,6 +71,8 @@ class DeepSpeedEngine(BaseEngine):
         )
         self.flats = flats_of(self.deepspeed, self.named)
         self.flats.allocate()
+        if world.layout.tensor > 1:
+            iterate_parts(objective, self.parts, world.group("tensor"))
         if self.stage == 3:
             gather_in(objective, package)
             keep_apart(self.deepspeed.optimizer.parameter_offload)
