@@ -44,7 +44,7 @@ def check(recipes: Sequence[str], sets: Sequence[str], ranks: int, device: str |
     """
     resolved = resolve(recipes, sets)
     refuse_inert(resolved)
-    check_backends(resolved.job.tracking.backends)
+    check_backends(resolved.job.tracking)
     layout = mesh.lay_out(resolved.job.parallel, mesh.students(resolved.job, ranks))
     device = device or devices.choose_device(resolved.job.parallel.device).type
     capabilities.check(resolved.job, layout, device)
@@ -59,7 +59,7 @@ def train(
     when all is trained and is no longer heeded here."""
     resolved = resolve(recipes, sets)
     refuse_inert(resolved)
-    check_backends(resolved.job.tracking.backends)
+    check_backends(resolved.job.tracking)
     folder = run_folder(resolved.job)
     with ExitStack() as stack:
         world = join(resolved.job)
