@@ -17,7 +17,7 @@ def known(name: str) -> str:
     if name in OWN or name in KEPT_BY_ACCELERATE:
         return name
     if name == "wandb":
-        rule = "W&B is told by Headway itself, not through Accelerate: tracking.wandb says how"
+        rule = "Headway tells W&B by itself, not through Accelerate: tracking.wandb says how"
         raise PydanticCustomError("elsewhere", rule)
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 

@@ -10,6 +10,7 @@ from an earlier step tells nothing again, and what the tracker misses of the ste
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +39,7 @@ class TrackerClient:
         self._known: dict[str, Any] = {"id": None, "step": -1, "names": [], **read(self._note)}
         kind = LOGGER_TYPE_TO_CLASS[self._name]
         manner = MANNERS.get(self._name, Manner())
+        self._finite = manner.finite
         arguments, words = self._arguments(manner, start), start["words"]
         Path(words["folder"]).mkdir(exist_ok=True)
         place = (words["folder"],) if kind.requires_logging_directory else ()
@@ -81,7 +83,11 @@ class TrackerClient:
         if step < last:
             return
         told = set(self._known["names"]) if step == last else set()
-        fresh = {name: value for name, value in values.items() if name not in told}
+        fresh = {
+            name: value
+            for name, value in values.items()
+            if name not in told and (math.isfinite(value) or not self._finite)
+        }
         if not fresh:
             return
         try:

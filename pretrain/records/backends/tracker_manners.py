@@ -23,6 +23,7 @@ class Manner:
         told_where: variables of the environment of which one says that the user's own place or account is meant.
         alone: variables that keep the run in its folder where nothing says so; settings of the tracker.
         always: variables that are set where the user has not set them.
+        finite: whether it takes finite numbers only.
     """
 
     first: str = "{project}"
@@ -32,6 +33,7 @@ class Manner:
     told_where: tuple[str, ...] = ()
     alone: Mapping[str, str] = field(default_factory=dict)
     always: Mapping[str, str] = field(default_factory=dict)
+    finite: bool = False
 
 
 MANNERS: dict[str, Manner] = {
@@ -55,13 +57,18 @@ MANNERS: dict[str, Manner] = {
         told_where=("CLEARML_API_ACCESS_KEY", "CLEARML_CONFIG_FILE", "CLEARML_OFFLINE_MODE"),
         alone={"CLEARML_OFFLINE_MODE": "1"},
         always={"CLEARML_CACHE_DIR": "{folder}"},
+        finite=True,  # it would show 0 for what is not a number
     ),
     "comet_ml": Manner(
         identity="get_key",
         resume={"experiment_key": "{id}", "mode": "get_or_create"},
         told_where=("COMET_API_KEY", "COMET_CONFIG", "COMET_START_ONLINE"),
         alone={"COMET_START_ONLINE": "0"},
-        always={"COMET_OFFLINE_DIRECTORY": "{folder}", "COMET_START_EXPERIMENT_NAME": "{run}"},
+        always={
+            "COMET_OFFLINE_DIRECTORY": "{folder}",
+            "COMET_START_EXPERIMENT_NAME": "{run}",
+            "COMET_AUTO_LOG_CODE": "0",  # it would be that of the tracker's process
+        },
     ),
     "dvclive": Manner(
         first="",
@@ -77,13 +84,15 @@ MANNERS: dict[str, Manner] = {
     ),
     "swanlab": Manner(
         begin={"experiment_name": "{run}", "logdir": "{folder}"},
-        identity="public.run_id",
+        identity="id",
         resume={"id": "{id}", "resume": "allow"},
         told_where=("SWANLAB_API_KEY", "SWANLAB_MODE"),
         alone={"SWANLAB_MODE": "offline"},
     ),
     "trackio": Manner(
-        begin={"name": "{run}", "resume": "allow"},
+        begin={"name": "{run}"},
+        identity="name",
+        resume={"name": "{id}", "resume": "allow"},
         told_where=("TRACKIO_DIR",),
         alone={"TRACKIO_DIR": "{folder}"},
     ),
