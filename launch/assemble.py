@@ -17,7 +17,8 @@ from headway.launch.teacher_cache import check_cache, open_cache, read_beside, s
 from headway.launch.teacher_source import TeacherSource
 from headway.parallel import mesh
 from headway.parallel.engines import capabilities
-from headway.parallel.engines.native import NativeEngine
+from headway.parallel.engines.base import BaseEngine
+from headway.parallel.engines.build import build_engine, check_installed
 from headway.parallel.mesh import Layout, World, rows_per_micro_batch
 from headway.parallel.pipeline.rules import micro_rows, splits_backward
 from headway.pretrain import device as devices
@@ -57,7 +58,7 @@ class Parts:
     hardware: Hardware
     dataset: Dataset
     loader: Loader
-    engine: NativeEngine
+    engine: BaseEngine
     evaluator: Evaluator
     yardstick: Yardstick
     teacher: TeacherSource | None = None
@@ -74,12 +75,6 @@ class Parts:
         rows = self.loader.stream.batch(0, sizes.rows(0), self.world.data_rank, layout.data)
         batch = self.engine.objective.collate(rows)
         return {key: value.to(self.world.device) for key, value in batch.items()}
-
-    def weights(self) -> list[torch.Tensor]:
-        """All parameters of the model, of every stage of a pipeline; only their shapes mean anything."""
-        there = self.engine.elsewhere().values()
-        ours = (p for p in self.engine.objective.parameters() if p.requires_grad)
-        return [*ours, *(t for t in there if isinstance(t, torch.nn.Parameter))]
 
     def name_samples(self) -> str:
         """Names of all samples of the last global batch, for error messages."""
@@ -109,6 +104,7 @@ def join(job: Job) -> World:
     layout = mesh.lay_out(job.parallel, mesh.students(job, ranks.world))
     device = devices.choose_device(job.parallel.device, ranks.local_rank)
     capabilities.check(job, layout, device.type)
+    check_installed(job.parallel.engine)
     rows_per_micro_batch(job, layout.data)
     backend = devices.choose_backend(device, job.parallel.backend)
     set_master(ranks)
@@ -138,7 +134,7 @@ def assemble(resolved: Resolved, world: World) -> Parts:
         world.layout.data,
         pin=world.device.type == "cuda",
     )
-    engine = NativeEngine(job, objective, world, precision=hardware.precision, compiled=hardware.compiled)
+    engine = build_engine(job, objective, world, precision=hardware.precision, compiled=hardware.compiled)
     if cache is not None:
         engine.teacher = read_beside(cache, engine)
         if source is not None:
@@ -219,6 +215,8 @@ def choose_compile(job: Job, device: torch.device, layout: Layout) -> tuple[bool
         raise JobError("train.compile", True, rule, False)
     if asked != "auto":
         return bool(asked), "set in the job"
+    if job.parallel.engine != "native":
+        return False, f"the {job.parallel.engine} engine does not compile"
     if splits_backward(job, layout):
         why = f"parallel.schedule {job.parallel.schedule} splits the backward, compiled blocks have one"
         return False, why

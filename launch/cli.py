@@ -232,6 +232,22 @@ def config_schema(debug: Debug = False) -> None:
     settings.print_schema()
 
 
+@config.command("engines")
+def config_engines(
+    recipes: Annotated[
+        list[str] | None, typer.Argument(help="A recipe, to see what it asks for alone.")
+    ] = None,
+    sets: Sets = None,
+    ranks: Annotated[int, typer.Option("--nproc", help="Ranks over which a recipe is laid out.", min=1)] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Features x engines: tested, supported or refused, with the reason."""
+    from headway.launch import engines
+
+    engines.show(recipes or [], sets or [], ranks, as_json)
+
+
 @attention.command("ls")
 def attention_ls(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,

@@ -98,7 +98,7 @@ def report(parts: Parts, folder: Path, values: dict | None = None, shown: Shown 
     hardware = parts.hardware
     summary = {
         **(values or {}),
-        "parameters": sum(p.numel() for p in parts.weights()),
+        "parameters": parts.engine.parameters(),
         "device": str(parts.world.device),
         "devices": parts.world.size,
         "precision": hardware.precision,

@@ -40,7 +40,7 @@ def find_place(parts: Parts, checkpoint: Path | None) -> dict[str, Any]:
         "device": device_name(world.device),
         "precision": parts.hardware.precision,
         "environment": environment(),
-        "parameters": sum(p.numel() for p in parts.weights()),
+        "parameters": parts.engine.parameters(),
         **({"imported": Path(imported).name} if imported else {}),
     }
 

@@ -53,14 +53,16 @@ def check_resumable(saved: Job, now: Job) -> list[str]:
 
 
 CHOSEN = ("precision", "train.compile")
-"""Settings whose `auto` is decided once: a run that goes on keeps the decision, and with it its bits."""
+"""Settings whose `auto` is decided once: a run that goes on keeps the decision, and with it its bits. Another engine
+decides anew whether to compile."""
 
 
 def keep_choices(saved: Resolved, now: Resolved) -> Resolved:
     """What `auto` meant when the run was begun, it means again."""
     before, after = dict(leaves(saved.job)), dict(leaves(now.job))
+    same = before["parallel.engine"] == after["parallel.engine"]
     for field in CHOSEN:
-        if after[field] == "auto":
+        if after[field] == "auto" and (same or field != "train.compile"):
             now = now.settle(field, before[field], saved.origins.get(field, "the run's beginning"))
     return now
 

@@ -23,6 +23,7 @@ from headway.parallel import mesh
 from headway.parallel.checkpoint.save import Checkpointer
 from headway.parallel.distill.apart import FarTeacher
 from headway.parallel.engines import capabilities
+from headway.parallel.engines.build import check_installed
 from headway.parallel.mesh import World
 from headway.pretrain import device as devices
 from headway.pretrain.config import Job
@@ -48,6 +49,7 @@ def check(recipes: Sequence[str], sets: Sequence[str], ranks: int, device: str |
     layout = mesh.lay_out(resolved.job.parallel, mesh.students(resolved.job, ranks))
     device = device or devices.choose_device(resolved.job.parallel.device).type
     capabilities.check(resolved.job, layout, device)
+    check_installed(resolved.job.parallel.engine)
     mesh.rows_per_micro_batch(resolved.job, layout.data)
     compare_with_saved(run_folder(resolved.job), resolved)
 

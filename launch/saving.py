@@ -14,7 +14,7 @@ from headway.parallel.checkpoint.manifest import read_manifest
 from headway.parallel.checkpoint.retention import folder_name, list_checkpoints, step_of
 from headway.parallel.checkpoint.save import Checkpointer
 from headway.parallel.checkpoint.verify import newest_good
-from headway.parallel.engines.native import NativeEngine
+from headway.parallel.engines.base import BaseEngine
 from headway.parallel.mesh import AXES, World
 from headway.pretrain.engine import State
 from headway.pretrain.errors import CheckpointError, FencedError
@@ -99,7 +99,7 @@ def weights_only(parts: Parts, start: str) -> None:
         print("".join(f"  {note}\n" for note in notes), end="")
 
 
-def weights_of(engine: NativeEngine) -> dict[str, Tensor]:
+def weights_of(engine: BaseEngine) -> dict[str, Tensor]:
     """The weights, without moments and averages; those of other stages of a pipeline without values."""
     tensors = engine.elsewhere() | engine.state().tensors
     return {name: tensor for name, tensor in tensors.items() if is_weight(name)}

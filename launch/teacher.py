@@ -13,7 +13,7 @@ from headway.parallel.distill.apart import FarTeacher
 from headway.parallel.distill.hire import Fill, copy_rows, serve
 from headway.parallel.distill.hire import hire as put_beside
 from headway.parallel.distill.teacher import LiveTeacher
-from headway.parallel.engines.native import NativeEngine
+from headway.parallel.engines.base import BaseEngine
 from headway.parallel.mesh import World
 from headway.pretrain.config import Job, Parallel
 from headway.pretrain.data.dataset import Dataset, open_dataset
@@ -144,7 +144,7 @@ def teacher_job(source: TeacherSource, job: Job, precision: str) -> Job:
 
 
 def hire(
-    source: TeacherSource, job: Job, engine: NativeEngine, dataset: Dataset, precision: str
+    source: TeacherSource, job: Job, engine: BaseEngine, dataset: Dataset, precision: str
 ) -> LiveTeacher | FarTeacher:
     """Put the teacher beside a student's engine, and give the student what it takes from its weights. Collective.
 
@@ -208,7 +208,7 @@ def blank(
     return theirs, objective, fill
 
 
-def give_head(source: TeacherSource, engine: NativeEngine) -> None:
+def give_head(source: TeacherSource, engine: BaseEngine) -> None:
     """Give a student the head that its teacher's hidden states are read by."""
     assert engine.objective.distillation is not None
     parameters = engine.objective.distillation.named_parameters()

@@ -17,7 +17,7 @@ from headway.launch.teacher_source import TeacherSource
 from headway.parallel.distill.cached import CachedTeacher
 from headway.parallel.distill.record import everything, names_of
 from headway.parallel.distill.student import Seats, check_layout
-from headway.parallel.engines.native import NativeEngine
+from headway.parallel.engines.base import BaseEngine
 from headway.pretrain.config import Job, Model
 from headway.pretrain.data.dataset import Dataset
 from headway.pretrain.data.ramp import BatchSizes
@@ -171,7 +171,7 @@ def check_fields(cache: TeacherCache, job: Job, wanted: Wanted) -> None:
         )
 
 
-def read_beside(cache: TeacherCache, engine: NativeEngine) -> CachedTeacher:
+def read_beside(cache: TeacherCache, engine: BaseEngine) -> CachedTeacher:
     """Put a cache beside a student's engine.
 
     Raises:

@@ -13,12 +13,13 @@ from headway.parallel import expert
 from headway.parallel.checkpoint.layout import held
 from headway.parallel.float8 import to_float8
 from headway.parallel.mesh import World
+from headway.parallel.parts import MARKS, part_of
 from headway.parallel.pipeline.plan import Plan
 from headway.parallel.recompute.apply import recompute
 from headway.parallel.recompute.policies import compile_block
 from headway.parallel.tensor.split import split
 from headway.pretrain.config import Job
-from headway.pretrain.models.init import Slice, initialise, whole
+from headway.pretrain.models.init import Slice, initialise
 from headway.pretrain.models.transformer import Block
 from headway.pretrain.objectives import Objective
 from headway.pretrain.objectives.base import ChunkedLoss
@@ -39,30 +40,59 @@ def apply(
     With the plan of a pipeline, this rank's part of it is kept.
     """
     layout = world.layout
-    if plan:
-        plan.prune(objective, world.place("pipeline"))
-    if precision == "fp8":
-        to_float8(objective, emulate=world.device.type == "cpu")
-    if layout.tensor > 1:
-        split(objective, job, world)
-    if layout.context > 1:
-        from headway.parallel.context.apply import spread
-
-        spread(objective, job, world)
-    expert.spread(objective, world)
-    recompute(objective, job, world, precision, compiled)
-    if compiled:
-        compile_blocks(objective)
+    spread(objective, job, world, precision=precision, compiled=compiled, plan=plan)
     modelled = layout.pipeline * layout.context * layout.tensor > 1
     copied = (modelled and layout.replicate > 1) or expert.has_copies(layout)
     if layout.shard * layout.context > 1 or copied:
         # In a pipeline many micro-batches are under way at once: parameters stay gathered for the step.
         shard(objective, world, reshard=job.parallel.reshard and plan is None)
-    objective.to_empty(device=world.device)
-    initialise(objective, job.model, job.train.seed, slice_of=local_slice)
+    materialise(objective, job, world)
     if layout.replicate > 1 and layout.shard == 1 and not modelled:
         return replicate(objective, world)
     return objective
+
+
+def spread(
+    objective: Objective,
+    job: Job,
+    world: World,
+    *,
+    precision: str,
+    compiled: bool = False,
+    plan: Plan | None = None,
+    plain: bool = False,
+) -> None:
+    """All techniques but data parallelism, on the meta device: what every engine does alike.
+
+    Args:
+        plain: parts of parameters are plain tensors (`parallel.parts`), not DTensors.
+    """
+    layout = world.layout
+    if plan:
+        plan.prune(objective, world.place("pipeline"))
+    if precision == "fp8":
+        to_float8(objective, emulate=world.device.type == "cpu")
+    if layout.tensor > 1:
+        split(objective, job, world, plain=plain)
+    if layout.context > 1:
+        from headway.parallel.context.apply import spread as spread_context
+
+        spread_context(objective, job, world)
+    expert.spread(objective, world, plain=plain)
+    recompute(objective, job, world, precision, compiled)
+    if compiled:
+        compile_blocks(objective)
+
+
+def materialise(objective: Objective, job: Job, world: World) -> None:
+    """Give an objective memory and its initial weights."""
+    marks = {
+        name: {k: v for k, v in vars(p).items() if k in MARKS} for name, p in objective.named_parameters()
+    }
+    objective.to_empty(device=world.device)
+    for name, parameter in objective.named_parameters():  # other objects than before
+        vars(parameter).update(marks[name])
+    initialise(objective, job.model, job.train.seed, slice_of=local_slice)
 
 
 def compile_blocks(objective: Objective) -> None:
@@ -124,7 +154,7 @@ def replicate(objective: Objective, world: World) -> nn.Module:
 def local_slice(name: str, parameter: nn.Parameter) -> Slice:
     """This rank's piece of a parameter and where it begins in the whole."""
     if not isinstance(parameter, DTensor):
-        return whole(parameter)
+        return Slice(parameter, *part_of(parameter))
     local, shape = parameter.to_local(), tuple(parameter.shape)
     if not local.numel():
         return Slice(local, shape, (0,) * len(shape))

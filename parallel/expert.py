@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from headway.parallel.dispatch import ExpertDispatcher
 from headway.parallel.mesh import Layout, World
+from headway.parallel.parts import Part, mark
 from headway.pretrain.config import Job
 from headway.pretrain.config.rules import nearest_divisor
 from headway.pretrain.errors import JobError
@@ -50,15 +51,17 @@ def check(job: Job, layout: Layout) -> None:
         raise JobError("parallel.expert", asked, rule, whole)
 
 
-def spread(root: nn.Module, world: World) -> None:
-    """Give every MoE layer below `root` this rank's experts (DTensors over the expert axis, under the same names) and a
-    dispatcher that sends tokens to theirs. Parameters are on the meta device."""
+def spread(root: nn.Module, world: World, *, plain: bool = False) -> None:
+    """Give every MoE layer below `root` this rank's experts (DTensors over the expert axis, under the same names; plain
+    tensors that are marked as parts if `plain`) and a dispatcher that sends tokens to theirs. Parameters are on the
+    meta device."""
     if world.layout.expert == 1:
         return
+    cut = _cut_plain if plain else _cut
     for moe in layers_of(root):
         for name in ROUTED:
             if (parameter := getattr(moe, name)) is not None:
-                setattr(moe, name, nn.Parameter(_cut(parameter, world)))
+                setattr(moe, name, cut(parameter, world))
         assert isinstance(moe.dispatcher, Dispatcher)
         moe.dispatcher = ExpertDispatcher(moe.dispatcher, world)
 
@@ -68,11 +71,26 @@ def layers_of(root: nn.Module) -> list[MoE]:
     return [module for module in root.modules() if isinstance(module, MoE)]
 
 
-def _cut(parameter: Tensor, world: World) -> DTensor:
+def routed(root: nn.Module) -> set[nn.Parameter]:
+    """Parameters of routed experts."""
+    return {p for moe in layers_of(root) for name in ROUTED if (p := getattr(moe, name)) is not None}
+
+
+def _cut(parameter: Tensor, world: World) -> nn.Parameter:
     assert world.experts is not None
-    axis = world.experts["expert"]
-    shape = (parameter.shape[0] // axis.size(), *parameter.shape[1:])
-    return DTensor.from_local(parameter.new_empty(shape), axis, [Shard(0)], run_check=False)
+    mine = DTensor.from_local(_share(parameter, world), world.experts["expert"], [Shard(0)], run_check=False)
+    return nn.Parameter(mine)
+
+
+def _cut_plain(parameter: Tensor, world: World) -> nn.Parameter:
+    assert world.experts is not None
+    mine = _share(parameter, world)
+    first = world.experts.get_local_rank("expert") * len(mine)
+    return mark(nn.Parameter(mine), Part(tuple(parameter.shape), (first, *(0 for _ in mine.shape[1:]))))
+
+
+def _share(parameter: Tensor, world: World) -> Tensor:
+    return parameter.new_empty((parameter.shape[0] // world.layout.expert, *parameter.shape[1:]))
 
 
 def has_copies(layout: Layout) -> bool:
@@ -85,14 +103,14 @@ def data_parallel(root: nn.Module, world: World) -> dict[str, Any]:
     ones and not over all, or left alone where each rank is the only one."""
     if world.layout.expert == 1:
         return {}
-    routed = {p for moe in layers_of(root) for name in ROUTED if (p := getattr(moe, name)) is not None}
+    experts = routed(root)
     if not has_copies(world.layout):
-        return {"ignored_params": routed}
-    return {"shard_placement_fn": _placement(routed, world)}
+        return {"ignored_params": experts}
+    return {"shard_placement_fn": _placement(experts, world)}
 
 
 def _placement(
-    routed: set[nn.Parameter], world: World
+    experts_here: set[nn.Parameter], world: World
 ) -> Callable[[nn.Parameter], fsdp.ShardPlacementFnResult]:
     assert world.experts is not None
     if world.layout.replicate > 1:
@@ -103,7 +121,7 @@ def _placement(
     copies = info.shard_mesh_size
 
     def placement(parameter: nn.Parameter) -> fsdp.ShardPlacementFnResult:
-        if parameter not in routed:
+        if parameter not in experts_here:
             return None
         # By experts where they come out even, else by rows of each, else some ranks have fewer experts.
         experts, rows = local(parameter).shape[:2]

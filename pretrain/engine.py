@@ -56,11 +56,12 @@ class State:
     """State of a run, free of layout.
 
     Attributes:
-        tensors: canonical name -> tensor (a DTensor where it is spread; shapes are global).
+        tensors: canonical name -> tensor, a DTensor where it is spread, or what else says which part of the whole is
+            here (`parallel.checkpoint.fragments`); shapes are global.
         numbers: JSON values: step counts, scales, cursors.
     """
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, Any] = field(default_factory=dict)
     numbers: dict[str, Any] = field(default_factory=dict)
 
 

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from headway.parallel.checkpoint.boxes import Box
+from headway.parallel.checkpoint.fragments import Fragment
 from headway.parallel.checkpoint.shards import DTYPES
 from headway.pretrain.errors import CheckpointError
 
@@ -41,11 +42,12 @@ class Held:
         return self.view.nbytes
 
 
-def held(tensors: Mapping[str, Tensor]) -> list[Held]:
+def held(tensors: Mapping[str, Any]) -> list[Held]:
     """All parts that this rank holds, by name; parts without elements are left out.
 
-    A plain tensor is a whole. A DTensor is one box under `Shard` and `Replicate` in any order and any number
-    of axes on one dim, and several boxes where FSDP2 over tensor parallelism interleaves (`_StridedShard`).
+    A plain tensor is a whole. A `Fragment` knows its boxes. A DTensor is one box under `Shard` and `Replicate` in any
+    order and any number of axes on one dim, and several boxes where FSDP2 over tensor parallelism interleaves
+    (`_StridedShard`).
 
     Raises:
         CheckpointError: for a dtype that safetensors lacks, a pending reduction, or an unknown placement.
@@ -57,9 +59,16 @@ def held(tensors: Mapping[str, Tensor]) -> list[Held]:
             raise CheckpointError(
                 f"tensor {name}: a checkpoint cannot hold {dtype}; it holds {', '.join(DTYPES)}."
             )
-        boxes = _cut(name, tensor) if isinstance(tensor, DTensor) else [(Box.whole(shape), tensor.detach())]
-        parts += [Held(name, dtype, shape, box, view) for box, view in boxes if box.numel]
+        parts += [Held(name, dtype, shape, box, view) for box, view in _boxes(name, tensor) if box.numel]
     return parts
+
+
+def _boxes(name: str, tensor: Tensor | Fragment) -> list[tuple[Box, Tensor]]:
+    if isinstance(tensor, Fragment):
+        return list(tensor.boxes())
+    if isinstance(tensor, DTensor):
+        return _cut(name, tensor)
+    return [(Box.whole(tensor.shape), tensor.detach())]
 
 
 def _cut(name: str, tensor: DTensor) -> list[tuple[Box, Tensor]]:

@@ -20,7 +20,7 @@ from headway.parallel.distill.student import Seats, check_layout
 from headway.parallel.distill.teacher import LiveTeacher
 from headway.parallel.distill.teaching import Teaching, freeze
 from headway.parallel.engines import capabilities
-from headway.parallel.engines.native import AUTOCAST, NativeEngine, persistent_buffers
+from headway.parallel.engines.base import AUTOCAST, BaseEngine, persistent_buffers
 from headway.parallel.mesh import Layout, World
 from headway.parallel.pipeline.messages import Messages
 from headway.parallel.pipeline.plan import Plan, make_plan
@@ -35,7 +35,7 @@ Fill = Callable[[Mapping[str, Tensor]], None]
 Autocast = Callable[[], AbstractContextManager]
 
 
-def hire(engine: NativeEngine, theirs: Job, objective: Objective, fill: Fill) -> LiveTeacher | FarTeacher:
+def hire(engine: BaseEngine, theirs: Job, objective: Objective, fill: Fill) -> LiveTeacher | FarTeacher:
     """Put a teacher beside a student's engine: on its ranks, with its weights; or on others, which `serve`. Collective.
 
     Args:

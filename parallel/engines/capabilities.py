@@ -2,55 +2,66 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from headway.parallel import expert
 from headway.parallel.context import rules as context
+from headway.parallel.engines.can import deepspeed, megatron, native
+from headway.parallel.engines.can.cell import Cell
+from headway.parallel.engines.features import DEEPSPEED_ONLY, FEATURES, Asked
 from headway.parallel.float8 import check_float8
-from headway.parallel.mesh import AXES, Layout
+from headway.parallel.mesh import Layout
 from headway.parallel.pipeline.rules import check as check_pipeline
 from headway.parallel.recompute.rules import check_recompute
 from headway.parallel.tensor.legal import check_tensor
 from headway.pretrain.config import Job
 from headway.pretrain.errors import JobError
 
-
-@dataclass(frozen=True)
-class Capabilities:
-    """Axes along which an engine spreads a model, precisions per device type."""
-
-    axes: frozenset[str]
-    precisions: dict[str, frozenset[str]]
-
-
-ENGINES = {
-    "native": Capabilities(
-        axes=frozenset({"pipeline", "replicate", "shard", "context", "tensor", "expert"}),
-        precisions={
-            "cpu": frozenset({"auto", "fp32", "bf16", "fp16", "fp64"}),
-            "cuda": frozenset({"auto", "fp32", "bf16", "fp16", "fp64", "fp8"}),
-        },
-    ),
+ENGINES: dict[str, Mapping[str, Cell]] = {
+    "native": native.CAN,
+    "deepspeed": deepspeed.CAN,
+    "megatron": megatron.CAN,
 }
+"""Engine -> feature -> what is known of it."""
 
 
 def check(job: Job, layout: Layout, device_type: str) -> None:
     """Raise JobError if the job's engine cannot do what the job asks of it."""
-    name = job.parallel.engine
-    can = ENGINES[name]
-    for axis in (*AXES, "expert"):
-        size = getattr(layout, axis)
-        if size != 1 and axis not in can.axes:
-            rule = f"the {name} engine spreads along {', '.join(sorted(can.axes))} only"
-            raise JobError(f"parallel.{axis}", size, rule, f"1, with parallel.shard = {size}")
+    check_float8(job, layout, device_type)
+    check_features(job, layout, device_type)
     check_tensor(job, layout)
     expert.check(job, layout)
     check_pipeline(job, layout)
     context.check(job, layout)
     check_recompute(job, layout, device_type)
-    check_float8(job, layout, device_type)
-    legal = can.precisions.get(device_type, can.precisions["cpu"])
-    if job.precision not in legal:
-        raise JobError(
-            "precision", job.precision, f"not on {device_type} with the {name} engine", sorted(legal)
-        )
+
+
+def check_features(job: Job, layout: Layout, device_type: str) -> None:
+    """Raise JobError, which names the engines that can, for the first feature that the job's engine refuses."""
+    name = job.parallel.engine
+    asked = features_of(job, layout, device_type)
+    for feature, how in asked.items():
+        cell = ENGINES[name][feature]
+        if cell.status == "refused":
+            others = [other for other in ENGINES if all(ENGINES[other][f].status != "refused" for f in asked)]
+            rule = f"the {name} engine refuses {feature}: {cell.why}"
+            raise JobError(how.field, how.value, rule, _nearest(how, others))
+
+
+def features_of(job: Job, layout: Layout, device_type: str) -> dict[str, Asked]:
+    """What a job asks of its engine, and how."""
+    found = {}
+    for feature, ask in FEATURES.items():
+        if feature in DEEPSPEED_ONLY and job.parallel.engine != "deepspeed":
+            continue
+        if (how := ask(job, layout, device_type)) is not None:
+            found[feature] = how
+    return found
+
+
+def _nearest(how: Asked, others: list[str]) -> str | None:
+    """Another engine that can do all that is asked, or another value."""
+    choices = [f"parallel.engine = {other}" for other in others]
+    if how.nearest is not None:
+        choices.append(f"{how.field} = {how.nearest}")
+    return ", or ".join(choices) or None

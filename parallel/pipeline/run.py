@@ -132,17 +132,25 @@ class Pipeline:
         with self._gathered(reduce=True):
             shapes = self._shapes(micros[0], kind)
             work = self._give(self._work(micros, noises, counts, weight))
-            schedule = self._schedule(len(micros), rows_of(micros[0]), shapes, kind)
-            for stage in getattr(schedule, "_stages", None) or [schedule._stage]:
-                stage.has_backward = True
-                stage.clear_runtime_states()
-            each: list[Any] = [None] * len(micros)
-            schedule._step_microbatches(
-                [()] * len(micros), [{"micro": i} for i in range(len(micros))], each, return_outputs=False
-            )
+            self._run(len(micros), rows_of(micros[0]), shapes, kind)
         self._give(None)
-        self.shared.add_gradients(self.named)
+        self._add_shared()
         return [work.found[i] for i in sorted(work.found)]
+
+    def _run(self, count: int, rows: int, shapes: list[Shapes], kind: str) -> None:
+        """Forward and backward of so many micro-batches of so many rows, by the job's schedule."""
+        schedule = self._schedule(count, rows, shapes, kind)
+        for stage in getattr(schedule, "_stages", None) or [schedule._stage]:
+            stage.has_backward = True
+            stage.clear_runtime_states()
+        each: list[Any] = [None] * count
+        schedule._step_microbatches(
+            [()] * count, [{"micro": i} for i in range(count)], each, return_outputs=False
+        )
+
+    def _add_shared(self) -> None:
+        """Add up what the copies of parameters along the pipeline have for a gradient."""
+        self.shared.add_gradients(self.named)
 
     def norm(self) -> float:
         """L2 norm of the gradient of the whole model, before or after clipping; equal on all ranks."""

@@ -34,14 +34,23 @@ class Shared:
     @torch.no_grad()
     def add_gradients(self, named: Mapping[str, Tensor]) -> None:
         """Give all copies of a parameter the sum of their gradients."""
-        for name in sorted(named):  # the same order on all ranks, or they would wait for each other
-            parameter, places = named[name], self.holders[name]
-            if len(places) == 1 or not parameter.requires_grad:
-                continue
+        gradients = {}
+        for name in self.copied(named):
+            parameter = named[name]
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad = reduced(parameter.grad)
-            self._add(local(parameter.grad), places)
+            gradients[name] = local(parameter.grad)
+        self.add(gradients)
+
+    def copied(self, named: Mapping[str, Tensor]) -> list[str]:
+        """Names of the parameters with a gradient that other ranks hold too."""
+        return [name for name, p in named.items() if len(self.holders[name]) > 1 and p.requires_grad]
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put into the holders' tensors, one for each copy of a parameter, their sum."""
+        for name in sorted(tensors):  # the same order on all ranks, or they would wait for each other
+            self._add(tensors[name], self.holders[name])
 
     def _add(self, mine: Tensor, places: Sequence[int]) -> None:
         """Add up what all holders have, in the order of their places: the same bits everywhere.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from headway.kernels.cross_entropy import chunk_rows
 from headway.parallel.mesh import World
+from headway.parallel.parts import Part, mark
 from headway.parallel.tensor import modules as roles
 from headway.parallel.tensor.collectives import Columns, enter
 from headway.parallel.tensor.vocabulary import row_loss_over, soft_row_loss_over
@@ -27,14 +29,18 @@ from headway.pretrain.objectives.base import ChunkedLoss
 from headway.pretrain.objectives.distill.match import Match
 
 
-def split(objective: Objective, job: Job, world: World) -> None:
+def split(objective: Objective, job: Job, world: World, *, plain: bool = False) -> None:
     """Cut an objective on the meta device over the tensor axis.
+
+    Args:
+        plain: parameters become plain tensors that are marked as parts (`parallel.parts`), not DTensors. Of whole ones
+            whose gradient is a sum over ranks `tensor_share` is true; nobody has summed it yet.
 
     Raises:
         JobError: a rank would have no words or no features.
     """
     assert world.mesh is not None
-    cutter = Cutter(objective, world, spread_experts=world.layout.expert > 1)
+    cutter = Cutter(objective, world, spread_experts=world.layout.expert > 1, plain=plain)
     words = isinstance(getattr(objective, "loss", None), ChunkedLoss)
     if job.parallel.sequence:
         cutter.cut_sequences(objective)
@@ -50,8 +56,9 @@ def split(objective: Objective, job: Job, world: World) -> None:
 class Cutter:
     """What is known of the tensor axis while an objective is cut."""
 
-    def __init__(self, objective: Objective, world: World, spread_experts: bool) -> None:
+    def __init__(self, objective: Objective, world: World, *, spread_experts: bool, plain: bool) -> None:
         assert world.mesh is not None
+        self.plain = plain
         self.mesh, self.ranks, self.rank = world.mesh["tensor"], world.layout.tensor, world.place("tensor")
         self.group = self.mesh.get_group().group_name
         self.spread_experts = spread_experts
@@ -88,6 +95,13 @@ class Cutter:
             if per_head(name) or module in self.copied or on_part or gain:
                 shares.add(key)
         self._become(module, roles.Local, shares=frozenset(shares))
+        self._mark_shares(module, shares)
+
+    def _mark_shares(self, module: nn.Module, names: Iterable[str]) -> None:
+        """Say which whole parameters have a share of their gradient here; of a DTensor its gradient says so."""
+        for name in names:
+            if self.plain and (parameter := module._parameters.get(name)) is not None:
+                parameter.tensor_share = True  # type: ignore[attr-defined]
 
     def role(self, module: nn.Module) -> None:
         """What a module does beside reading its parts."""
@@ -108,6 +122,7 @@ class Cutter:
                 self._become(module, roles.Experts)
             if not self.spread_experts:
                 module.__dict__["shares"] = frozenset({"down_bias"})
+                self._mark_shares(module, ["down_bias"])
                 module.dispatcher = roles.Widths(module.dispatcher, self.group, self.rank)
 
     def words(self, objective: Any, job: Job) -> None:
@@ -166,6 +181,11 @@ class Cutter:
         placement = Replicate() if dim is None else Shard(dim)
         local = parameter.data if dim is None else parameter.data.chunk(self.ranks, dim)[self.rank]
         fresh = torch.empty_like(local, memory_format=torch.contiguous_format)
+        if self.plain:
+            step = 0 if dim is None else -(-parameter.shape[dim] // self.ranks)
+            offset = tuple(step * self.rank if d == dim else 0 for d in range(parameter.dim()))
+            part = Part(tuple(parameter.shape), offset)
+            return mark(nn.Parameter(fresh, parameter.requires_grad), part)
         return nn.Parameter(self._dtensor(fresh, placement, parameter), parameter.requires_grad)
 
     def _dtensor(self, local: Tensor, placement: Replicate | Shard, like: Tensor) -> DTensor:

@@ -14,11 +14,13 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from headway.parallel.checkpoint.fragments import Fragment
 from headway.parallel.mesh import World
 from headway.parallel.watch.ranks import holders
 from headway.pretrain.errors import DivergenceError
@@ -69,11 +71,11 @@ def _odd(number: int) -> int:
     return (2 * number * GOLDEN + 1 + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def check(tensors: Mapping[str, Tensor], world: World, step: int, every: int) -> None:
+def check(tensors: Mapping[str, Any], world: World, step: int, every: int) -> None:
     """Compare what ranks hold after a step; all ranks call it together.
 
     Args:
-        tensors: state by canonical name; DTensors say along which axes they are cut.
+        tensors: state by canonical name; DTensors and fragments say who holds the same of them.
         step: number of the step, from 1.
         every: steps between checks.
 
@@ -83,14 +85,18 @@ def check(tensors: Mapping[str, Tensor], world: World, step: int, every: int) ->
     if world.size == 1:
         return
     groups = grouped(tensors, world)
-    prints = {name: fingerprint(local(tensors[name])) for names in groups.values() for name in names}
+    prints = {name: fingerprint(_here(tensors[name])) for names in groups.values() for name in names}
     found = differences(_tables(groups, prints, world))
     if found:
         sentence = _describe(found, groups, prints, world)
         raise DivergenceError(_advice(found, sentence, step, every))
 
 
-def grouped(tensors: Mapping[str, Tensor], world: World) -> Groups:
+def _here(tensor: Tensor | Fragment) -> Tensor:
+    return tensor.run if isinstance(tensor, Fragment) else local(tensor)
+
+
+def grouped(tensors: Mapping[str, Any], world: World) -> Groups:
     """Tensors by the ranks that hold the same slice of them; those that no other rank holds are left out."""
     groups: Groups = {}
     for name in sorted(

@@ -8,6 +8,7 @@ from itertools import product
 
 from torch import Tensor
 
+from headway.parallel.checkpoint.fragments import Fragment
 from headway.parallel.mesh import AXES, Layout, World
 from headway.pretrain.optim.sharded import is_spread
 
@@ -27,12 +28,14 @@ def varying(layout: Layout, ranks: Iterable[int]) -> tuple[str, ...]:
     return tuple(axis for i, axis in enumerate(AXES) if len({place[i] for place in chosen}) > 1)
 
 
-def holders(tensor: Tensor, world: World) -> frozenset[int]:
+def holders(tensor: Tensor | Fragment, world: World) -> frozenset[int]:
     """Ranks that hold the same slice of a tensor as this one.
 
     A stage of a pipeline owns its tensors; along the other axes a tensor is the same everywhere, but along the
     dims of its mesh that it is cut or summed along.
     """
+    if isinstance(tensor, Fragment):
+        return tensor.holders or frozenset({world.rank})
     if not is_spread(tensor):
         return _alike(world.layout, world.rank, ())
     mesh = tensor.device_mesh

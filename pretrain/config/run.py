@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from headway.pretrain.config.base import AboveZero, AxisSize, Count, Fraction, NotNegative, Positive, Section
+from headway.pretrain.config.deepspeed import DeepSpeed
+from headway.pretrain.config.megatron import Megatron
 from headway.pretrain.config.trackers import BackendName
 
 
@@ -37,7 +39,8 @@ class TeacherLayout(Section):
 class Parallel(Section):
     """How the run is spread. One axis of size -1 takes what the others leave."""
 
-    engine: Literal["native"] = "native"
+    engine: Literal["native", "deepspeed", "megatron"] = "native"
+    """Who compiles the model's plan: PyTorch alone, DeepSpeed, or Megatron-Core. The curve is the same."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     pipeline: AxisSize = 1
@@ -79,6 +82,8 @@ class Parallel(Section):
     start_timeout: Positive = 300
     """Seconds within which all ranks must have come."""
     teacher: TeacherLayout = TeacherLayout()
+    deepspeed: DeepSpeed = DeepSpeed()
+    megatron: Megatron = Megatron()
 
 
 class Ramp(Section):

@@ -26,7 +26,8 @@ from headway.parallel.distill.cached import CachedTeacher
 from headway.parallel.distill.hire import copy_rows, hire, serve
 from headway.parallel.distill.student import Seats
 from headway.parallel.distill.teacher import Teacher
-from headway.parallel.engines.native import NativeEngine
+from headway.parallel.engines.base import BaseEngine
+from headway.parallel.engines.build import build_engine
 from headway.pretrain.config import Job
 from headway.pretrain.data.ramp import BatchSizes
 from headway.pretrain.data.stream import SampleStream
@@ -74,7 +75,7 @@ class Running:
         self.objective, samples = build(self.job, teacher=shape_of_teacher(name) if taught else None)
         if self.here.teaches:
             return
-        self.engine = NativeEngine(
+        self.engine = build_engine(
             self.job, self.objective, self.here, precision=precision, compiled=compiled
         )
         if cache:
@@ -120,7 +121,7 @@ def shape_of_teacher(name: str) -> TeacherShape:
     return TeacherShape(job.model, words, job.model.hidden, job.model.family == "bert", 5)
 
 
-def hire_teacher(name: str, engine: NativeEngine) -> Teacher:
+def hire_teacher(name: str, engine: BaseEngine) -> Teacher:
     """The teacher beside an engine, with its initial weights; the student's copy of its head as it is."""
     job = teacher_job(name, engine.precision)
     teacher = hire(engine, job, build(job)[0], lambda weights: None)
@@ -128,7 +129,7 @@ def hire_teacher(name: str, engine: NativeEngine) -> Teacher:
     return teacher
 
 
-def cached_teacher(name: str, engine: NativeEngine, cache: str) -> CachedTeacher:
+def cached_teacher(name: str, engine: BaseEngine, cache: str) -> CachedTeacher:
     """What a teacher gave before, in its stead."""
     job = teacher_job(name, engine.precision)
     give_head(job, engine)
@@ -137,7 +138,7 @@ def cached_teacher(name: str, engine: NativeEngine, cache: str) -> CachedTeacher
     return CachedTeacher(TeacherCache.open(cache), seats, engine.world, engine.precision)
 
 
-def give_head(job: Job, engine: NativeEngine) -> None:
+def give_head(job: Job, engine: BaseEngine) -> None:
     """Fill a student's copy of its teacher's head."""
     distillation = engine.objective.distillation
     if distillation.head is not None and distillation.head.weight is not None:
@@ -197,14 +198,14 @@ def curves(
     return found
 
 
-def alone(name: str, more: Tree | None = None, steps: int = STEPS) -> Curve:
-    """The curve of one process in fp64; each is computed once."""
-    return _alone(name, json.dumps(more or {}), steps)
+def alone(name: str, more: Tree | None = None, steps: int = STEPS, precision: str = "fp64") -> Curve:
+    """The curve of the native engine in one process; each is computed once."""
+    return _alone(name, json.dumps(more or {}), steps, precision)
 
 
 @cache
-def _alone(name: str, more: str, steps: int) -> Curve:
-    return Curve(*curves(0, 1, {}, [name], steps, more=json.loads(more))[name])
+def _alone(name: str, more: str, steps: int, precision: str) -> Curve:
+    return Curve(*curves(0, 1, {}, [name], steps, more=json.loads(more), precision=precision)[name])
 
 
 # -- comparing -------------------------------------------------------------------------------------------------
@@ -264,11 +265,11 @@ def prove(
     for name in names:
         expected = alone(name, more, steps)
         each = [Curve(*rank[name]) for rank in found if name in rank]
-        _note(precision, parallel, name, each, expected)
+        note(precision, parallel, name, each, expected)
         for one in each:
             compare(name, one, expected, precision)
         if precision == "fp64":
-            _hold_together(each, expected)
+            hold_together(each, expected)
 
 
 def ranks_of(parallel: Tree) -> int:
@@ -300,7 +301,7 @@ def whole_of(curve: Curve) -> dict[str, np.ndarray]:
     return {name: values for name, _, _, values in curve.parts}
 
 
-def _hold_together(each: list[Curve], expected: Curve) -> None:
+def hold_together(each: list[Curve], expected: Curve) -> None:
     """Together ranks have the whole state, and copies of a part are the same bits."""
     bits: dict[Any, set[bytes]] = defaultdict(set)
     covered = {name: np.zeros_like(values, dtype=bool) for name, values in whole_of(expected).items()}
@@ -311,7 +312,7 @@ def _hold_together(each: list[Curve], expected: Curve) -> None:
     assert not [where for where, copies in bits.items() if len(copies) > 1]
 
 
-def _note(precision: str, parallel: Tree, name: str, each: list[Curve], expected: Curve) -> None:
+def note(precision: str, parallel: Tree, name: str, each: list[Curve], expected: Curve) -> None:
     def relative(ours: list[float], theirs: list[float]) -> float:
         return float(np.max(np.abs(np.array(ours) / theirs - 1)))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -16,6 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.placement_types import Partial, _StridedShard
 
 from headway.parallel.checkpoint import parts, save
+from headway.parallel.checkpoint.fragments import Fragment
 from headway.parallel.checkpoint.layout import held
 from headway.parallel.checkpoint.load import load
 from headway.parallel.checkpoint.manifest import read_manifest
@@ -25,6 +27,7 @@ from headway.parallel.checkpoint.verify import verify
 from headway.pretrain.engine import State
 from headway.pretrain.errors import CheckpointError
 
+FLAT = ("flat",)
 LAYOUTS = {
     "plain": ((1,), None),
     "plain on 3": ((3,), None),
@@ -36,8 +39,12 @@ LAYOUTS = {
     "both axes on one dim": ((2, 2), (Shard(0), Shard(0))),
     "FSDP2 over tensor": ((2, 2), (_StridedShard(0, split_factor=2), Shard(0))),
     "grid 2 x 2": ((2, 2), (Shard(1), Shard(0))),
+    "flat 2": ((2,), FLAT),
+    "flat 3": ((3,), FLAT),
+    "flat 2 of columns": ((2, 2), FLAT),
 }
-"""Name -> mesh shape and placements; None leaves plain tensors, equal on all ranks."""
+"""Name -> mesh shape and placements; None leaves plain tensors, equal on all ranks; FLAT are runs of elements, along
+the first axis, of a tensor of which the second axis cuts the last dim."""
 
 SHAPES = {
     "w": (7, 5),  # no number of ranks divides it
@@ -65,7 +72,9 @@ def spread(full: dict[str, torch.Tensor], layout: str) -> State:
     """The tensors at a layout; dims that a tensor lacks are replicated."""
     sizes, placements = LAYOUTS[layout]
     state = State({name: tensor.clone() for name, tensor in full.items()})
-    if placements:
+    if placements == FLAT:
+        state.tensors = {name: fragment(tensor, *sizes) for name, tensor in full.items()}
+    elif placements:
         mesh = init_device_mesh("cpu", sizes)
         for name, tensor in state.tensors.items():
             fitting = [
@@ -78,7 +87,21 @@ def spread(full: dict[str, torch.Tensor], layout: str) -> State:
     return state
 
 
+def fragment(full: torch.Tensor, runs: int, columns: int = 1) -> Fragment:
+    """This rank's run of this rank's columns; runs are as long as each other but for the last."""
+    rank = dist.get_rank()
+    width = -(-full.shape[-1] // columns)
+    first = min(rank % columns * width, full.shape[-1])
+    part = full[..., first : first + width]
+    length = -(-part.numel() // runs)
+    start = min(rank // columns * length, part.numel())
+    run = part.reshape(-1)[start : start + length].clone()
+    return Fragment(run, tuple(full.shape), (*(0,) * (full.dim() - 1), first), tuple(part.shape), start)
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
+    if isinstance(tensor, Fragment):
+        return tensor.run
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

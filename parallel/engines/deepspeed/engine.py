@@ -1,0 +1,227 @@
+"""The DeepSpeed engine: ZeRO over the data ranks of our model and plan, with our losses, schedules and clipping."""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from headway.parallel.apply import materialise, spread
+from headway.parallel.checkpoint.fragments import Fragment
+from headway.parallel.engines.base import FIRST_ITERATIONS, BaseEngine, persistent_buffers
+from headway.parallel.engines.deepspeed import experts, start
+from headway.parallel.engines.deepspeed.flats import MOMENTS, flats_of
+from headway.parallel.engines.deepspeed.gathered import gather_in
+from headway.parallel.engines.deepspeed.merge import configure, one_bit
+from headway.parallel.engines.deepspeed.ranks import Ranks
+from headway.parallel.engines.deepspeed.settings import Json
+from headway.parallel.engines.totals import Totals
+from headway.parallel.mesh import AXES, World
+from headway.parallel.parts import is_part, part_of
+from headway.pretrain.config import Job
+from headway.pretrain.engine import Batch, State
+from headway.pretrain.errors import JobError
+from headway.pretrain.models.layers import Noise
+from headway.pretrain.objectives import Objective
+from headway.pretrain.optim.average import Average
+from headway.pretrain.optim.build import build_optimizers, set_rate
+from headway.pretrain.optim.norms import square_sum
+
+
+class DeepSpeedEngine(BaseEngine):
+    """See `headway.pretrain.engine.Engine`.
+
+    DeepSpeed averages gradients over the data ranks, and the loss is weighed by their number beforehand, so that they
+    are summed. The norm is taken here and gradients are clipped here, from ZeRO's own shards: DeepSpeed's norm is another
+    where experts are spread, and of no use where a step must be refused before it is made.
+
+    In bf16 and fp16 weights are narrow, as DeepSpeed's users expect, with fp32 masters and sums; the forward runs under
+    autocast, as native's does, so that norms and losses are computed in fp32.
+    """
+
+    def __init__(self, job: Job, objective: Objective, world: World, *, precision: str) -> None:
+        super().__init__(job, objective, world, precision=precision)
+        config = configure(job, world.layout, precision, world.device.type)
+        package = start.load(world.device.type)
+        check_disk(config)
+        start.join(package, world)
+        self.ranks = Ranks(world)
+        self.stage: int = config["zero_optimization"]["stage"]
+        names = [name for name, _ in objective.named_parameters()]
+        spread(objective, job, world, precision=precision, plain=True)
+        materialise(objective, job, world)
+        experts.mark(objective, world)
+        self.named = dict(objective.named_parameters())
+        self.shapes = {name: tuple(p.shape) for name, p in self.named.items()}  # stage 3 changes what they say
+        self.parts = {name: part_of(p) for name, p in self.named.items()}
+        self._mark_parts()
+        masters = {name: p.data for name, p in self.named.items()}  # DeepSpeed would round them
+        (optimizer,) = build_optimizers(self.named.items(), job.optimizer, names=names)
+        experts.regroup(optimizer, objective, world)
+        self._compute_under_autocast()
+        theirs = one_bit(config)
+        self.deepspeed = start.initialise(
+            package, objective, None if theirs else optimizer, optimizer.param_groups, handed(config), self.ranks
+        )
+        self.flats = flats_of(self.deepspeed, self.named)
+        self.flats.allocate()
+        if self.stage == 3:
+            gather_in(objective, package)
+        self._write_masters(masters)
+        self.weights_changed()
+
+    # -- one step ------------------------------------------------------------------------------------------
+
+    def _accumulate(self, batch: Batch, step: int, counts: dict[str, float]) -> Totals:
+        sums, micros = Totals(self.world), self._micros(batch)
+        weight = float(self.ranks.get_data_parallel_world_size())
+        for i, micro in enumerate(micros):
+            self.deepspeed.set_gradient_accumulation_boundary(i == len(micros) - 1)
+            out = self.deepspeed(micro, Noise.at(self.job.train.seed, step, micro["slot"]))
+            self.deepspeed.backward(self._differentiated(out, counts, weight), scale_wrt_gas=False)
+            sums.add(out)
+        return sums
+
+    @torch.no_grad()
+    def _norm(self) -> float:
+        squares = [
+            square_sum([gradient])
+            for name, gradient in self.flats.gradients().items()
+            if gradient.numel() and self._answers_for(name)
+        ]
+        mine = float(torch.stack(squares).double().sum()) if squares else 0.0
+        return float(self.world.sum(mine, along=AXES)[0] ** 0.5) / self._scale
+
+    def _update(self, step: int, norm: float) -> None:
+        clip = self.job.optimizer.clip
+        if clip and norm > clip:
+            torch._foreach_mul_(list(self.flats.gradients().values()), clip / norm)
+        set_rate([self.flats.inner], self._factor(step))
+        self.deepspeed.step()
+
+    def _settle(self, overflow: bool) -> dict[str, float]:
+        if not self.scaled:
+            return {}
+        if overflow:
+            self.deepspeed.step()  # sees it too, leaves the step out and lowers the scale
+        return {"loss_scale": self._scale}
+
+    def _forget_gradients(self) -> None:
+        self.flats.forget()
+
+    def _gradients(self) -> dict[str, Tensor]:
+        return self.flats.gradients()
+
+    def _answers_for(self, name: str) -> bool:
+        """Whether this rank's run of a gradient counts in the norm: of those that several ranks hold, one does."""
+        parameter = self.named[name]
+        group = experts.copies(parameter) or self.ranks.get_data_parallel_group()
+        first = self.stage > 0 or group.rank() == 0
+        cut = self.parts[name].shape != self.shapes[name]
+        return first and (cut or self.world.place("tensor") == 0)
+
+    @property
+    def _scale(self) -> float:
+        """What the loss is multiplied by in fp16."""
+        return float(self.flats.optimizer.loss_scale) if self.scaled else 1.0
+
+    # -- state ---------------------------------------------------------------------------------------------
+
+    def state(self) -> State:
+        tensors: dict[str, Any] = {name: self._fragment(name, self.flats.weight(name)) for name in self.named}
+        tensors |= persistent_buffers(self.objective)
+        if self.average:
+            averages = self.average.state()
+            tensors |= {f"ema.{name}": self._fragment(name, run) for name, run in averages.items()}
+        for name in self.named:
+            tensors[f"optimizer.{name}.step"] = self.flats.step(name)
+            for key in MOMENTS:
+                tensors[f"optimizer.{name}.{key}"] = self._fragment(name, self.flats.moment(name, key))
+        return State(tensors, {"loss_scale": self._saved_scale()} if self.scaled else {})
+
+    def load(self, state: State) -> None:
+        self.flats.refresh()
+        if self.scaled and "loss_scale" in state.numbers:
+            scaler, saved = self.flats.optimizer.loss_scaler, state.numbers["loss_scale"]
+            scaler.cur_scale, scaler.cur_iter = saved["scale"], int(saved["good_steps"])
+            scaler.last_overflow_iter = -1
+
+    def weights_changed(self) -> None:
+        self.flats.refresh()
+        self.objective.iterate(FIRST_ITERATIONS)
+        if self.job.optimizer.ema:
+            runs = [(name, self.flats.weight(name)) for name in self.named]
+            self.average = Average(runs, self.job.optimizer.ema, self.flats.refresh)
+
+    def _fragment(self, name: str, run: Tensor) -> Fragment:
+        """A run of a parameter's elements, with its place in the whole."""
+        return Fragment(run, *self.parts[name], self.shapes[name], self.flats.runs[name].start)
+
+    def _saved_scale(self) -> dict[str, float]:
+        """As `pretrain.optim.scaler.LossScale` has it, whose sequence DeepSpeed's scaler is set to."""
+        scaler = self.flats.optimizer.loss_scaler
+        good = (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window
+        return {"scale": float(scaler.cur_scale), "good_steps": good}
+
+    # -- pieces --------------------------------------------------------------------------------------------
+
+    def _mark_parts(self) -> None:
+        """Tell DeepSpeed which parameters are parts along the tensor axis, and sum gradients that are shares."""
+        for parameter in self.named.values():
+            if is_part(parameter):
+                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+            if getattr(parameter, "tensor_share", False):
+                parameter.register_hook(self._summed)
+
+    def _summed(self, gradient: Tensor) -> Tensor:
+        """The sum of the shares that the ranks of the tensor axis have of a gradient."""
+        total = gradient.float().contiguous() if gradient.dtype != torch.float32 else gradient.clone()
+        dist.all_reduce(total, group=self.world.group("tensor"))
+        return total.to(gradient.dtype)
+
+    def _compute_under_autocast(self) -> None:
+        """DeepSpeed switches off an autocast around its own forward, so it is put inside."""
+        if self.precision == "fp32":
+            return
+        forward = self.objective.forward
+
+        @wraps(forward)
+        def under_autocast(*args: Any, **kwargs: Any) -> Any:
+            with self._autocast():
+                return forward(*args, **kwargs)
+
+        self.objective.forward = under_autocast  # type: ignore[method-assign]
+
+    @torch.no_grad()
+    def _write_masters(self, weights: dict[str, Tensor]) -> None:
+        """Give the fp32 masters the initial weights as they were before DeepSpeed made narrow copies."""
+        if self.precision == "fp32":
+            return
+        for name, weight in weights.items():
+            run = self.flats.runs[name]
+            self.flats.weight(name).copy_(weight.view(-1)[run.start : run.start + run.count])
+
+
+def handed(config: Json) -> Json:
+    """What DeepSpeed is given of a job's JSON: without what this engine does itself.
+
+    It clips. It drives micro-batches, of which a growing batch has more and more. `train_batch_size` is left out because
+    DeepSpeed takes ranks along the context axis for readers of other rows.
+    """
+    zero = dict(config["zero_optimization"])
+    if zero["stage"] in (1, 2) and "offload_optimizer" not in zero and "bf16" not in config:
+        zero["compute_grad_norm"] = False
+    rest = {key: value for key, value in config.items() if key != "train_batch_size"}
+    return rest | {"gradient_clipping": 0.0, "zero_optimization": zero}
+
+
+def check_disk(config: Json) -> None:
+    """Raise JobError if something is to be kept on NVMe and files cannot be read beside the computation."""
+    zero = config["zero_optimization"]
+    for key, field in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_parameters")):
+        if zero.get(key, {}).get("device") == "nvme" and not start.has_async_io():
+            rule = "DeepSpeed's async_io cannot be built here: it needs libaio and its headers"
+            raise JobError(f"parallel.deepspeed.{field}", "nvme", rule, "cpu")

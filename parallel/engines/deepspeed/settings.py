@@ -1,0 +1,97 @@
+"""The DeepSpeed JSON of a job."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from headway.parallel.mesh import Layout, rows_per_micro_batch
+from headway.pretrain.config import Job
+from headway.pretrain.errors import JobError
+
+Json = dict[str, Any]
+
+NARROW = ("bf16", "fp16")
+
+
+def stage_of(job: Job, layout: Layout, precision: str) -> int:
+    """The stage of ZeRO: what `parallel.deepspeed.zero` says, or what follows from the axes.
+
+    Raises:
+        JobError: the stage cannot be had with something else that the job asks for.
+    """
+    asked, offload = job.parallel.deepspeed.zero, job.parallel.deepspeed
+    lowest, why = 0, ""
+    if precision in NARROW:
+        lowest, why = 1, "without ZeRO, DeepSpeed accumulates gradients in the narrow precision, and drifts"
+    if offload.offload_optimizer != "none":
+        lowest, why = 2, "offload of optimizer state begins at stage 2"
+    if offload.offload_parameters != "none":
+        lowest, why = 3, "offload of parameters is stage 3's"
+    highest, but = 3, ""
+    if layout.expert > 1:
+        highest, but = 2, "experts over ranks end at stage 2 (parallel.expert)"
+    if layout.pipeline > 1:
+        highest, but = 1, "a pipeline ends at stage 1 (parallel.pipeline)"
+    if lowest > highest:
+        raise JobError("parallel.deepspeed", f"stage {lowest}", f"{why}, but {but}", "parallel.engine = native")
+    if asked == "auto":
+        wanted = 0 if layout.shard == 1 else 3 if job.parallel.reshard else 2
+        return min(max(wanted, lowest), highest)
+    if not lowest <= asked <= highest:
+        limit, rule = (lowest, why) if asked < lowest else (highest, but)
+        raise JobError("parallel.deepspeed.zero", asked, rule, limit)
+    return asked
+
+
+def generate(job: Job, layout: Layout, precision: str) -> Json:
+    """What a job says in DeepSpeed's words.
+
+    Args:
+        job: its axes, batch, optimizer and the section `parallel.deepspeed`.
+        layout: ranks along each axis.
+        precision: fp32, bf16 or fp16: `auto` has been settled.
+    """
+    rows = rows_per_micro_batch(job, layout.data)
+    stage = stage_of(job, layout, precision)
+    found: Json = {
+        "train_batch_size": job.train.global_batch,
+        "train_micro_batch_size_per_gpu": rows,
+        "gradient_accumulation_steps": job.train.global_batch // (rows * layout.data),
+        "gradient_clipping": job.optimizer.clip or 0.0,
+        "zero_optimization": zero_section(job, stage),
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW where there is offload: the other one is compiled
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+    if precision in NARROW:
+        # Sums stay in fp32, as in the other engines.
+        found |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+    if precision == "bf16":
+        found["bf16"] = {"enabled": True}
+    if precision == "fp16":
+        # The sequence of scales of `pretrain.optim.scaler.LossScale`.
+        found["fp16"] = {
+            "enabled": True,
+            "loss_scale": 0,
+            "initial_scale_power": 16,
+            "loss_scale_window": 2000,
+            "hysteresis": 1,
+            "min_loss_scale": 2.0**-24,
+        }
+    return found
+
+
+def zero_section(job: Job, stage: int) -> Json:
+    """`zero_optimization`: the stage, and where things are kept."""
+    asked = job.parallel.deepspeed
+    section: Json = {"stage": stage}
+    for key, where in (
+        ("offload_optimizer", asked.offload_optimizer),
+        ("offload_param", asked.offload_parameters),
+    ):
+        if where != "none":
+            section[key] = {"device": where}
+        if where == "nvme":
+            section[key]["nvme_path"] = asked.nvme_path
+    return section

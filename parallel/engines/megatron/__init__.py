@@ -1,0 +1,1 @@
+"""The Megatron-Core engine. Imported where it is chosen only: `megatron.core` takes seconds."""

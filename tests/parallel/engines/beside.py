@@ -1,0 +1,94 @@
+"""The proof of an engine: eight steps at a layout, beside the native engine in one process, in the same precision.
+
+    prove_engine(pool, ["gpt", "t5"], {"engine": "deepspeed", "shard": 2})
+
+In fp32 losses are within 1e-5 and gradient norms within 2e-4, relative (as the native engine's own layouts are); every
+parameter and moment is within 1e-4 of a number of its size or of 1. Adam's epsilon is 1e-6: gradients that are zero
+but for rounding (those of biases of keys, which softmax does not see) would else be divided by themselves, and move by
+whole steps at random.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from headway.tests.parallel.family_cases import Tree, merged
+from headway.tests.parallel.proof import Curve, alone, curves, hold_together, note, ranks_of, whole_of
+
+STEPS = 8
+PLAIN: Tree = {
+    "model": {"heads": 4, "layers": 2, "unique_layers": None},
+    "optimizer": {"name": "adamw", "eps": 1e-6},
+}
+DEEP: Tree = merged(PLAIN, {"model": {"layers": 4}})
+"""Blocks for four stages."""
+
+
+class Bound(NamedTuple):
+    """Largest relative deviation of a loss, of a gradient norm; of a number of the state, relative to it or to 1."""
+
+    loss: float
+    norm: float
+    state: float | None
+
+
+BOUNDS = {
+    "fp32": Bound(1e-5, 2e-4, 1e-4),
+    # Weights are rounded to 8 bits of mantissa where the native engine has autocast: 2^-9 relative a product.
+    "bf16": Bound(1e-2, 2e-1, None),
+}
+
+
+def prove_engine(
+    pool: Any,
+    names: list[str],
+    parallel: Tree,
+    more: Tree | None = None,
+    steps: int = STEPS,
+    precision: str = "fp32",
+) -> None:
+    """Assert that every rank of an engine's layout draws the curves of the native engine in one process."""
+    settings = merged(PLAIN, more or {})
+    found = pool(
+        curves,
+        ranks=ranks_of(parallel),
+        timeout=600,
+        parallel={"shard": 1} | parallel,
+        names=names,
+        steps=steps,
+        precision=precision,
+        more=settings,
+    )
+    for name in names:
+        expected = alone(name, settings, steps, precision)
+        each = [Curve(*rank[name]) for rank in found]
+        note(precision, _told(parallel), name, each, expected)
+        for one in each:
+            compare(name, one, expected, BOUNDS[precision])
+        hold_together(each, expected)
+
+
+def compare(name: str, found: Curve, expected: Curve, bound: Bound) -> None:
+    """Assert that a curve is another, and of what a rank holds of the state that it is right."""
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=bound.loss, err_msg=name)
+    np.testing.assert_allclose(found.norms, expected.norms, rtol=bound.norm, err_msg=name)
+    for ours, theirs in zip(found.metrics, expected.metrics, strict=True):
+        assert ours.keys() == theirs.keys(), name
+    if bound.state is None:
+        return
+    whole = whole_of(expected)
+    for key, start, stop, values in found.parts:
+        theirs = whole[key][tuple(map(slice, start, stop))]
+        np.testing.assert_allclose(
+            values, theirs, rtol=bound.state, atol=bound.state, err_msg=f"{name} {key}"
+        )
+
+
+def _told(parallel: Tree) -> Tree:
+    """A layout as it is told at the end of the tests: settings of an engine's section beside its axes."""
+    flat = {k: v for k, v in parallel.items() if not isinstance(v, dict)}
+    return flat | {
+        k: v for section in parallel.values() if isinstance(section, dict) for k, v in section.items()
+    }
