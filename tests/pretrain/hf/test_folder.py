@@ -85,7 +85,7 @@ def test_large_models_are_cut_into_files_with_an_index(tmp_path, tensors):
     from transformers import AutoModelForCausalLM
 
     named = {f"transformer.{name}": t for name, t in tensors.items()}
-    write_weights(tmp_path, named.items(), limit=800)
+    write_weights(tmp_path, named.items(), named.items(), limit=800)
     files = sorted(p.name for p in tmp_path.glob("*"))
     assert files[0].startswith("model-00001-of-0000")
     assert files[-1] == "model.safetensors.index.json"
