@@ -40,7 +40,7 @@ for path in pathlib.Path(folder).glob("*.zip"):
     for message in map(json.loads, lines):
         if message["type"] == "metric_msg":
             metric = message["payload"]["metric"]
-            if not metric["metricName"].startswith("sys."):  # of the machine
+            if not metric["metricName"].startswith(("sys.", "process ")):  # of the machine
                 found.append([metric["step"], metric["metricName"], float(metric["metricValue"])])
 assert len(keys) == 1
 """
