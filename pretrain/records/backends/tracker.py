@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from headway.pretrain.config import Job
@@ -99,7 +100,8 @@ def environment(manner: Manner, words: Mapping[str, str]) -> dict[str, str]:
     """Of a tracker's process: it is no rank and has no GPU. What it keeps lies in the run's folder, unless the user
     has said of this tracker where it shall lie."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(RANKS)}
-    alone = {} if any(kept.get(name) for name in manner.told_where) else manner.alone
+    there = (Path(w).expanduser().exists() if w[0] == "~" else kept.get(w) for w in manner.told_where)
+    alone = {} if any(there) else manner.alone
     named = {name: filled(value, words) for name, value in {**manner.always, **alone}.items()}
     return {**named, **kept, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
 

@@ -42,7 +42,7 @@ class TrackerClient:
         self._finite = manner.finite
         arguments, words = self._arguments(manner, start), start["words"]
         Path(words["folder"]).mkdir(exist_ok=True)
-        place = (words["folder"],) if kind.requires_logging_directory else ()
+        place = (arguments.pop("logging_dir", words["folder"]),) if kind.requires_logging_directory else ()
         self._tracker = kind(filled(manner.first, words), *place, **arguments)
         self._tracker.start()
         self._known["id"] = identity(self._tracker.tracker, manner.identity)

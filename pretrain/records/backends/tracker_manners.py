@@ -20,7 +20,8 @@ class Manner:
         begin: further arguments of every start.
         identity: attributes (methods are called) that lead from the tracker's own object to what names the run.
         resume: further arguments of a start that goes on with a run.
-        told_where: variables of the environment of which one says that the user's own place or account is meant.
+        told_where: variables of the environment, or files, of which one says that the user's own place or account is
+            meant.
         alone: variables that keep the run in its folder where nothing says so; settings of the tracker.
         always: variables that are set where the user has not set them.
         finite: whether it takes finite numbers only.
@@ -54,7 +55,12 @@ MANNERS: dict[str, Manner] = {
         },
         identity="id",
         resume={"reuse_last_task_id": "{id}", "continue_last_task": 0},  # 0: steps are counted by us
-        told_where=("CLEARML_API_ACCESS_KEY", "CLEARML_CONFIG_FILE", "CLEARML_OFFLINE_MODE"),
+        told_where=(
+            "CLEARML_API_ACCESS_KEY",
+            "CLEARML_CONFIG_FILE",
+            "CLEARML_OFFLINE_MODE",
+            "~/clearml.conf",
+        ),
         alone={"CLEARML_OFFLINE_MODE": "1"},
         always={"CLEARML_CACHE_DIR": "{folder}"},
         finite=True,  # it would show 0 for what is not a number
@@ -62,7 +68,7 @@ MANNERS: dict[str, Manner] = {
     "comet_ml": Manner(
         identity="get_key",
         resume={"experiment_key": "{id}", "mode": "get_or_create"},
-        told_where=("COMET_API_KEY", "COMET_CONFIG", "COMET_START_ONLINE"),
+        told_where=("COMET_API_KEY", "COMET_CONFIG", "COMET_START_ONLINE", "~/.comet.config"),
         alone={"COMET_START_ONLINE": "0"},
         always={
             "COMET_OFFLINE_DIRECTORY": "{folder}",
@@ -86,15 +92,14 @@ MANNERS: dict[str, Manner] = {
         begin={"experiment_name": "{run}", "logdir": "{folder}"},
         identity="id",
         resume={"id": "{id}", "resume": "allow"},
-        told_where=("SWANLAB_API_KEY", "SWANLAB_MODE"),
+        told_where=("SWANLAB_API_KEY", "SWANLAB_MODE", "~/.swanlab/.netrc"),
         alone={"SWANLAB_MODE": "offline"},
     ),
     "trackio": Manner(
         begin={"name": "{run}"},
         identity="name",
         resume={"name": "{id}", "resume": "allow"},
-        told_where=("TRACKIO_DIR",),
-        alone={"TRACKIO_DIR": "{folder}"},
+        always={"TRACKIO_DIR": "{folder}"},
     ),
 }
 """A tracker that is not named here begins a run at every start, with what Accelerate asks for alone."""

@@ -217,7 +217,7 @@ assert not torch.distributed.is_initialized()
     assert "later did not take all of step 2 (ConnectionError: no route)" in done.stdout
 
 
-def test_the_process_is_no_rank_and_keeps_to_the_run_folder_unless_told_otherwise(monkeypatch):
+def test_the_process_is_no_rank_and_keeps_to_the_run_folder_unless_told_otherwise(monkeypatch, tmp_path):
     for name in ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "ACCELERATE_USE_FSDP", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "1")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -231,6 +231,11 @@ def test_the_process_is_no_rank_and_keeps_to_the_run_folder_unless_told_otherwis
     } & {*found}
     assert found["MLFLOW_TRACKING_URI"] == "file:/there"
     assert found["CUDA_VISIBLE_DEVICES"] == ""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("CLEARML_CONFIG_FILE", raising=False)
+    assert environment(MANNERS["clearml"], {"folder": "/there"})["CLEARML_OFFLINE_MODE"] == "1"
+    (tmp_path / "clearml.conf").touch()
+    assert "CLEARML_OFFLINE_MODE" not in environment(MANNERS["clearml"], {"folder": "/there"})
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mine")
     found = environment(MANNERS["mlflow"], {"folder": "/there"})
     assert found["MLFLOW_TRACKING_URI"] == "http://mine"

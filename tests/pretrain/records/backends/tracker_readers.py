@@ -59,7 +59,7 @@ from mlflow import MlflowClient
 client = MlflowClient("file:" + folder)
 (experiment,) = client.search_experiments(filter_string="name = 'proof'")
 (run,) = client.search_runs([experiment.experiment_id])
-assert run.data.params["train.global_batch"] == "32" and run.info.status == "FINISHED"
+assert run.data.params["run.name"] == "trial" and run.info.status == "FINISHED"
 assert run.info.run_name == "trial"
 for name in run.data.metrics:
     found += [[point.step, name, point.value] for point in client.get_metric_history(run.info.run_id, name)]
