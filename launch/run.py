@@ -56,7 +56,7 @@ def check(
     ranks = Ranks(world=ranks, local_world=ranks) if isinstance(ranks, int) else ranks
     resolved, _ = resolve_asked(recipes, sets, accelerate, ranks)
     refuse_inert(resolved)
-    check_backends(resolved.job.tracking.backends)
+    check_backends(resolved.job.tracking)
     layout = mesh.lay_out(resolved.job.parallel, mesh.students(resolved.job, ranks.world))
     device = device or devices.choose_device(resolved.job.parallel.device).type
     capabilities.check(resolved.job, layout, device)
@@ -77,7 +77,7 @@ def train(
     when all is trained and is no longer heeded here; `accelerate` names a config file of Accelerate."""
     resolved, asked = resolve_asked(recipes, sets, accelerate, find_asked_ranks(accelerate))
     refuse_inert(resolved)
-    check_backends(resolved.job.tracking.backends)
+    check_backends(resolved.job.tracking)
     folder = run_folder(resolved.job)
     with ExitStack() as stack:
         world = join(resolved.job)

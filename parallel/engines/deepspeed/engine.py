@@ -58,7 +58,9 @@ class DeepSpeedEngine(BaseEngine):
         self.named = {name: p for name, p in everything.items() if p.requires_grad}
         # Nobody trains these, and only an average has them in a checkpoint.
         self.frozen = {name: p.detach() for name, p in everything.items() if not p.requires_grad}
-        self.shapes = {name: tuple(p.shape) for name, p in everything.items()}  # stage 3 changes what they say
+        self.shapes = {
+            name: tuple(p.shape) for name, p in everything.items()
+        }  # stage 3 changes what they say
         self.parts = {name: part_of(p) for name, p in everything.items()}
         self._mark_parts()
         masters = {name: p.data for name, p in self.named.items()}  # DeepSpeed would round them
@@ -67,7 +69,12 @@ class DeepSpeedEngine(BaseEngine):
         self._compute_under_autocast()
         theirs = one_bit(config)
         self.deepspeed = start.initialise(
-            package, objective, None if theirs else optimizer, optimizer.param_groups, handed(config), self.ranks
+            package,
+            objective,
+            None if theirs else optimizer,
+            optimizer.param_groups,
+            handed(config),
+            self.ranks,
         )
         self.flats = flats_of(self.deepspeed, self.named)
         self.flats.allocate()

@@ -167,7 +167,9 @@ class MegatronEngine(BaseEngine):
         tensors = fragments.state(self.pieces, self.named) | persistent_buffers(self.objective)
         if self.average:
             runs = self.average.state()
-            tensors |= {f"ema.{n}": fragments.fragment(run, self.pieces[n], self.named[n]) for n, run in runs.items()}
+            tensors |= {
+                f"ema.{n}": fragments.fragment(run, self.pieces[n], self.named[n]) for n, run in runs.items()
+            }
         return State(tensors, {"loss_scale": self.scale.state()} if self.scale else {})
 
     def load(self, state: State) -> None:
@@ -186,5 +188,3 @@ class MegatronEngine(BaseEngine):
         """Bring the model's parameters up to the main ones; collective."""
         self.gathered()
         fragments.refresh(self.optimizer)
-
-
