@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import wraps
 from typing import Any
 
@@ -51,6 +52,7 @@ class DeepSpeedEngine(BaseEngine):
         self.ranks = Ranks(world)
         self.stage: int = config["zero_optimization"]["stage"]
         names = [name for name, _ in objective.named_parameters()]
+        self.blank = copy.deepcopy(objective) if self.stage == 3 else None
         spread(objective, job, world, precision=precision, plain=True)
         materialise(objective, job, world)
         experts.mark(objective, world, self.ranks.alone)

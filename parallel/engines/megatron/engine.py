@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -47,6 +48,7 @@ class MegatronEngine(BaseEngine):
         self.groups = groups.start(world)
         plan = make_plan(objective, job, layout) if layout.pipeline > 1 else None
         names = [name for name, _ in objective.named_parameters()]
+        self.blank = copy.deepcopy(objective) if plan else None
         spread(objective, job, world, precision=precision, plan=plan, plain=True)
         if layout.tensor > 1:
             swap(objective, settings.layers(job, layout), self.groups.tp, world.device.type)
