@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import wraps
 from typing import Any
 
@@ -14,7 +15,7 @@ from headway.parallel.checkpoint.fragments import Fragment
 from headway.parallel.engines.base import FIRST_ITERATIONS, BaseEngine, persistent_buffers
 from headway.parallel.engines.deepspeed import experts, start
 from headway.parallel.engines.deepspeed.flats import MOMENTS, flats_of
-from headway.parallel.engines.deepspeed.gathered import gather_in
+from headway.parallel.engines.deepspeed.gathered import gather_in, iterate_parts, keep_apart
 from headway.parallel.engines.deepspeed.merge import configure, one_bit
 from headway.parallel.engines.deepspeed.ranks import Ranks
 from headway.parallel.engines.deepspeed.settings import Json
@@ -51,25 +52,39 @@ class DeepSpeedEngine(BaseEngine):
         self.ranks = Ranks(world)
         self.stage: int = config["zero_optimization"]["stage"]
         names = [name for name, _ in objective.named_parameters()]
+        self.blank = copy.deepcopy(objective) if self.stage == 3 else None
         spread(objective, job, world, precision=precision, plain=True)
         materialise(objective, job, world)
-        experts.mark(objective, world)
-        self.named = dict(objective.named_parameters())
-        self.shapes = {name: tuple(p.shape) for name, p in self.named.items()}  # stage 3 changes what they say
-        self.parts = {name: part_of(p) for name, p in self.named.items()}
+        experts.mark(objective, world, self.ranks.alone)
+        everything = dict(objective.named_parameters())
+        self.named = {name: p for name, p in everything.items() if p.requires_grad}
+        # Nobody trains these, and only an average has them in a checkpoint.
+        self.frozen = {name: p.detach() for name, p in everything.items() if not p.requires_grad}
+        self.shapes = {
+            name: tuple(p.shape) for name, p in everything.items()
+        }  # stage 3 changes what they say
+        self.parts = {name: part_of(p) for name, p in everything.items()}
         self._mark_parts()
         masters = {name: p.data for name, p in self.named.items()}  # DeepSpeed would round them
         (optimizer,) = build_optimizers(self.named.items(), job.optimizer, names=names)
-        experts.regroup(optimizer, objective, world)
+        experts.regroup(optimizer, world)
         self._compute_under_autocast()
         theirs = one_bit(config)
         self.deepspeed = start.initialise(
-            package, objective, None if theirs else optimizer, optimizer.param_groups, handed(config), self.ranks
+            package,
+            objective,
+            None if theirs else optimizer,
+            optimizer.param_groups,
+            handed(config),
+            self.ranks,
         )
         self.flats = flats_of(self.deepspeed, self.named)
         self.flats.allocate()
+        if world.layout.tensor > 1:
+            iterate_parts(objective, self.parts, world.group("tensor"))
         if self.stage == 3:
             gather_in(objective, package)
+            keep_apart(self.deepspeed.optimizer.parameter_offload)
         self._write_masters(masters)
         self.weights_changed()
 
@@ -118,7 +133,7 @@ class DeepSpeedEngine(BaseEngine):
     def _answers_for(self, name: str) -> bool:
         """Whether this rank's run of a gradient counts in the norm: of those that several ranks hold, one does."""
         parameter = self.named[name]
-        group = experts.copies(parameter) or self.ranks.get_data_parallel_group()
+        group = experts.copies_of(parameter) or self.ranks.get_data_parallel_group()
         first = self.stage > 0 or group.rank() == 0
         cut = self.parts[name].shape != self.shapes[name]
         return first and (cut or self.world.place("tensor") == 0)
@@ -154,11 +169,13 @@ class DeepSpeedEngine(BaseEngine):
         self.objective.iterate(FIRST_ITERATIONS)
         if self.job.optimizer.ema:
             runs = [(name, self.flats.weight(name)) for name in self.named]
+            runs += [(name, p.reshape(-1)) for name, p in self.frozen.items()]
             self.average = Average(runs, self.job.optimizer.ema, self.flats.refresh)
 
     def _fragment(self, name: str, run: Tensor) -> Fragment:
         """A run of a parameter's elements, with its place in the whole."""
-        return Fragment(run, *self.parts[name], self.shapes[name], self.flats.runs[name].start)
+        start = self.flats.runs[name].start if name in self.named else 0
+        return Fragment(run, *self.parts[name], self.shapes[name], start)
 
     def _saved_scale(self) -> dict[str, float]:
         """As `pretrain.optim.scaler.LossScale` has it, whose sequence DeepSpeed's scaler is set to."""

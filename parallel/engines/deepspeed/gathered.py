@@ -1,31 +1,77 @@
-"""Weights that ZeRO-3 has cut, whole while something reads them outside a forward of the whole objective."""
+"""Weights that ZeRO-3 or the tensor axis has cut, whole while something reads them outside a forward of the objective.
+
+Shapes: O outputs, I inputs of a linear layer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
-from headway.parallel.apply import blocks_of
+from headway.parallel.parts import Part
 from headway.pretrain.models.spectral import SpectralLinear
 from headway.pretrain.objectives import Objective
 
-METHODS = ("logits", "attention_maps", "reconstruct")
-"""What people ask of a model. Blocks gather their own weights when they are called; the rest is gathered here."""
-
 
 def gather_in(objective: Objective, package: Any) -> None:
-    """Let methods of an objective that ZeRO-3 has cut find the weights that they read."""
-    inside = {id(p) for block in blocks_of(objective) for p in block.parameters()}
-    outer = [p for p in objective.parameters() if id(p) not in inside]
-    for name in METHODS:
-        if hasattr(objective, name):
-            setattr(objective, name, _within(getattr(objective, name), outer, package))
+    """Let power iterations find the weights that they read, which ZeRO-3 has cut."""
     spectral = [p for m in objective.modules() if isinstance(m, SpectralLinear) for p in m.parameters()]
     if spectral:
         objective.iterate = _within(objective.iterate, spectral, package)  # type: ignore[method-assign]
+
+
+def iterate_parts(objective: Objective, parts: Mapping[str, Part], group: dist.ProcessGroup) -> None:
+    """Let an objective's power iterations see whole weights, of which ranks of the tensor axis have parts.
+
+    Args:
+        parts: of every parameter, by name.
+        group: of the tensor axis.
+    """
+
+    def iterate(times: int) -> None:
+        for name, module in objective.named_modules():
+            if isinstance(module, SpectralLinear):
+                weight = module._parameters["weight"]
+                assert weight is not None
+                module.iterate(_joined(weight.detach(), parts[f"{name}.weight"], group), times)
+
+    objective.iterate = iterate  # type: ignore[method-assign]
+
+
+def _joined(weight_OI: Tensor, part: Part, group: dist.ProcessGroup) -> Tensor:
+    """The whole matrix, put together from the parts of all ranks."""
+    if part.shape == tuple(weight_OI.shape):
+        return weight_OI
+    whole_OI = weight_OI.new_zeros(part.shape)
+    place = tuple(slice(o, o + n) for o, n in zip(part.offset, weight_OI.shape, strict=True))
+    whole_OI[place] = weight_OI
+    dist.all_reduce(whole_OI, group=group)
+    return whole_OI
+
+
+def keep_apart(offload: Any) -> None:
+    """Let ZeRO-3's hooks gather and free weights unseen by what counts operations: a policy of recomputation, which would
+    look for the results of gathering among those of the forward.
+
+    Args:
+        offload: DeepSpeed's `DeepSpeedZeRoOffload`.
+    """
+    for name in ("pre_sub_module_forward_function", "post_sub_module_forward_function"):
+        setattr(offload, name, _unseen(getattr(offload, name)))
+
+
+def _unseen(hook: Callable[[Any], None]) -> Callable[[Any], None]:
+    @wraps(hook)
+    def unseen(module: Any) -> None:
+        with _disable_current_modes():
+            hook(module)
+
+    return unseen
 
 
 def _within(method: Callable[..., Any], parameters: list[nn.Parameter], package: Any) -> Callable[..., Any]:

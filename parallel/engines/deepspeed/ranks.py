@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from headway.parallel.mesh import PARTS, World
 
@@ -17,14 +18,16 @@ class Ranks:
     share optimizer state. Those along pipeline x tensor hold the rest of the model.
 
     Names and signatures are those that DeepSpeed looks for.
+
+    Attributes:
+        alone: the group of this rank only.
     """
 
     def __init__(self, world: World) -> None:
-        self.world = world
-        alone = _alone(world)
-        self._data, self._model = _fold(world, PARTS, alone), _fold(world, MODEL, alone)
-        self._tensor = _fold(world, ("tensor",), alone)
-        self._pipeline = _fold(world, ("pipeline",), alone)
+        self.alone = _alone(world)
+        self._data, self._model, self._tensor, self._pipeline = (
+            fold(world.mesh, axes, self.alone) for axes in (PARTS, MODEL, ("tensor",), ("pipeline",))
+        )
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         return self._data
@@ -63,14 +66,15 @@ class Ranks:
         return self._pipeline.size()
 
 
-def _fold(world: World, axes: Sequence[str], alone: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The ranks that differ from this one along some axes only."""
-    if world.mesh is None:
+def fold(mesh: DeviceMesh | None, axes: Sequence[str], alone: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The ranks that differ from this one along some axes of a mesh only; `alone` if there are no others."""
+    names = () if mesh is None else tuple(axis for axis in mesh.mesh_dim_names or () if axis in axes)
+    names = tuple(axis for axis in names if mesh is not None and mesh[axis].size() > 1)
+    if mesh is None or not names:
         return alone
-    names = tuple(axis for axis in axes if getattr(world.layout, axis) > 1)
-    if len(names) < 2:
-        return world.group(names[0]) if names else alone
-    return world.mesh[names]._flatten("_".join(names)).get_group()
+    if len(names) == 1:
+        return mesh.get_group(names[0])
+    return mesh[names]._flatten("_".join(names)).get_group()
 
 
 def _alone(world: World) -> dist.ProcessGroup:

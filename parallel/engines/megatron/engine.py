@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -48,6 +49,7 @@ class MegatronEngine(BaseEngine):
         self.groups = groups.start(world)
         plan = make_plan(objective, job, layout) if layout.pipeline > 1 else None
         names = [name for name, _ in objective.named_parameters()]
+        self.blank = copy.deepcopy(objective) if plan else None
         spread(objective, job, world, precision=precision, plan=plan, plain=True)
         if layout.tensor > 1:
             swap(objective, settings.layers(job, layout), self.groups.tp, world.device.type)
@@ -170,7 +172,9 @@ class MegatronEngine(BaseEngine):
         tensors = fragments.state(self.pieces, self.named) | persistent_buffers(self.objective)
         if self.average:
             runs = self.average.state()
-            tensors |= {f"ema.{n}": fragments.fragment(run, self.pieces[n], self.named[n]) for n, run in runs.items()}
+            tensors |= {
+                f"ema.{n}": fragments.fragment(run, self.pieces[n], self.named[n]) for n, run in runs.items()
+            }
         return State(tensors, {"loss_scale": self.scale.state()} if self.scale else {})
 
     def load(self, state: State) -> None:
@@ -189,5 +193,3 @@ class MegatronEngine(BaseEngine):
         """Bring the model's parameters up to the main ones; collective."""
         self.gathered()
         fragments.refresh(self.optimizer)
-
-
