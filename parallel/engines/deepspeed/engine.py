@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import wraps
 from typing import Any
 
@@ -51,6 +52,7 @@ class DeepSpeedEngine(BaseEngine):
         self.ranks = Ranks(world)
         self.stage: int = config["zero_optimization"]["stage"]
         names = [name for name, _ in objective.named_parameters()]
+        self.blank = copy.deepcopy(objective) if self.stage == 3 else None
         spread(objective, job, world, precision=precision, plain=True)
         materialise(objective, job, world)
         experts.mark(objective, world, self.ranks.alone)
@@ -58,7 +60,9 @@ class DeepSpeedEngine(BaseEngine):
         self.named = {name: p for name, p in everything.items() if p.requires_grad}
         # Nobody trains these, and only an average has them in a checkpoint.
         self.frozen = {name: p.detach() for name, p in everything.items() if not p.requires_grad}
-        self.shapes = {name: tuple(p.shape) for name, p in everything.items()}  # stage 3 changes what they say
+        self.shapes = {
+            name: tuple(p.shape) for name, p in everything.items()
+        }  # stage 3 changes what they say
         self.parts = {name: part_of(p) for name, p in everything.items()}
         self._mark_parts()
         masters = {name: p.data for name, p in self.named.items()}  # DeepSpeed would round them
@@ -67,7 +71,12 @@ class DeepSpeedEngine(BaseEngine):
         self._compute_under_autocast()
         theirs = one_bit(config)
         self.deepspeed = start.initialise(
-            package, objective, None if theirs else optimizer, optimizer.param_groups, handed(config), self.ranks
+            package,
+            objective,
+            None if theirs else optimizer,
+            optimizer.param_groups,
+            handed(config),
+            self.ranks,
         )
         self.flats = flats_of(self.deepspeed, self.named)
         self.flats.allocate()

@@ -33,7 +33,9 @@ def stage_of(job: Job, layout: Layout, precision: str) -> int:
     if layout.pipeline > 1:
         highest, but = 1, "a pipeline ends at stage 1 (parallel.pipeline)"
     if lowest > highest:
-        raise JobError("parallel.deepspeed", f"stage {lowest}", f"{why}, but {but}", "parallel.engine = native")
+        raise JobError(
+            "parallel.deepspeed", f"stage {lowest}", f"{why}, but {but}", "parallel.engine = native"
+        )
     if asked == "auto":
         wanted = 0 if layout.shard == 1 else 3 if job.parallel.reshard else 2
         return min(max(wanted, lowest), highest)

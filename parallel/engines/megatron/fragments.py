@@ -36,7 +36,9 @@ class Piece(NamedTuple):
     holders: frozenset[int] | None
 
 
-def pieces(optimizer: ChainedOptimizer, named: Mapping[str, nn.Parameter], copies: Copies) -> dict[str, Piece]:
+def pieces(
+    optimizer: ChainedOptimizer, named: Mapping[str, nn.Parameter], copies: Copies
+) -> dict[str, Piece]:
     """Name -> this rank's piece of a trained parameter."""
     names = {parameter: name for name, parameter in named.items()}
     found: dict[str, Piece] = {}
@@ -44,7 +46,10 @@ def pieces(optimizer: ChainedOptimizer, named: Mapping[str, nn.Parameter], copie
         sharded = isinstance(each, DistributedOptimizer)
         for parameter, main in _mains(each):
             start = each._get_model_param_range_map(parameter)["param"].start if sharded else 0
-            entries = {key: value.detach().view(value.numel() if key != "step" else ()) for key, value in each.state[main].items()}
+            entries = {
+                key: value.detach().view(value.numel() if key != "step" else ())
+                for key, value in each.state[main].items()
+            }
             holders = None if sharded else copies.of(parameter)
             found[names[parameter]] = Piece(main.detach().view(-1), start, entries, holders)
     return {name: found[name] for name in named if name in found}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from headway.pretrain import config
 from headway.pretrain.optim.adamw import AdamW
-from headway.pretrain.optim.build import FUSED, build_optimizers
+from headway.pretrain.optim.build import build_optimizers
 
 
 def build(
@@ -50,9 +50,7 @@ def build(
     if groups.ep.size() > 1:
         buffers = {i: chunk.expert_parallel_buffers for i, chunk in enumerate(chunks)}
         inner = _adamw(routed, known, settings)
-        optimizers.append(
-            _around(inner, how, chunks, buffers, groups.intra_expt_dp, groups.tp_ep_pp, groups)
-        )
+        optimizers.append(_around(inner, how, chunks, buffers, groups.intra_expt_dp, groups.tp_ep_pp, groups))
     return ChainedOptimizer(optimizers)
 
 
@@ -112,4 +110,6 @@ def allocate(optimizer: AdamW) -> None:
 
 def gradients(optimizer: ChainedOptimizer) -> list[Tensor]:
     """What is left to Megatron's optimizers of the gradients on this rank, fp32."""
-    return [p.grad for each in optimizer.chained_optimizers for p in each.get_parameters() if p.grad is not None]
+    return [
+        p.grad for each in optimizer.chained_optimizers for p in each.get_parameters() if p.grad is not None
+    ]
