@@ -30,6 +30,7 @@ from headway.pretrain.objectives import Objective
 from headway.pretrain.optim.average import Average
 from headway.pretrain.optim.build import build_one, set_rate
 from headway.pretrain.optim.norms import square_sum
+from headway.pretrain.optim.scaler import LossScale
 
 
 class DeepSpeedEngine(BaseEngine):
@@ -80,6 +81,7 @@ class DeepSpeedEngine(BaseEngine):
         )
         self.flats = flats_of(self.deepspeed, self.named)
         self.flats.allocate()
+        self.scale = LossScale() if self.scaled else None  # in DeepSpeed's stead, for native's sequence
         if world.layout.tensor > 1:
             iterate_parts(objective, self.parts, world.group("tensor"))
         if self.stage == 3:
@@ -94,6 +96,8 @@ class DeepSpeedEngine(BaseEngine):
     def _accumulate(self, batch: Batch, step: int, counts: dict[str, float]) -> Totals:
         sums, micros = Totals(self.world), self._micros(batch)
         weight = float(self.ranks.get_data_parallel_world_size())
+        if self.scale:
+            self.flats.optimizer.override_loss_scale(self.scale.scale)
         for i, micro in enumerate(micros):
             self.deepspeed.set_gradient_accumulation_boundary(i == len(micros) - 1)
             out = self.deepspeed(micro, Noise.at(self.job.train.seed, step, micro["slot"]))
@@ -119,11 +123,12 @@ class DeepSpeedEngine(BaseEngine):
         self.deepspeed.step()
 
     def _settle(self, overflow: bool) -> dict[str, float]:
-        if not self.scaled:
+        if self.scale is None:
             return {}
         if overflow:
-            self.deepspeed.step()  # sees it too, leaves the step out and lowers the scale
-        return {"loss_scale": self._scale}
+            self.deepspeed.step()  # sees it too, and leaves the step out
+        self.scale.update(overflow=overflow)
+        return {"loss_scale": self.scale.scale}
 
     def _forget_gradients(self) -> None:
         self.flats.forget()
@@ -139,11 +144,6 @@ class DeepSpeedEngine(BaseEngine):
         cut = self.parts[name].shape != self.shapes[name]
         return first and (cut or self.world.place("tensor") == 0)
 
-    @property
-    def _scale(self) -> float:
-        """What the loss is multiplied by in fp16."""
-        return float(self.flats.optimizer.loss_scale) if self.scaled else 1.0
-
     # -- state ---------------------------------------------------------------------------------------------
 
     def state(self) -> State:
@@ -156,14 +156,12 @@ class DeepSpeedEngine(BaseEngine):
             for key, value in self.flats.entries(name).items():
                 run = value.view(-1) if self.flats.follows(name, value) else None
                 tensors[f"optimizer.{name}.{key}"] = value if run is None else self._fragment(name, run)
-        return State(tensors, {"loss_scale": self._saved_scale()} if self.scaled else {})
+        return State(tensors, {"loss_scale": self.scale.state()} if self.scale else {})
 
     def load(self, state: State) -> None:
         self.flats.refresh()
-        if self.scaled and "loss_scale" in state.numbers:
-            scaler, saved = self.flats.optimizer.loss_scaler, state.numbers["loss_scale"]
-            scaler.cur_scale, scaler.cur_iter = saved["scale"], int(saved["good_steps"])
-            scaler.last_overflow_iter = -1
+        if self.scale and "loss_scale" in state.numbers:
+            self.scale.load(state.numbers["loss_scale"])
 
     def weights_changed(self) -> None:
         self.flats.refresh()
@@ -177,12 +175,6 @@ class DeepSpeedEngine(BaseEngine):
         """A run of a parameter's elements, with its place in the whole."""
         start = self.flats.runs[name].start if name in self.named else 0
         return Fragment(run, *self.parts[name], self.shapes[name], start)
-
-    def _saved_scale(self) -> dict[str, float]:
-        """As `pretrain.optim.scaler.LossScale` has it, whose sequence DeepSpeed's scaler is set to."""
-        scaler = self.flats.optimizer.loss_scaler
-        good = (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window
-        return {"scale": float(scaler.cur_scale), "good_steps": good}
 
     # -- pieces --------------------------------------------------------------------------------------------
 

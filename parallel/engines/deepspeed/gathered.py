@@ -18,6 +18,10 @@ from headway.pretrain.models.spectral import SpectralLinear
 from headway.pretrain.objectives import Objective
 
 
+HOLDER = -1
+"""A number that no module has with DeepSpeed."""
+
+
 def gather_in(objective: Objective, package: Any) -> None:
     """Let power iterations find the weights that they read, which ZeRO-3 has cut."""
     spectral = [p for m in objective.modules() if isinstance(m, SpectralLinear) for p in m.parameters()]
@@ -99,6 +103,13 @@ def _within(method: Callable[..., Any], parameters: list[nn.Parameter], package:
     @wraps(method)
     def gathered(*args: Any, **kwargs: Any) -> Any:
         with package.zero.GatheredParameters(parameters):
-            return method(*args, **kwargs)
+            users = [p.ds_active_sub_modules for p in parameters]  # type: ignore[attr-defined]
+            for modules in users:  # who is named here uses them: modules that are called leave them whole
+                modules.add(HOLDER)
+            try:
+                return method(*args, **kwargs)
+            finally:
+                for modules in users:
+                    modules.discard(HOLDER)
 
     return gathered

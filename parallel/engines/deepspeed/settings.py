@@ -78,14 +78,13 @@ def generate(job: Job, layout: Layout, precision: str) -> Json:
     if precision == "bf16" and stage > 0:
         found["bf16"] = {"enabled": True}
     if precision == "fp16":
-        # The sequence of scales of `pretrain.optim.scaler.LossScale`.
+        # What DeepSpeed's own scaler would do; the engine scales by `pretrain.optim.scaler.LossScale`.
         found["fp16"] = {
             "enabled": True,
             "loss_scale": 0,
             "initial_scale_power": 16,
             "loss_scale_window": 2000,
             "hysteresis": 1,
-            "min_loss_scale": 2.0**-24,
         }
     return found
 

@@ -161,7 +161,7 @@ def asked(rank, world, zero):
         whole = running.engine.whole()
         rows = running.objective.collate(running.stream.batch(0, 4, 0, 2))
         with torch.no_grad():
-            maps, logits = whole.attention_maps(rows), whole.logits(rows)
+            maps, logits = whole.attention_maps(rows), whole.logits(rows["tokens"])
         found.append((sums["loss"][0] / sums["loss"][1], maps.numpy(), logits.numpy()))
     return found
 
@@ -180,7 +180,7 @@ def test_evaluation_and_what_people_ask_of_a_model(pool, zero):
 def replaced(rank, world):
     """Groups of ranks that come and go: an engine, then one of another size, in the same processes."""
     linear = torch.nn.functional.linear
-    losses = Running("gpt", rank, world, ds(3, shard=world), PLAIN, 2, precision="fp32").step(0).loss
+    losses = Running("gpt", rank, world, ds(3, shard=world), PLAIN, 4, precision="fp32").step(0).loss
     assert dist.get_world_size() == world
     assert torch.nn.functional.linear is linear  # DeepSpeed would put its own there, for good
     return losses
