@@ -8,6 +8,10 @@ Recipes = Annotated[list[str], typer.Argument(help="Recipe names (gpt/tiny) or Y
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: a.b=c. May be repeated.")]
 RunPath = Annotated[str, typer.Argument(help="A run folder, e.g. runs/gpt-tiny.")]
 OnError = Annotated[str | None, typer.Option(help="What malformed lines do: stop, or skip (and count).")]
+Accelerate = Annotated[
+    str | None,
+    typer.Option("--accelerate", help="Config file of Accelerate; the job's layout by it.", metavar="FILE"),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 

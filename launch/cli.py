@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from headway.launch.arguments import Debug, OnError, Recipes, RunPath, Sets, option
+from headway.launch.arguments import Accelerate, Debug, OnError, Recipes, RunPath, Sets, option
 from headway.launch.cli_launch import app as launch
 
 app = typer.Typer(
@@ -44,7 +44,10 @@ def train(
     data_path: Annotated[
         str | None, typer.Option("--data", help="Corpus: file, glob, folder or store.")
     ] = None,
-    nproc: Annotated[int, typer.Option(help="Start this many local ranks.", min=1)] = 1,
+    nproc: Annotated[
+        int | None, typer.Option(help="Start this many local ranks.", min=1, show_default="1")
+    ] = None,
+    accelerate: Accelerate = None,
     on_error: OnError = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Set an existing run folder aside and begin anew.")
@@ -53,14 +56,15 @@ def train(
 ) -> None:
     """Train, or go on with a run whose folder exists."""
     from headway.launch import local, run
+    from headway.launch.accelerate.job import find_processes
 
     sets = [*(sets or []), *option("data.on_error", on_error)]
     sets += [f"data.sources=[{json.dumps(data_path)}]"] if data_path else []
-    if nproc > 1:
-        run.check(recipes, sets, nproc)
-        local.start(nproc, sys.argv[1:])
+    if starts := find_processes(accelerate, nproc):
+        run.check(recipes, sets, starts.ranks, accelerate=accelerate)
+        local.start(starts.local, sys.argv[1:], starts.hosts)
     else:
-        run.train(recipes, sets, fresh=fresh)
+        run.train(recipes, sets, fresh=fresh, accelerate=accelerate)
 
 
 @app.command("eval")
@@ -217,11 +221,14 @@ def export(
 
 
 @config.command("show")
-def config_show(recipes: Recipes, sets: Sets = None, debug: Debug = False) -> None:
-    """Every setting with its origin; settings without effect are marked."""
+def config_show(
+    recipes: Recipes, sets: Sets = None, accelerate: Accelerate = None, debug: Debug = False
+) -> None:
+    """Every setting with its origin; settings without effect are marked. Before them, what becomes of a config file of
+    Accelerate."""
     from headway.launch import settings
 
-    settings.show(recipes, sets or [])
+    settings.show(recipes, sets or [], accelerate)
 
 
 @config.command("schema")

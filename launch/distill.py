@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from headway.launch.accelerate.job import resolve_asked
 from headway.launch.assemble import choose_hardware, join, settled
 from headway.launch.console import console
-from headway.launch.environment import find_ranks
+from headway.launch.environment import Ranks, find_ranks
 from headway.launch.signals import StopRequest
 from headway.launch.teacher import blank, find_teacher, shape_of
 from headway.launch.teacher_cache import TEACHER, identity_of, identity_of_teacher
@@ -30,14 +31,15 @@ from headway.pretrain.engine import Batch
 from headway.pretrain.errors import Interrupted, JobError
 from headway.pretrain.inert import refuse_inert
 from headway.pretrain.objectives import build_objective
-from headway.pretrain.recipe import Resolved, resolve
+from headway.pretrain.recipe import Resolved
 
 STORED = ("auto", "bf16", "fp32", "fp64")
 
 
 def check(recipes: Sequence[str], sets: Sequence[str], out: str, dtype: str, ranks: int) -> Resolved:
     """The job of a cache; raises JobError if none can be made of it on so many ranks."""
-    resolved = resolve(recipes, [*sets, "objective.distill.cache=null"])
+    sets = [*sets, "objective.distill.cache=null"]
+    resolved, _ = resolve_asked(recipes, sets, None, Ranks(world=ranks, local_world=ranks))
     refuse_inert(resolved)
     job, settings = resolved.job, resolved.job.objective.distill
     if dtype not in STORED:

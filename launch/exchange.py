@@ -13,12 +13,13 @@ from torch import Tensor
 from headway.launch.card import write_for_export
 from headway.launch.companions import find_specials, special_ids, write_companions
 from headway.launch.start_from import AVERAGE, fill, find_checkpoint, is_weight
-from headway.parallel.checkpoint.load import load
+from headway.parallel.checkpoint.load import read
 from headway.parallel.checkpoint.manifest import Manifest, read_manifest
 from headway.parallel.checkpoint.save import Checkpointer
+from headway.parallel.checkpoint.verify import verify
 from headway.pretrain.config import Job
 from headway.pretrain.engine import State
-from headway.pretrain.errors import JobError
+from headway.pretrain.errors import CheckpointError, JobError
 from headway.pretrain.files import publish
 from headway.pretrain.hf import family_of_job
 from headway.pretrain.hf.folder import Folder, is_folder, open_folder, read_json, tree_of
@@ -80,16 +81,16 @@ def imported_recipe(folder: Folder, run: Path) -> tuple[dict[str, Any], list[str
 
 def imported_weights(folder: Folder, job: Job) -> tuple[dict[str, Tensor], list[str]]:
     """All weights of a job's objective, and what a person should know of them."""
-    found = dict(folder.tensors())
-    inputs = inputs_of(job, {name: tuple(t.shape) for name, t in found.items()})
+    shapes = folder.shapes()
+    inputs = inputs_of(job, shapes)
     objective = build_objective(job, inputs, device="meta")
     names = {name for name, _ in objective.named_parameters()}
-    if names - found.keys():  # a head is missing: it gets its initial weights
+    if names - shapes.keys():  # a head is missing: it gets its initial weights
         objective = build_objective(job, inputs)
     else:
         objective = objective.to_empty(device="cpu")
     weights = {name: p.detach() for name, p in objective.named_parameters()}
-    return weights, fill(weights, found.items(), str(folder.path), job)
+    return weights, fill(weights, folder.tensors(), str(folder.path), job)
 
 
 def publish_run(run: Path, tree: dict[str, Any], tensors: dict[str, Tensor], source: str) -> None:
@@ -118,32 +119,42 @@ def export_model(place: str, kind: str, to: str, average: bool = False) -> None:
     check_new("DIR", target)
     manifest = read_manifest(path)
     job = validate(manifest.job)
-    tensors = read_weights(path, manifest, AVERAGE if average else "")
-    if not tensors:
+    source, outline = stored_weights(path, manifest, AVERAGE if average else "")
+    if not source.names:
         raise JobError("--average", True, "the checkpoint has no averages: optimizer.ema was not set")
     specials, file, notes = find_specials(job)
-    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     ids = special_ids(job, specials) if specials else {}
-    write_folder(target, job, Lazy(frozenset(tensors), tensors.__getitem__), shapes, ids)
+    if problems := verify(path):
+        raise CheckpointError(f"{path} is not whole: {'; '.join(map(str, problems))}")
+    write_folder(target, job, source, outline, ids)
     notes += write_companions(target, job, specials, file)
     notes += [note] if (note := write_for_export(path, target, average)) else []
     if not average and any(name.startswith(AVERAGE) for name in manifest.tensors):
         notes.append("these are the weights; evaluation uses their averages, which --average exports")
     for note in notes:
         print(f"  {note}")
-    print(f"{target}: {family_of_job(job).model_type}, {len(tensors)} tensors of {path}")
+    print(f"{target}: {family_of_job(job).model_type}, {len(source.names)} tensors of {path}")
 
 
-def read_weights(path: Path, manifest: Manifest, prefix: str) -> dict[str, Tensor]:
-    """All weights of a checkpoint, or what stands under `prefix` and their names."""
-    found = {
-        name: entry
-        for name, entry in manifest.tensors.items()
+def stored_weights(path: Path, manifest: Manifest, prefix: str) -> tuple[Lazy, Lazy]:
+    """All weights of a checkpoint, or what stands under `prefix` and their names: each read when it is asked for, and
+    the same without values."""
+    names = {
+        name.removeprefix(prefix): name
+        for name in manifest.tensors
         if name.startswith(prefix) and is_weight(name.removeprefix(prefix))
     }
-    tensors = {n: torch.empty(e.shape, dtype=getattr(torch, e.dtype)) for n, e in found.items()}
-    load(path, State(tensors), strict=False)
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+    def empty(name: str, device: str) -> Tensor:
+        entry = manifest.tensors[names[name]]
+        return torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device=device)
+
+    def value(name: str) -> Tensor:
+        tensor = empty(name, "cpu")
+        read(path, {names[name]: tensor})
+        return tensor
+
+    return Lazy(frozenset(names), value), Lazy(frozenset(names), lambda name: empty(name, "meta"))
 
 
 def check_kind(option: str, kind: str) -> None:

@@ -1,4 +1,4 @@
-"""Several ranks on this machine, through torchrun's agent.
+"""Several ranks on this machine, beside those of other hosts if there are any, through torchrun's agent.
 
 What a caller sees of `headway train R --nproc N`: 0, 2, 70 or 75, as of one rank. Of `torchrun --no-python headway
 train R` it sees less: the agent ends with 1 whatever the ranks' codes were (it prints them, and signals), so that 75
@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,8 +28,20 @@ class RankFailed(HeadwayError):
     """A rank ended with an error, which it has printed itself."""
 
 
-def start(ranks: int, arguments: list[str]) -> None:
-    """Run `headway ARGUMENTS` as `ranks` local processes; returns when all are done.
+@dataclass(frozen=True)
+class Hosts:
+    """Hosts that start ranks by a command of their own each, this one among them; they meet at the first."""
+
+    count: int = 1
+    here: int = 0
+    address: str | None = None
+    port: int | None = None
+    rendezvous: str = "static"
+    """Of torchrun's agents: static or c10d."""
+
+
+def start(ranks: int, arguments: list[str], hosts: Hosts = Hosts()) -> None:
+    """Run `headway ARGUMENTS` as `ranks` processes of this host; returns when all are done.
 
     A signal to this process goes on to all ranks, which save and stop.
 
@@ -45,13 +58,15 @@ def start(ranks: int, arguments: list[str]) -> None:
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")  # seconds for ranks to save before SIGKILL
+    alone = hosts.count == 1
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=hosts.count,
+        max_nodes=hosts.count,
         nproc_per_node=ranks,
-        run_id=str(uuid.uuid4()),
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        run_id=str(uuid.uuid4()) if alone else "headway",
+        rdzv_backend="c10d" if alone else hosts.rendezvous,
+        rdzv_endpoint="localhost:0" if alone else f"{hosts.address}:{hosts.port}",
+        rdzv_configs={} if alone else {"rank": hosts.here},
         max_restarts=0,
         signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     )

@@ -30,7 +30,10 @@ def set_master(ranks: Ranks, environment: MutableMapping[str, str] = os.environ)
     refuse_stale_store(environment)
     if ranks.spread:
         address = environment.get("MASTER_ADDR") or find_address(ranks, environment)
-        environment["MASTER_PORT"] = str(number(environment, "MASTER_PORT", find_port(ranks, environment)))
+        port = number(environment, "MASTER_PORT", 0) or find_port(
+            ranks, environment
+        )  # 0: mpirun by Accelerate
+        environment["MASTER_PORT"] = str(port)
         environment["MASTER_ADDR"] = address
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from headway.launch.accelerate.environment import launched
 from headway.launch.assemble import Parts
 from headway.launch.environment import find_ranks, this_start
 from headway.parallel.checkpoint.manifest import read_manifest
@@ -31,7 +32,7 @@ def find_place(parts: Parts, checkpoint: Path | None) -> dict[str, Any]:
     imported = read_manifest(checkpoint).numbers.get("imported") if checkpoint and world.main else None
     layout = {axis: size for axis in (*AXES, "expert") if (size := getattr(world.layout, axis)) > 1}
     return {
-        "launcher": find_ranks().source,
+        "launcher": ("accelerate launch, " if launched() else "") + find_ranks().source,
         "job": this_start().job,
         "incarnation": this_start().count,
         "world": world.size,

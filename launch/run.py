@@ -8,9 +8,11 @@ from functools import partial
 from pathlib import Path
 
 from headway.launch import saving
+from headway.launch.accelerate.job import find_asked_ranks, resolve_asked
+from headway.launch.accelerate.job import tell as tell_asked
 from headway.launch.assemble import Parts, assemble, choose_hardware, join, run_folder
 from headway.launch.energy import RunEnergy
-from headway.launch.environment import this_start
+from headway.launch.environment import Ranks, this_start
 from headway.launch.facts import data, facts
 from headway.launch.finish import Finished, finish, heldout_values, report
 from headway.launch.ledger import open_ledger
@@ -37,16 +39,25 @@ from headway.pretrain.records.records import Recorder, open_records
 from headway.pretrain.trainer import Agreement, Trainer
 
 
-def check(recipes: Sequence[str], sets: Sequence[str], ranks: int, device: str | None = None) -> None:
+def check(
+    recipes: Sequence[str],
+    sets: Sequence[str],
+    ranks: int | Ranks,
+    device: str | None = None,
+    accelerate: str | None = None,
+) -> None:
     """Refuse a job that cannot run on so many ranks, before any is started; raises JobError.
 
     Args:
+        ranks: how many, of one host; or as the first will find itself.
         device: kind of device where it will run, `cuda` or `cpu`; this machine's if not given.
+        accelerate: config file of Accelerate.
     """
-    resolved = resolve(recipes, sets)
+    ranks = Ranks(world=ranks, local_world=ranks) if isinstance(ranks, int) else ranks
+    resolved, _ = resolve_asked(recipes, sets, accelerate, ranks)
     refuse_inert(resolved)
-    check_backends(resolved.job.tracking.backends)
-    layout = mesh.lay_out(resolved.job.parallel, mesh.students(resolved.job, ranks))
+    check_backends(resolved.job.tracking)
+    layout = mesh.lay_out(resolved.job.parallel, mesh.students(resolved.job, ranks.world))
     device = device or devices.choose_device(resolved.job.parallel.device).type
     capabilities.check(resolved.job, layout, device)
     check_installed(resolved.job.parallel.engine)
@@ -55,13 +66,18 @@ def check(recipes: Sequence[str], sets: Sequence[str], ranks: int, device: str |
 
 
 def train(
-    recipes: Sequence[str], sets: Sequence[str], *, fresh: bool = False, stop: StopRequest | None = None
+    recipes: Sequence[str],
+    sets: Sequence[str],
+    *,
+    fresh: bool = False,
+    stop: StopRequest | None = None,
+    accelerate: str | None = None,
 ) -> None:
     """Train a job, or go on with it where its run folder stands. `stop` notes a request to stop, also one that comes
-    when all is trained and is no longer heeded here."""
-    resolved = resolve(recipes, sets)
+    when all is trained and is no longer heeded here; `accelerate` names a config file of Accelerate."""
+    resolved, asked = resolve_asked(recipes, sets, accelerate, find_asked_ranks(accelerate))
     refuse_inert(resolved)
-    check_backends(resolved.job.tracking.backends)
+    check_backends(resolved.job.tracking)
     folder = run_folder(resolved.job)
     with ExitStack() as stack:
         world = join(resolved.job)
@@ -79,7 +95,7 @@ def train(
         if isinstance(parts.engine.teacher, FarTeacher):
             stack.callback(parts.engine.teacher.close)
         if world.main:
-            tell(parts, notes)
+            tell(parts, [*tell_asked(asked), *notes])
         # From here on there is state to save; before, an interrupt simply ends the process.
         run(parts, folder, stack.enter_context(stop or StopRequest()))
 

@@ -48,7 +48,7 @@ class TeacherSource:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of its weights, by canonical name."""
         if self.folder is not None:
-            return {name: tuple(tensor.shape) for name, tensor in self.folder.tensors()}
+            return self.folder.shapes()
         return {n: tuple(e.shape) for n, e in read_manifest(self.path).tensors.items() if is_weight(n)}
 
     @cached_property

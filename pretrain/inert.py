@@ -8,6 +8,7 @@ from collections.abc import Callable
 from headway.kernels.attention.registry import mechanism, words
 from headway.pretrain.config import Attention, Job
 from headway.pretrain.config.distill import TERMS, Distill
+from headway.pretrain.config.trackers import OWN
 from headway.pretrain.errors import JobError
 from headway.pretrain.recipe import DEFAULT, Resolved
 
@@ -175,11 +176,15 @@ RULES: list[Rule] = [
         )
         for name in ("histograms_every", "samples_every")
     ),
+    (
+        "tracking.project",
+        lambda j: j.tracking.wandb != "off" or bool({*j.tracking.backends} - {*OWN}),
+        "tracking.wandb is off, and tracking.backends has no tracker",
+    ),
     *(
         (f"tracking.{name}", lambda j: j.tracking.wandb != "off", "tracking.wandb is off")
         for name in (
             "entity",
-            "project",
             "group",
             "job_type",
             "tags",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -73,13 +73,18 @@ class Resolved:
 
     def settle(self, field: str, value: Any, origin: str) -> Resolved:
         """The same job with one value replaced by what was chosen for it."""
+        return self.settle_all({field: value}, origin)
+
+    def settle_all(self, values: Mapping[str, Any], origin: str) -> Resolved:
+        """The same job with some values replaced at once."""
         tree = self.job.model_dump()
-        *sections, key = field.split(".")
-        place = tree
-        for section in sections:
-            place = place[section]
-        place[key] = value
-        return Resolved(validate(tree), {**self.origins, field: origin})
+        for field, value in values.items():
+            *sections, key = field.split(".")
+            place = tree
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[key] = value
+        return Resolved(validate(tree), {**self.origins, **dict.fromkeys(values, origin)})
 
     def set_by_hand(self, field: str) -> bool:
         return self.origins.get(field, DEFAULT) == COMMAND_LINE

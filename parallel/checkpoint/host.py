@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from headway.parallel.checkpoint.shards import BLOCK
+from headway.pretrain.tensor_files import BLOCK
 
 
 class HostBuffer:

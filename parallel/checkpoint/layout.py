@@ -15,8 +15,8 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from headway.parallel.checkpoint.boxes import Box
 from headway.parallel.checkpoint.fragments import Fragment
-from headway.parallel.checkpoint.shards import DTYPES
 from headway.pretrain.errors import CheckpointError
+from headway.pretrain.tensor_files import DTYPES
 
 Runs = list[tuple[int, int]]
 """Ranges (start, stop) of one dim's global indices, in the order in which a local shard holds them."""

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from headway.parallel.checkpoint.layout import Held, held
 from headway.parallel.checkpoint.manifest import Manifest, read_manifest
-from headway.parallel.checkpoint.shards import DTYPES, key_of, sha256
+from headway.parallel.checkpoint.shards import key_of, sha256
 from headway.parallel.checkpoint.team import Team, spread
 from headway.parallel.checkpoint.verify import Problem, digest_problem, explain, size_problem
 from headway.pretrain.engine import State
 from headway.pretrain.errors import CheckpointError
+from headway.pretrain.tensor_files import DTYPES
 
 
 @dataclass(frozen=True)

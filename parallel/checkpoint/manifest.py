@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from headway.parallel.checkpoint.boxes import Box, flaw
-from headway.parallel.checkpoint.shards import DTYPES
 from headway.pretrain.errors import CheckpointError
+from headway.pretrain.tensor_files import DTYPES
 
 MANIFEST = "manifest.json"
 FORMAT = "headway-checkpoint"

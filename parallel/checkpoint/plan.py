@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from headway.parallel.checkpoint.layout import Held
-from headway.parallel.checkpoint.shards import Slot, arrange, key_of
+from headway.parallel.checkpoint.shards import key_of
 from headway.parallel.checkpoint.team import Team, spread
 from headway.pretrain.engine import State
 from headway.pretrain.errors import CheckpointError
+from headway.pretrain.tensor_files import Slot, arrange
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -22,10 +22,10 @@ from headway.parallel.checkpoint.owner import Start
 from headway.parallel.checkpoint.plan import Plan, make_plan
 from headway.parallel.checkpoint.publish import Folder, new_token
 from headway.parallel.checkpoint.retention import latest, retire
-from headway.parallel.checkpoint.shards import header, write_shard
 from headway.parallel.checkpoint.team import Team
 from headway.pretrain.engine import State
 from headway.pretrain.errors import CheckpointError, FencedError
+from headway.pretrain.tensor_files import bytes_of, header, write_shard
 
 
 class Work(NamedTuple):
@@ -135,12 +135,10 @@ class Checkpointer:
         if self.background and deferred and not any(view.is_cuda for view in views):
             self._copied.clear()
             self._start(self._copy_and_write, work)
-        elif (data := self._copy(work)) is None:
-            return
-        elif self.background:
-            self._start(self._write, work, data)
-        else:
-            self._write(work, data)
+        elif not self.background:  # nothing changes meanwhile: there is no need of a copy of everything
+            self._write(work, map(bytes_of, views))
+        elif (data := self._copy(work)) is not None:
+            self._start(self._write, work, (data,))
 
     def copied(self) -> None:
         """Return when the last save no longer needs the state's tensors: before they change."""
@@ -183,7 +181,7 @@ class Checkpointer:
                 return False
         return True
 
-    def _start(self, target: Callable[..., None], work: Work, *more: memoryview) -> None:
+    def _start(self, target: Callable[..., None], work: Work, *more: Iterable[memoryview]) -> None:
         name = f"checkpoint-{work.step}"
         self._writer = threading.Thread(target=target, args=(work, *more), name=name)
         self._writer.start()
@@ -203,9 +201,9 @@ class Checkpointer:
         finally:
             self._copied.set()
         if data is not None:
-            self._write(work, data)
+            self._write(work, (data,))
 
-    def _write(self, work: Work, data: memoryview) -> None:
+    def _write(self, work: Work, data: Iterable[memoryview]) -> None:
         """Write this rank's shard and tell rank 0; rank 0 waits for all and publishes. No collective here."""
         step, staging, plan = work.step, work.staging, work.plan
         try:
@@ -223,7 +221,7 @@ class Checkpointer:
             self._good = True
             self._retire(step)
 
-    def _write_shard(self, staging: Path, plan: Plan, data: memoryview) -> dict[str, Any]:
+    def _write_shard(self, staging: Path, plan: Plan, data: Iterable[memoryview]) -> dict[str, Any]:
         if not plan.slots:
             return {"file": None, "tensors": plan.tensors}
         name = parts.shard_name(self.team.rank)

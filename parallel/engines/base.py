@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from headway.parallel.engines.totals import Totals
+from headway.parallel.engines.whole import gather
 from headway.parallel.mesh import AXES, World
 from headway.parallel.pipeline.rules import micro_rows
 from headway.parallel.watch import divergence
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from headway.parallel.pipeline.plan import Plan
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+
+MUON = {"fp32": torch.float32, "fp64": torch.float64}
+"""Dtype of Muon's iteration; where products are narrow, so may it be (None)."""
 
 FIRST_ITERATIONS = 15
 """Power iterations from a random direction, as torch's spectral_norm has them."""
@@ -83,6 +87,7 @@ class BaseEngine(ABC):
         teacher: gives what a student learns from beside the data.
         average: of the weights, if the job wants one.
         scaled: whether gradients may overflow, so that a step is left out.
+        blank: the objective before it was spread, on the meta device, where that is how it is brought together.
     """
 
     named: Mapping[str, nn.Parameter]
@@ -97,6 +102,7 @@ class BaseEngine(ABC):
         self.teacher: Teacher | None = None
         self.average: Average | None = None
         self.scaled = precision == "fp16"
+        self.blank: Objective | None = None
 
     # -- what each engine gives ----------------------------------------------------------------------------
 
@@ -245,12 +251,14 @@ class BaseEngine(ABC):
 
     def whole(self) -> Objective | None:
         """The objective with all its weights on every rank, for samples and pictures; None if it is too large to be
-        brought together from the stages of a pipeline. Collective."""
+        brought together from ranks that have parts of it. Collective."""
+        if self.blank is not None:
+            return gather(self.blank, self.state().tensors, self.world)
         if not self.pipeline:
             return self.objective
-        from headway.parallel.pipeline.whole import gather
+        from headway.parallel.pipeline.whole import gather as gather_stages
 
-        return gather(self.pipeline.plan, self.objective, self.world)
+        return gather_stages(self.pipeline.plan, self.objective, self.world)
 
     # -- state ---------------------------------------------------------------------------------------------
 

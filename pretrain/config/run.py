@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from headway.pretrain.config.base import AboveZero, AxisSize, Count, Fraction, NotNegative, Positive, Section
 from headway.pretrain.config.deepspeed import DeepSpeed
 from headway.pretrain.config.megatron import Megatron
+from headway.pretrain.config.trackers import BackendName
 
 
 class Run(Section):
@@ -163,7 +164,7 @@ class Tracking(Section):
     entity: str | None = None
     """W&B user or team; $WANDB_ENTITY, else the key's own, if not given."""
     project: str | None = None
-    """W&B project; $WANDB_PROJECT, else `headway`, if not given."""
+    """Project of W&B and of Accelerate's trackers; of W&B $WANDB_PROJECT, else `headway`, if not given."""
     group: str | None = None
     """$WANDB_RUN_GROUP if not given."""
     job_type: str | None = None
@@ -177,9 +178,12 @@ class Tracking(Section):
     alerts: list[AlertKind] = ["diverged", "failed", "done", "checkpoint"]
     """Of what W&B sends a mail or a Slack message: loss or gradient not finite, or replicas apart; another failure; the
     end; a checkpoint that was not saved."""
-    backends: list[Literal["tensorboard", "prometheus"]] = []
-    """Who is told beside W&B: event files in the run's folder, an endpoint over HTTP."""
+    backends: list[BackendName] = []
+    """Who is told beside W&B: `tensorboard` (event files in the run folder), `prometheus` (an endpoint over HTTP), and
+    the trackers that Accelerate keeps: `aim`, `clearml`, `comet_ml`, `dvclive`, `mlflow`, `swanlab`, `trackio`."""
     prometheus: Prometheus = Prometheus()
+    trackers: dict[str, dict[str, Any]] = {}
+    """Tracker of Accelerate's -> further arguments of its start, which Accelerate calls its `init_kwargs`."""
     exporters: dict[str, str] = {}
     """Name -> address of Prometheus pages (DCGM or node exporters of other nodes) that W&B records beside the system
     metrics of the first node."""

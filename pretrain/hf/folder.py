@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from headway.pretrain.hf import family_of_config
 from headway.pretrain.hf.family import Family, Settings
 from headway.pretrain.hf.links import Lazy, renamed, to_ours
 from headway.pretrain.recipe import validate
+from headway.pretrain.tensor_files import bytes_of
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 FOREIGN = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -71,6 +75,10 @@ class Folder:
                     f"{self.path}: {name} is not the table of sines and cosines that MAE has"
                 )
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Canonical name -> shape."""
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors()}
+
     def left_over(self) -> list[str]:
         """Names of tensors that Headway has no place for."""
         used = {name for link in self.family.links(self.job) for name in link.theirs}
@@ -121,15 +129,25 @@ def tree_of(settings: Settings) -> dict[str, Any]:
 def _without_copies(source: Lazy, family: Family, tied: bool) -> Lazy:
     """Without tensors that are stored twice. A head that the configuration calls untied is no copy."""
     stored = {copy: first for copy, first in family.copies.items() if {copy, first} <= source.names}
-    equal = {c for c, first in stored.items() if torch.equal(source.read(c), source.read(first))}
+    equal = {c for c, first in stored.items() if _digest(source.read(c)) == _digest(source.read(first))}
     embeddings = {copy for copy in stored if "embed_tokens" in copy}
     heads = stored.keys() - embeddings
     copies = (equal & embeddings) | (heads if tied and heads <= equal else set())
     return Lazy(source.names - copies, source.read)
 
 
+def _digest(tensor: Tensor) -> tuple[Any, ...]:
+    """What two equal tensors share; compared in their stead, so that one table at a time is in memory."""
+    return tensor.dtype, tensor.shape, hashlib.sha256(bytes_of(tensor)).digest()
+
+
 def _open_weights(place: Path) -> Lazy:
-    """All tensors of a folder by the names in its files."""
+    """All tensors of a folder by the names in its files.
+
+    A tensor is mapped, not read, and its file is opened for it alone: what was mapped is given back with it. So one
+    tensor at a time is in memory, of whatever size the files are; of a file in the format that torch.save had before
+    1.6, which cannot be mapped, the whole file.
+    """
     single, index = next(
         (pair for pair in (WEIGHTS, FOREIGN) if any((place / name).is_file() for name in pair)), WEIGHTS
     )
@@ -137,20 +155,45 @@ def _open_weights(place: Path) -> Lazy:
         files = {place / Path(name).name for name in read_json(place / index)["weight_map"].values()}
     else:
         files = {place / single}
-    where: dict[str, Any] = {}
+    pickles = lru_cache(maxsize=1)(_unpickled)  # of one file: its tensors are asked for one after another
+    where: dict[str, Path] = {}
     for path in sorted(files):
-        where |= _open_file(path)
-    return Lazy(frozenset(where), lambda name: where[name]())
+        where |= dict.fromkeys(_names(path, pickles), path)
+    return Lazy(frozenset(where), lambda name: _read(where[name], name, pickles))
 
 
-def _open_file(path: Path) -> dict[str, Any]:
-    """Name -> function that reads the tensor."""
-    try:
+Pickles = Callable[[Path], dict[str, Tensor]]
+
+
+def _names(path: Path, pickles: Pickles) -> list[str]:
+    with _faults(path):
         if path.suffix == ".safetensors":
-            file = safe_open(path, framework="pt")
-            return {name: partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        held = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: partial(held.get, name) for name in held}
+            with safe_open(path, framework="pt") as file:
+                return list(file.keys())
+        return list(pickles(path) if _is_old(path) else _unpickled(path))
+
+
+def _read(path: Path, name: str, pickles: Pickles) -> Tensor:
+    with _faults(path):
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(name)
+        return (pickles(path) if _is_old(path) else _unpickled(path))[name]
+
+
+def _is_old(path: Path) -> bool:
+    return not zipfile.is_zipfile(path)
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=not _is_old(path))
+
+
+@contextmanager
+def _faults(path: Path) -> Iterator[None]:
+    """Faults of a file as CheckpointErrors that name it."""
+    try:
+        yield
     except (SafetensorError, OSError, RuntimeError, ValueError) as fault:
         raise CheckpointError(f"{path} cannot be read: {fault}") from None
     except Exception as fault:  # torch raises UnpicklingError and others for what it refuses

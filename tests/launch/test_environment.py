@@ -158,6 +158,13 @@ def test_mpi_on_several_hosts_needs_to_be_told_where(environment):
     assert environment["MASTER_PORT"] == "29500"
 
 
+def test_a_port_of_0_is_none():
+    """As `accelerate launch --mpirun_hostfile FILE --main_process_port 0` has it."""
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    set_master(Ranks(1, 2, 1, 2, "RANK and WORLD_SIZE"), environment)
+    assert environment["MASTER_PORT"] == str(master.DEFAULT_PORT)
+
+
 def test_restarts_by_torchrun_need_a_store_of_their_own():
     environment = TORCHRUN | {"MASTER_ADDR": "a", "MASTER_PORT": "1", "TORCHELASTIC_MAX_RESTARTS": "3"}
     set_master(find_ranks(environment), environment | {"TORCHELASTIC_USE_AGENT_STORE": "False"})

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from headway.parallel.checkpoint.retention import latest, step_of
 from headway.pretrain.errors import JobError
 from headway.pretrain.records.backends.tensorboard import tag_of
 from headway.pretrain.records.metrics import read_metrics
+from headway.tests.pretrain.records.backends.tracker_readers import read as read_tracker
 
 HEADWAY = [sys.executable, "-P", "-c", "from headway.launch.cli import main; main()"]
 
@@ -71,6 +73,24 @@ def test_a_run_is_scraped_stopped_and_goes_on(small_job, tmp_path):
     assert sorted(found) == sorted(expected)
     tag = next(tag for tag in accumulator.Tags()["histograms"] if tag.startswith("gradients/"))
     assert [e.step for e in accumulator.Histograms(tag)] == list(range(5, steps + 1, 5))
+
+
+@pytest.mark.slow
+def test_a_tracker_is_told_by_the_first_of_two_ranks(small_job, tmp_path):
+    """Over torchrun's variables, which Accelerate would read in a rank's process."""
+    if find_spec("mlflow") is None:
+        pytest.skip("mlflow is not installed")
+    sets = [f"run.dir={tmp_path}", "run.name=trial", "tracking.backends=[mlflow]", "tracking.project=proof"]
+    options = [word for item in (*sets, "train.steps=4") for word in ("--set", item)]
+    command = [*HEADWAY, "train", str(small_job), "--nproc", "2", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    points = read_tracker("mlflow", tmp_path / "trial/trackers/mlflow/files")
+    expected = {
+        (r["step"], k): v for r in read_metrics(tmp_path / "trial") for k, v in r.items() if k != "step"
+    }
+    assert {(step, name): value for step, name, value in points} == expected
+    assert len(points) == len(expected)
 
 
 def test_what_cannot_be_is_refused_before_a_run_begins(small_job, tmp_path, monkeypatch):

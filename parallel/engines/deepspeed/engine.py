@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import wraps
 from typing import Any
 
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from headway.parallel.apply import materialise, spread
 from headway.parallel.checkpoint.fragments import Fragment
-from headway.parallel.engines.base import FIRST_ITERATIONS, BaseEngine, persistent_buffers
+from headway.parallel.engines.base import FIRST_ITERATIONS, MUON, BaseEngine, persistent_buffers
 from headway.parallel.engines.deepspeed import experts, start
-from headway.parallel.engines.deepspeed.flats import MOMENTS, flats_of
+from headway.parallel.engines.deepspeed.flats import flats_of
 from headway.parallel.engines.deepspeed.gathered import gather_in, iterate_parts, keep_apart, spare_linears
 from headway.parallel.engines.deepspeed.merge import configure, one_bit
 from headway.parallel.engines.deepspeed.ranks import Ranks
@@ -27,7 +28,7 @@ from headway.pretrain.errors import JobError
 from headway.pretrain.models.layers import Noise
 from headway.pretrain.objectives import Objective
 from headway.pretrain.optim.average import Average
-from headway.pretrain.optim.build import build_optimizers, set_rate
+from headway.pretrain.optim.build import build_one, set_rate
 from headway.pretrain.optim.norms import square_sum
 from headway.pretrain.optim.scaler import LossScale
 
@@ -39,8 +40,8 @@ class DeepSpeedEngine(BaseEngine):
     are summed. The norm is taken here and gradients are clipped here, from ZeRO's own shards: DeepSpeed's norm is another
     where experts are spread, and of no use where a step must be refused before it is made.
 
-    In bf16 and fp16 weights are narrow, as DeepSpeed's users expect, with fp32 masters and sums; the forward runs under
-    autocast, as native's does, so that norms and losses are computed in fp32.
+    In bf16 and fp16 weights are narrow, as DeepSpeed's users expect, with fp32 masters and sums; but at stage 0 in bf16
+    they stay fp32. The forward runs under autocast, as native's does, so that norms and losses are computed in fp32.
     """
 
     def __init__(self, job: Job, objective: Objective, world: World, *, precision: str) -> None:
@@ -52,6 +53,7 @@ class DeepSpeedEngine(BaseEngine):
         self.ranks = Ranks(world)
         self.stage: int = config["zero_optimization"]["stage"]
         names = [name for name, _ in objective.named_parameters()]
+        self.blank = copy.deepcopy(objective) if self.stage == 3 else None
         spread(objective, job, world, precision=precision, plain=True)
         materialise(objective, job, world)
         experts.mark(objective, world, self.ranks.alone)
@@ -59,16 +61,23 @@ class DeepSpeedEngine(BaseEngine):
         self.named = {name: p for name, p in everything.items() if p.requires_grad}
         # Nobody trains these, and only an average has them in a checkpoint.
         self.frozen = {name: p.detach() for name, p in everything.items() if not p.requires_grad}
-        self.shapes = {name: tuple(p.shape) for name, p in everything.items()}  # stage 3 changes what they say
+        self.shapes = {
+            name: tuple(p.shape) for name, p in everything.items()
+        }  # stage 3 changes what they say
         self.parts = {name: part_of(p) for name, p in everything.items()}
         self._mark_parts()
         masters = {name: p.data for name, p in self.named.items()}  # DeepSpeed would round them
-        (optimizer,) = build_optimizers(self.named.items(), job.optimizer, names=names)
+        optimizer = build_one(self.named.items(), job.optimizer, MUON.get(precision), names)
         experts.regroup(optimizer, world)
         self._compute_under_autocast()
         theirs = one_bit(config)
         self.deepspeed = start.initialise(
-            package, objective, None if theirs else optimizer, optimizer.param_groups, handed(config), self.ranks
+            package,
+            objective,
+            None if theirs else optimizer,
+            optimizer.param_groups,
+            handed(config),
+            self.ranks,
         )
         self.flats = flats_of(self.deepspeed, self.named)
         self.flats.allocate()
@@ -144,9 +153,9 @@ class DeepSpeedEngine(BaseEngine):
             averages = self.average.state()
             tensors |= {f"ema.{name}": self._fragment(name, run) for name, run in averages.items()}
         for name in self.named:
-            tensors[f"optimizer.{name}.step"] = self.flats.step(name)
-            for key in MOMENTS:
-                tensors[f"optimizer.{name}.{key}"] = self._fragment(name, self.flats.moment(name, key))
+            for key, value in self.flats.entries(name).items():
+                run = value.view(-1) if self.flats.follows(name, value) else None
+                tensors[f"optimizer.{name}.{key}"] = value if run is None else self._fragment(name, run)
         return State(tensors, {"loss_scale": self.scale.state()} if self.scale else {})
 
     def load(self, state: State) -> None:
@@ -212,7 +221,9 @@ def handed(config: Json) -> Json:
     It clips. It drives micro-batches, of which a growing batch has more and more. `train_batch_size` is left out because
     DeepSpeed takes ranks along the context axis for readers of other rows.
     """
-    zero = config["zero_optimization"] | {"memory_efficient_linear": False}  # `gathered.spare_linears` is in its place
+    zero = config["zero_optimization"] | {
+        "memory_efficient_linear": False
+    }  # `gathered.spare_linears` is in its place
     if zero["stage"] in (1, 2) and "offload_optimizer" not in zero and "bf16" not in config:
         zero["compute_grad_norm"] = False
     rest = {key: value for key, value in config.items() if key != "train_batch_size"}

@@ -13,13 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from headway.parallel.apply import blocks_of
 from headway.parallel.parts import Part
 from headway.pretrain.models.spectral import SpectralLinear
 from headway.pretrain.objectives import Objective
-
-METHODS = ("logits", "attention_maps", "reconstruct")
-"""What people ask of a model. Blocks gather their own weights when they are called; the rest is gathered here."""
 
 
 HOLDER = -1
@@ -27,12 +23,7 @@ HOLDER = -1
 
 
 def gather_in(objective: Objective, package: Any) -> None:
-    """Let methods of an objective that ZeRO-3 has cut find the weights that they read."""
-    inside = {id(p) for block in blocks_of(objective) for p in block.parameters()}
-    outer = [p for p in objective.parameters() if id(p) not in inside]
-    for name in METHODS:
-        if hasattr(objective, name):
-            setattr(objective, name, _within(getattr(objective, name), outer, package))
+    """Let power iterations find the weights that they read, which ZeRO-3 has cut."""
     spectral = [p for m in objective.modules() if isinstance(m, SpectralLinear) for p in m.parameters()]
     if spectral:
         objective.iterate = _within(objective.iterate, spectral, package)  # type: ignore[method-assign]

@@ -22,13 +22,47 @@ QUANTIZED = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantiz
 """Of ZeRO++ (Wang et al. 2023), what quantizes."""
 
 KNOWN = frozenset(
-    "activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comms_logger communication_data_type "
-    "compile compression_training csv_monitor data_efficiency data_types disable_allgather disable_python_gc "
-    "dump_state flops_profiler fp16 gradient_accumulation_steps gradient_clipping gradient_predivide_factor "
-    "memory_breakdown optimizer prescale_gradients scheduler seq_parallel_communication_data_type "
-    "sparse_gradients steps_per_print tensorboard timers torch_autocast train_batch_size "
-    "train_micro_batch_size_per_gpu use_node_local_storage wall_clock_breakdown wandb "
-    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization".split()
+    [
+        "activation_checkpointing",
+        "aio",
+        "autotuning",
+        "bf16",
+        "bfloat16",
+        "checkpoint",
+        "comms_logger",
+        "communication_data_type",
+        "compile",
+        "compression_training",
+        "csv_monitor",
+        "data_efficiency",
+        "data_types",
+        "disable_allgather",
+        "disable_python_gc",
+        "dump_state",
+        "flops_profiler",
+        "fp16",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "gradient_predivide_factor",
+        "memory_breakdown",
+        "optimizer",
+        "prescale_gradients",
+        "scheduler",
+        "seq_parallel_communication_data_type",
+        "sparse_gradients",
+        "steps_per_print",
+        "tensorboard",
+        "timers",
+        "torch_autocast",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "use_node_local_storage",
+        "wall_clock_breakdown",
+        "wandb",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "zero_optimization",
+    ]
 )
 """Top-level keys that make sense here. DeepSpeed takes no notice of those that it does not know."""
 
@@ -122,10 +156,14 @@ def check(theirs: Json, device: str) -> None:
     """Raise JobError for keys that there are not, that another part of a job has, or that the device has not."""
     for key in theirs:
         if key not in KNOWN:
-            raise JobError(f"{FIELD}: {key}", theirs[key], "is none of DeepSpeed's keys that a job here can have")
+            raise JobError(
+                f"{FIELD}: {key}", theirs[key], "is none of DeepSpeed's keys that a job here can have"
+            )
     if "scheduler" in theirs:
         rule = "contradicts schedule.name: the job's schedule sets the learning rate of every step"
-        raise JobError(f"{FIELD}: scheduler", theirs["scheduler"], rule, "leave the section out, and set schedule")
+        raise JobError(
+            f"{FIELD}: scheduler", theirs["scheduler"], rule, "leave the section out, and set schedule"
+        )
     if theirs.get("torch_autocast", {}).get("enabled"):
         rule = "contradicts precision, which says what is computed in which precision"
         raise JobError(f"{FIELD}: torch_autocast.enabled", True, rule, "leave it out, and set precision")

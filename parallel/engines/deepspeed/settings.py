@@ -10,7 +10,11 @@ from headway.pretrain.errors import JobError
 
 Json = dict[str, Any]
 
-NARROW = ("bf16", "fp16")
+
+def narrow(precision: str, stage: int) -> bool:
+    """Whether weights are narrow, beside fp32 masters. Without ZeRO, DeepSpeed has masters in fp16 alone: in bf16 weights
+    then stay fp32, and the forward runs under autocast."""
+    return precision == "fp16" or (precision == "bf16" and stage > 0)
 
 
 def stage_of(job: Job, layout: Layout, precision: str) -> int:
@@ -21,7 +25,7 @@ def stage_of(job: Job, layout: Layout, precision: str) -> int:
     """
     asked, offload = job.parallel.deepspeed.zero, job.parallel.deepspeed
     lowest, why = 0, ""
-    if precision in NARROW:
+    if precision == "fp16":
         lowest, why = 1, "without ZeRO, DeepSpeed accumulates gradients in the narrow precision, and drifts"
     if offload.offload_optimizer != "none":
         lowest, why = 2, "offload of optimizer state begins at stage 2"
@@ -32,8 +36,12 @@ def stage_of(job: Job, layout: Layout, precision: str) -> int:
         highest, but = 2, "experts over ranks end at stage 2 (parallel.expert)"
     if layout.pipeline > 1:
         highest, but = 1, "a pipeline ends at stage 1 (parallel.pipeline)"
+    if job.optimizer.name != "adamw":
+        highest, but = 0, f"flat shards have no rows, which optimizer.name {job.optimizer.name} looks at"
     if lowest > highest:
-        raise JobError("parallel.deepspeed", f"stage {lowest}", f"{why}, but {but}", "parallel.engine = native")
+        raise JobError(
+            "parallel.deepspeed", f"stage {lowest}", f"{why}, but {but}", "parallel.engine = native"
+        )
     if asked == "auto":
         wanted = 0 if layout.shard == 1 else 3 if job.parallel.reshard else 2
         return min(max(wanted, lowest), highest)
@@ -64,10 +72,10 @@ def generate(job: Job, layout: Layout, precision: str) -> Json:
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
-    if precision in NARROW:
+    if narrow(precision, stage):
         # Sums stay in fp32, as in the other engines.
         found |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
-    if precision == "bf16":
+    if precision == "bf16" and stage > 0:
         found["bf16"] = {"enabled": True}
     if precision == "fp16":
         # What DeepSpeed's own scaler would do; the engine scales by `pretrain.optim.scaler.LossScale`.

@@ -59,7 +59,12 @@ def join(package: Any, world: World) -> None:
 
 
 def initialise(
-    package: Any, module: nn.Module, optimizer: Optimizer | None, groups: Any, config: dict[str, Any], ranks: Ranks
+    package: Any,
+    module: nn.Module,
+    optimizer: Optimizer | None,
+    groups: Any,
+    config: dict[str, Any],
+    ranks: Ranks,
 ) -> Any:
     """DeepSpeed's engine around a module, with our optimizer; with one of its own over `groups` if there is none."""
     with contextlib.redirect_stdout(io.StringIO()):  # its memory reports

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 
 from headway.parallel import expert
 from headway.parallel.apply import materialise, spread
-from headway.parallel.engines.base import AUTOCAST, FIRST_ITERATIONS, BaseEngine, persistent_buffers
+from headway.parallel.engines.base import AUTOCAST, FIRST_ITERATIONS, MUON, BaseEngine, persistent_buffers
 from headway.parallel.engines.megatron import fragments, groups, optimizers, settings
 from headway.parallel.engines.megatron.cpu import adapt
+from headway.parallel.engines.megatron.experts import take_dispatchers
 from headway.parallel.engines.megatron.guards import check_groups, check_shares, gather_whole
 from headway.parallel.engines.megatron.marks import mark, narrow
 from headway.parallel.engines.megatron.schedules import Gradients, MegatronPipeline
@@ -47,10 +49,13 @@ class MegatronEngine(BaseEngine):
         self.groups = groups.start(world)
         plan = make_plan(objective, job, layout) if layout.pipeline > 1 else None
         names = [name for name, _ in objective.named_parameters()]
+        self.blank = copy.deepcopy(objective) if plan else None
         spread(objective, job, world, precision=precision, plan=plan, plain=True)
         if layout.tensor > 1:
             swap(objective, settings.layers(job, layout), self.groups.tp, world.device.type)
             objective.iterate = partial(iterate, objective, self.groups.tp)
+        if layout.expert > 1:
+            take_dispatchers(objective, world, self.groups, settings.dispatcher(job, layout))
         materialise(objective, job, world)
         self.named: Mapping[str, nn.Parameter] = dict(objective.named_parameters())
         spread_experts = expert.routed(objective) if layout.expert > 1 else set()
@@ -73,7 +78,9 @@ class MegatronEngine(BaseEngine):
         )
         trained = {name: p for name, p in self.named.items() if p.requires_grad}
         how = settings.optimizer(job, narrow=bool(AUTOCAST.get(self.precision)), sharded=sharded)
-        self.optimizer = optimizers.build(trained, names, job.optimizer, how, [self.data], self.groups)
+        self.optimizer = optimizers.build(
+            trained, names, job.optimizer, how, [self.data], self.groups, MUON.get(self.precision)
+        )
         self.pieces = fragments.pieces(self.optimizer, trained, fragments.Copies.among(self.groups))
         for name, values in exact.items():  # Megatron has made them from the narrow ones
             if (piece := self.pieces.get(name)) is not None:
@@ -167,7 +174,9 @@ class MegatronEngine(BaseEngine):
         tensors = fragments.state(self.pieces, self.named) | persistent_buffers(self.objective)
         if self.average:
             runs = self.average.state()
-            tensors |= {f"ema.{n}": fragments.fragment(run, self.pieces[n], self.named[n]) for n, run in runs.items()}
+            tensors |= {
+                f"ema.{n}": fragments.fragment(run, self.pieces[n], self.named[n]) for n, run in runs.items()
+            }
         return State(tensors, {"loss_scale": self.scale.state()} if self.scale else {})
 
     def load(self, state: State) -> None:
@@ -186,5 +195,3 @@ class MegatronEngine(BaseEngine):
         """Bring the model's parameters up to the main ones; collective."""
         self.gathered()
         fragments.refresh(self.optimizer)
-
-

@@ -50,9 +50,7 @@ def mark(
             marked.shared = holders[name][0] != place
 
 
-def narrow(
-    named: Mapping[str, nn.Parameter], dtype: torch.dtype | None, spectral: bool
-) -> dict[str, Tensor]:
+def narrow(named: Mapping[str, nn.Parameter], dtype: torch.dtype | None, spectral: bool) -> dict[str, Tensor]:
     """Give parameters of products their dtype.
 
     Args:

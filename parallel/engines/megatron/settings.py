@@ -22,6 +22,22 @@ def gradients(job: Job, layout: Layout) -> TransformerConfig:
     return _config(job, layout, sequence_parallel=layout.tensor > 1)
 
 
+def dispatcher(job: Job, layout: Layout) -> TransformerConfig:
+    """For dispatchers: each rank has whole experts, and other tokens than the ranks beside it. A capacity says that pairs
+    may be dropped, so that Megatron counts them; who is dropped our router has said."""
+    return TransformerConfig(
+        num_layers=job.model.layers,
+        hidden_size=job.model.hidden,
+        num_attention_heads=job.model.heads,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=1,
+        num_moe_experts=job.model.experts.count,
+        moe_token_dispatcher_type="alltoall",
+        moe_router_load_balancing_type="none",
+        moe_expert_capacity_factor=1.0,
+    )
+
+
 def _config(job: Job, layout: Layout, *, sequence_parallel: bool) -> TransformerConfig:
     return TransformerConfig(
         num_layers=job.model.layers,
@@ -39,7 +55,11 @@ def _config(job: Job, layout: Layout, *, sequence_parallel: bool) -> Transformer
 def shards(job: Job, groups: ProcessGroupCollection) -> bool:
     """Whether optimizer state is sharded over data ranks."""
     copies = max(groups.dp_cp.size(), groups.expt_dp.size() if groups.ep.size() > 1 else 1)
-    return job.parallel.megatron.distributed_optimizer and copies > 1
+    return (
+        copies > 1
+        and job.optimizer.name == "adamw"
+        and job.parallel.megatron.distributed_optimizer is not False
+    )
 
 
 def data_parallel(job: Job, *, sharded: bool) -> DistributedDataParallelConfig:

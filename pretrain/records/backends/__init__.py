@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
 
+from headway.pretrain.config import Tracking
 from headway.pretrain.errors import JobError
 from headway.pretrain.records.backends.base import Backend, Told
 from headway.pretrain.records.backends.prometheus import PrometheusEndpoint
 from headway.pretrain.records.backends.tensorboard import TensorBoardFiles
+from headway.pretrain.records.backends.tracker import AccelerateTracker
 from headway.pretrain.records.backends.wandb import WandbTracker
 
-OPTIONAL: dict[str, tuple[Callable[[Told], Backend], str]] = {
+OWN: dict[str, tuple[Callable[[Told], Backend], str]] = {
     "tensorboard": (TensorBoardFiles, "tensorboard"),
     "prometheus": (PrometheusEndpoint, "prometheus_client"),
 }
-"""Those of `tracking.backends`, with the package that each needs."""
+"""Headway's own of `tracking.backends`, with the package that each needs. The others are trackers of Accelerate, which
+has them under the names of their packages."""
 
 
-def check_backends(names: Sequence[str]) -> None:
-    """Raise JobError if a backend of `tracking.backends` needs a package that is not installed."""
-    for name in names:
-        if find_spec(OPTIONAL[name][1]) is None:
-            rule = f"needs the package {OPTIONAL[name][1]}, which is not installed: pip install 'headway[{name}]'"
+def check_backends(tracking: Tracking) -> None:
+    """Raise JobError if a backend of `tracking.backends` needs a package that is not installed, or a tracker that is
+    not among them has arguments."""
+    for name in tracking.backends:
+        package, install = (OWN[name][1], f"'headway[{name}]'") if name in OWN else (name, name)
+        if find_spec(package) is None:
+            rule = f"needs the package {package}, which is not installed: pip install {install}"
             raise JobError("tracking.backends", name, rule)
+    for name, arguments in tracking.trackers.items():
+        if name not in tracking.backends or name in OWN:
+            trackers = ", ".join(each for each in tracking.backends if each not in OWN) or "none"
+            rule = f"must be of a tracker that tracking.backends names (of Accelerate's: {trackers})"
+            raise JobError(f"tracking.trackers.{name}", arguments, rule)
 
 
 def open_backends(told: Told, wandb: str) -> list[Backend]:
@@ -32,10 +42,10 @@ def open_backends(told: Told, wandb: str) -> list[Backend]:
     Args:
         wandb: `online`, `offline` or `off`, from `wandb_mode`.
     Raises:
-        JobError: one needs a package that is not installed.
+        JobError: as of `check_backends`.
     """
     opened: list[Backend] = []
-    check_backends(told.job.tracking.backends)
+    check_backends(told.job.tracking)
     if wandb != "off":
         try:
             tracker = WandbTracker(told, wandb)
@@ -45,7 +55,7 @@ def open_backends(told: Told, wandb: str) -> list[Backend]:
             opened.append(tracker)
     for name in dict.fromkeys(told.job.tracking.backends):
         try:
-            opened.append(OPTIONAL[name][0](told))
+            opened.append(OWN[name][0](told) if name in OWN else AccelerateTracker(told, name))
         except OSError as error:
             told.warn(f"no {name}: {error}")
     return opened

@@ -1,7 +1,6 @@
 """W&B from the side of the training process: hand over, never wait, never fail.
 
-The client lives in a process of its own (`wandb_client.py`). Handing over a step is one write to a pipe that
-does not block; only `finish` waits, for a stated time.
+The client lives in a process of its own (`wandb_client.py`), behind a pipe (`pipe.py`).
 """
 
 from __future__ import annotations
@@ -12,10 +11,6 @@ import json
 import netrc
 import os
 import secrets
-import select
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,9 +19,7 @@ from urllib.parse import urlparse
 
 from headway.pretrain.errors import JobError
 from headway.pretrain.records.backends.base import Gallery, Told
-
-_BUFFER = 64 * 2**20
-"""Bytes that may wait for a client that does not read."""
+from headway.pretrain.records.backends.pipe import ClientPipe
 
 
 def wandb_mode(requested: str) -> str:
@@ -78,28 +71,20 @@ class WandbTracker:
     ) -> None:
         run_dir, tracking = told.run_dir.resolve(), told.job.tracking
         self._run_dir, self._folder, self._name = run_dir, run_dir / "wandb", run_dir.name
-        self._warn, self._say, self._timeout = told.warn, told.say, finish_timeout
+        self._warn, self._say = told.warn, told.say
         self._alerts, self._steps = frozenset(tracking.alerts), told.job.train.steps
         self._alerted = dict[str, float]()
-        self._pending, self._inbox = bytearray(), b""
-        self._alive, self._warned = True, False
         self.run: dict[str, Any] = {}
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with open(self._folder / "client.log", "ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "headway.pretrain.records.backends.wandb_client"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                start_new_session=True,
-                env={**os.environ, "WANDB_SILENT": "true"},
-            )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._in, self._out = self._process.stdin.fileno(), self._process.stdout.fileno()
-        os.set_blocking(self._in, False)
-        os.set_blocking(self._out, False)
-        self._send(
+        self.client = ClientPipe(
+            "W&B",
+            ["headway.pretrain.records.backends.wandb_client"],
+            self._folder,
+            {**os.environ, "WANDB_SILENT": "true"},
+            told.warn,
+            self._heard,
+            finish_timeout,
+        )
+        self.client.send(
             do="start",
             dir=str(run_dir),
             mode=mode,
@@ -130,15 +115,15 @@ class WandbTracker:
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Scalars of a step; values of the same step add up to one row."""
-        self._send(do="log", step=step, values={k: v for k, v in values.items() if k != "step"})
+        self.client.send(do="log", step=step, values={k: v for k, v in values.items() if k != "step"})
 
     def histograms(self, step: int, histograms: Mapping[str, tuple[list[float], list[float]]]) -> None:
         """Counts and bin edges by name."""
-        self._send(do="log", step=step, values={}, histograms=dict(histograms))
+        self.client.send(do="log", step=step, values={}, histograms=dict(histograms))
 
     def show(self, step: int, gallery: Gallery) -> None:
         """Tables, and pictures as PNG; they are a part of the step's row."""
-        self._send(
+        self.client.send(
             do="log",
             step=step,
             values={},
@@ -163,7 +148,7 @@ class WandbTracker:
             self._alert("checkpoint", "has no new checkpoint", f"After step {step}: {fields['message']}")
 
     def _checkpoint(self, step: int, path: Path) -> None:
-        self._send(
+        self.client.send(
             do="reference",
             name=f"{self._name}-checkpoint",
             path=str(path.resolve()),
@@ -175,7 +160,7 @@ class WandbTracker:
         alert, now = self._alert_of(kind, what, text), time.monotonic()
         if alert and now - self._alerted.get(kind, -ALERT_WAIT) >= ALERT_WAIT:
             self._alerted[kind] = now
-            self._send(do="alert", alert=alert)
+            self.client.send(do="alert", alert=alert)
 
     def _alert_of(self, kind: str, what: str, text: str) -> dict[str, Any] | None:
         """Arguments of W&B's alert; None if nobody asked for this kind. W&B limits titles to 63 characters."""
@@ -187,12 +172,12 @@ class WandbTracker:
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
         """Upload what is small, tell that it is done."""
         if status == "fenced":  # to finish would mark the run as failed that another process goes on with
-            return self._end(patience=0.0)
+            return self.client.end(patience=0.0)
         if status == "done":
             best = ", ".join(f"{k} {v:.4g}" for k, v in summary.items() if k.startswith("heldout_loss"))
             self._alert("done", "done", f"All {self._steps} steps are trained. {best}")
         kept = [str(self._run_dir / name) for name in KEPT if (self._run_dir / name).exists()]
-        self._send(do="files", paths=kept)
+        self.client.send(do="files", paths=kept)
         self.finish({"done": 0, "stopped": 0}.get(status, 1), summary)
 
     def finish(self, exit_code: int = 0, summary: Mapping[str, Any] | None = None) -> None:
@@ -201,18 +186,9 @@ class WandbTracker:
         W&B itself gives up uploading a little earlier, so that it still closes its log on disk.
         """
         if summary:
-            self._send(do="summary", values=dict(summary))
-        self._send(do="finish", exit_code=exit_code)
-        deadline = time.monotonic() + self._timeout
-        finished = False
-        while self._alive and not finished and time.monotonic() < deadline:
-            waiting = [self._in] if self._pending else []
-            select.select([self._out], waiting, [], max(0.0, deadline - time.monotonic()))
-            self._push()
-            finished = self._listen()
-        if self._alive and not finished:
-            self._warn(f"W&B did not take the last data within {self._timeout:.0f} s; {self._later()}")
-        self._end(patience=5.0 if finished else 0.0)
+            self.client.send(do="summary", values=dict(summary))
+        self.client.send(do="finish", exit_code=exit_code)
+        self.client.finish(self._later)
 
     def _later(self) -> str:
         if self.run.get("mode") == "online":
@@ -220,67 +196,13 @@ class WandbTracker:
             return f"send it later: wandb sync --include-online --id {self.run['id']}-again {self.run['dir']}"
         return f"send it later: wandb sync {self.run.get('dir', self._folder)}"
 
-    def _send(self, **command: Any) -> None:
-        if not self._alive:
-            return
-        self._pending += (json.dumps(command, default=str) + "\n").encode()
-        self._push()
-        self._listen()
-        if len(self._pending) > _BUFFER:
-            self._warn(
-                "the W&B client does not read any more; it is left behind, metrics.jsonl has everything"
-            )
-            self._end(patience=0.0)
-
-    def _push(self) -> None:
-        try:
-            while self._pending:
-                del self._pending[: os.write(self._in, self._pending)]
-        except BlockingIOError:
-            return
-        except OSError:  # the client is gone; it has said why, or the pipe's end says so
-            self._pending.clear()
-
-    def _listen(self) -> bool:
-        """Pass on what the client says; True once it has finished."""
-        finished, chunk = False, b"-"
-        while chunk:
-            try:
-                chunk = os.read(self._out, 65536)
-            except BlockingIOError:
-                break
-            self._inbox += chunk
-        *lines, self._inbox = self._inbox.split(b"\n")
-        for line in lines:
-            message = json.loads(line)
-            finished = finished or "finished" in message
-            if message.get("unsent"):
-                self._warn(f"W&B did not take the last data; {self._later()}")
-            if "run" in message:
-                self.run = message["run"]
-                if self.run["url"]:
-                    self._say(f"W&B: {self.run['url']}")
-            if "warning" in message:
-                self._warned = True
-                self._warn(message["warning"])
-        if not chunk and not finished:  # the end of its output
-            if not self._warned:
-                self._warn(f"the W&B client ended early, see {self._folder / 'client.log'}; the run goes on")
-            self._end(patience=1.0)
-        return finished
-
-    def _end(self, patience: float) -> None:
-        self._alive = False
-        self._pending.clear()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(patience)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # W&B's service too, if it is stuck
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(OSError):
-                assert pipe is not None
-                pipe.close()
+    def _heard(self, message: dict[str, Any]) -> None:
+        if message.get("unsent"):
+            self._warn(f"W&B did not take the last data; {self._later()}")
+        if "run" in message:
+            self.run = message["run"]
+            if self.run["url"]:
+                self._say(f"W&B: {self.run['url']}")
 
 
 def _run_id(path: Path) -> str:

@@ -1,9 +1,5 @@
 """The process that talks to W&B, so that the training process never does.
 
-Reads one JSON command a line from standard input and answers with one JSON message a line on standard output.
-A dead server, a bad key or a full disk stops this process at most. If the training process is killed, the end
-of the input is seen here and the W&B run is finished with everything that was sent.
-
 Commands: `start` (first), `log`, `reference`, `alert`, `files`, `summary`, `finish`.
 Messages: `{"run": {...}}`, `{"warning": "..."}`, `{"unsent": true}`, `{"finished": true}`.
 """
@@ -11,57 +7,19 @@ Messages: `{"run": {...}}`, `{"warning": "..."}`, `{"unsent": true}`, `{"finishe
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
-import json
 import math
-import os
-import queue
 import re
-import signal
-import sys
-import threading
 from pathlib import Path
 from typing import Any
 
-from headway.pretrain.records.backends.wandb_past import catch_up, last_recorded, rows
-
-Command = dict[str, Any]
+from headway.pretrain.records.backends.past import rows
+from headway.pretrain.records.backends.serve import Command, brief, serve, tell
+from headway.pretrain.records.backends.wandb_past import catch_up, last_recorded
 
 
 def main() -> None:
-    # The end of the run decides when this ends, not the Ctrl-C or the signal that is meant for training.
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"):
-        with contextlib.suppress(AttributeError, ValueError):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    os.nice(10)  # where all cores are busy, training goes first
-    commands: queue.Queue[Command] = queue.Queue()
-    threading.Thread(target=receive, args=(commands,), daemon=True).start()
-    try:
-        client = Client(commands.get())
-        while client.obey(commands.get()):
-            pass
-        client.wandb.teardown()
-        tell(finished=True)
-    except Exception as error:
-        tell(warning=f"W&B stopped recording ({brief(error)}); the run goes on, metrics.jsonl has everything")
-    os._exit(0)  # not through clean-up at exit, which may wait for what failed
-
-
-def receive(commands: queue.Queue[Command]) -> None:
-    """Take commands off the pipe at once, so that it never fills while W&B is busy."""
-    last_words = None
-    for line in sys.stdin.buffer:
-        with contextlib.suppress(ValueError):  # a writer that was killed leaves a torn line
-            command = json.loads(line)
-            last_words = command.get("last_words", last_words)
-            commands.put(command)
-    # The end without a `finish` means that the training process died. Uploading has a minute, then is given
-    # up: what could not be sent is in the run's folder.
-    threading.Timer(60, os._exit, args=(1,)).start()
-    if last_words:
-        commands.put({"do": "alert", "alert": last_words})
-    commands.put({"do": "finish", "exit_code": 1})
+    serve("W&B", Client)
 
 
 class Client:
@@ -199,6 +157,9 @@ class Client:
             self.best = loss
             self.run.summary.update({"best_heldout_loss": loss, "best_heldout_step": step})
 
+    def leave(self) -> None:
+        self.wandb.teardown()
+
     def _finish(self, exit_code: int) -> bool:
         try:
             self.run.finish(exit_code=exit_code)
@@ -230,16 +191,6 @@ def decoded(png: str) -> Any:
     from PIL import Image  # comes with matplotlib
 
     return Image.open(io.BytesIO(base64.b64decode(png)))
-
-
-def tell(**message: Any) -> None:
-    with contextlib.suppress(OSError, ValueError):  # nobody may be listening any more
-        sys.stdout.write(json.dumps(message) + "\n")
-        sys.stdout.flush()
-
-
-def brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 if __name__ == "__main__":

@@ -102,7 +102,18 @@ def test_activations_that_are_recomputed_or_kept_elsewhere(pool, zero, how):
 @pytest.mark.parametrize("zero", [2, 3])
 def test_other_models_and_what_they_bring(pool, zero):
     """Shared blocks, averages, layer decay, untrained poolers, growing batches, choices, pictures."""
-    names = ["albert", "roberta", "ul2", "transformer", "vit", "mae", "dropless", "content", "composed", "linear"]
+    names = [
+        "albert",
+        "roberta",
+        "ul2",
+        "transformer",
+        "vit",
+        "mae",
+        "dropless",
+        "content",
+        "composed",
+        "linear",
+    ]
     prove_engine(pool, names, ds(zero, shard=2))
 
 
@@ -125,7 +136,9 @@ def diverging(rank, world, zero):
     return [running.step(step).loss for step in range(1, 4)]
 
 
-@pytest.mark.parametrize("zero", [pytest.param(z, marks=[pytest.mark.matrix] if z % 2 else []) for z in range(4)])
+@pytest.mark.parametrize(
+    "zero", [pytest.param(z, marks=[pytest.mark.matrix] if z % 2 else []) for z in range(4)]
+)
 def test_a_step_that_is_not_finite_changes_nothing(pool, zero):
     from headway.tests.parallel.proof import alone
 
@@ -137,7 +150,9 @@ def test_a_step_that_is_not_finite_changes_nothing(pool, zero):
 def asked(rank, world, zero):
     """Evaluation with averaged weights, and logits and maps of whole models, amid training."""
     more = merged(PLAIN, {"optimizer": {"ema": 0.5}})
-    running = Running("gpt", rank, world, ds(zero, shard=world) if zero is not None else {}, more, 4, precision="fp32")
+    running = Running(
+        "gpt", rank, world, ds(zero, shard=world) if zero is not None else {}, more, 4, precision="fp32"
+    )
     found = []
     for step in range(2):
         running.step(step)
@@ -151,7 +166,9 @@ def asked(rank, world, zero):
     return found
 
 
-@pytest.mark.parametrize("zero", [pytest.param(z, marks=[] if z == 3 else [pytest.mark.matrix]) for z in (0, 2, 3)])
+@pytest.mark.parametrize(
+    "zero", [pytest.param(z, marks=[] if z == 3 else [pytest.mark.matrix]) for z in (0, 2, 3)]
+)
 def test_evaluation_and_what_people_ask_of_a_model(pool, zero):
     expected = asked(0, 1, None)
     for found in pool(asked, ranks=2, zero=zero):

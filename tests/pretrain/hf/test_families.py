@@ -46,8 +46,8 @@ def parameters(objective: nn.Module) -> Lazy:
 
 def save(objective: nn.Module, folder: Folder, place) -> Folder:
     source = parameters(objective)
-    shapes = {name: tuple(source.read(name).shape) for name in source.names}
-    write_folder(place, folder.job, source, shapes, {})
+    outline = Lazy(source.names, lambda name: source.read(name).to("meta"))
+    write_folder(place, folder.job, source, outline, {})
     return open_folder(place)
 
 

@@ -82,10 +82,11 @@ def test_what_is_left_over_or_lost_is_named(tmp_path, tensors):
 
 
 def test_large_models_are_cut_into_files_with_an_index(tmp_path, tensors):
-    from transformers import AutoModelForCausalLM
+    from accelerate import init_empty_weights, load_checkpoint_and_dispatch
+    from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel
 
     named = {f"transformer.{name}": t for name, t in tensors.items()}
-    write_weights(tmp_path, named.items(), limit=800)
+    write_weights(tmp_path, named.items(), named.items(), limit=800)
     files = sorted(p.name for p in tmp_path.glob("*"))
     assert files[0].startswith("model-00001-of-0000")
     assert files[-1] == "model.safetensors.index.json"
@@ -98,5 +99,23 @@ def test_large_models_are_cut_into_files_with_an_index(tmp_path, tensors):
     assert all(
         torch.equal(loaded[name], t) and torch.equal(back.source.read(name), t) for name, t in named.items()
     )
+    with init_empty_weights():
+        empty = GPT2LMHeadModel(AutoConfig.from_pretrained(tmp_path))
+    empty.tie_weights()
+    accelerated = load_checkpoint_and_dispatch(empty, tmp_path, device_map={"": "cpu"}).state_dict()
+    assert all(torch.equal(accelerated[name], t) for name, t in named.items())
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in named.values())
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_files_of_torch_save_are_read_tensor_by_tensor(tmp_path, tensors, zipped):
+    """The present format is mapped; the one before torch 1.6 cannot be, and is read as a whole."""
+    (tmp_path / "config.json").write_text(json.dumps(GPT2))
+    torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    found = open_folder(tmp_path)
+    assert found.source.names == {f"transformer.{name}" for name in tensors}
+    assert all(torch.equal(found.source.read(f"transformer.{name}"), t) for name, t in tensors.items())
+    (tmp_path / "pytorch_model.bin").write_bytes((tmp_path / "pytorch_model.bin").read_bytes()[:-200])
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin (cannot be read|is refused)"):
+        open_folder(tmp_path)

@@ -198,26 +198,26 @@ def test_a_server_that_never_answers_delays_the_end_by_the_stated_time_only(tmp_
         tracker.finish()
         assert "did not take the last data within 1 s" in warnings[0]
         with pytest.raises(ChildProcessError):  # nobody is left behind
-            os.waitpid(tracker._process.pid, 0)
+            os.waitpid(tracker.client.process.pid, 0)
 
 
 def test_a_client_that_dies_or_stops_reading_does_not_disturb_the_run(tmp_path):
     warnings: list[str] = []
     tracker = WandbTracker(told(tmp_path / "a", warnings), "offline")
-    os.killpg(tracker._process.pid, signal.SIGKILL)
+    os.killpg(tracker.client.process.pid, signal.SIGKILL)
     for step in range(1, 2000):
         tracker.log(step, row(step))
     tracker.finish()
     assert ["ended early" in warning for warning in warnings] == [True]
 
     tracker = WandbTracker(told(tmp_path / "b", warnings), "offline")
-    os.killpg(tracker._process.pid, signal.SIGSTOP)
+    os.killpg(tracker.client.process.pid, signal.SIGSTOP)
     text = {"blob": "x" * 2**20}
     for step in range(1, 80):  # more than the pipe and the buffer hold
         tracker.log(step, text)
     tracker.finish()
     assert any("does not read any more" in warning for warning in warnings)
-    assert tracker._process.returncode == -signal.SIGKILL
+    assert tracker.client.process.returncode == -signal.SIGKILL
 
 
 def test_off_starts_no_client(tmp_path):

@@ -247,7 +247,7 @@ from headway.pretrain.config import Job
 from headway.pretrain.records.records import Records
 records = Records(Path({str(tmp_path / "run")!r}), Job(), mode="online", stream=io.StringIO())
 records.step({{"step": 1, "loss": 1.0}})
-print(records.backends[0]._process.pid, flush=True)
+print(records.backends[0].client.process.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL, check=False)
