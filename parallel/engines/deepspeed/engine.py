@@ -19,8 +19,11 @@ from headway.parallel.engines.deepspeed.gathered import gather_in, iterate_parts
 from headway.parallel.engines.deepspeed.merge import configure, one_bit
 from headway.parallel.engines.deepspeed.ranks import Ranks
 from headway.parallel.engines.deepspeed.settings import Json
+from headway.parallel.engines.deepspeed.staged import between_reductions
 from headway.parallel.engines.totals import Totals
 from headway.parallel.mesh import AXES, World
+from headway.parallel.pipeline.plan import make_plan
+from headway.parallel.pipeline.run import Pipeline
 from headway.parallel.parts import is_part, part_of
 from headway.pretrain.config import Job
 from headway.pretrain.engine import Batch, State
@@ -53,8 +56,9 @@ class DeepSpeedEngine(BaseEngine):
         self.ranks = Ranks(world)
         self.stage: int = config["zero_optimization"]["stage"]
         names = [name for name, _ in objective.named_parameters()]
+        plan = make_plan(objective, job, world.layout) if world.layout.pipeline > 1 else None
         self.blank = copy.deepcopy(objective) if self.stage == 3 else None
-        spread(objective, job, world, precision=precision, plain=True)
+        spread(objective, job, world, precision=precision, plan=plan, plain=True)
         materialise(objective, job, world)
         experts.mark(objective, world, self.ranks.alone)
         everything = dict(objective.named_parameters())
@@ -88,14 +92,21 @@ class DeepSpeedEngine(BaseEngine):
             gather_in(objective, package)
             spare_linears(objective)
             keep_apart(self.deepspeed.optimizer.parameter_offload)
+        if plan:
+            self.pipeline = Pipeline(
+                plan, objective, self.named, world, job.parallel.schedule, self.rows, self._autocast
+            )
         self._write_masters(masters)
         self.weights_changed()
 
     # -- one step ------------------------------------------------------------------------------------------
 
     def _accumulate(self, batch: Batch, step: int, counts: dict[str, float]) -> Totals:
-        sums, micros = Totals(self.world), self._micros(batch)
         weight = float(self.ranks.get_data_parallel_world_size())
+        if self.pipeline:
+            with between_reductions(self.deepspeed):
+                return self._through_stages(self.pipeline, batch, step, counts, weight)
+        sums, micros = Totals(self.world), self._micros(batch)
         if self.scale:
             self.flats.optimizer.override_loss_scale(self.scale.scale)
         for i, micro in enumerate(micros):
@@ -140,6 +151,8 @@ class DeepSpeedEngine(BaseEngine):
         """Whether this rank's run of a gradient counts in the norm: of those that several ranks hold, one does."""
         parameter = self.named[name]
         group = experts.copies_of(parameter) or self.ranks.get_data_parallel_group()
+        if self.pipeline and self.pipeline.plan.holders[name][0] != self.world.place("pipeline"):
+            return False  # another stage has the parameter too
         first = self.stage > 0 or group.rank() == 0
         cut = self.parts[name].shape != self.shapes[name]
         return first and (cut or self.world.place("tensor") == 0)

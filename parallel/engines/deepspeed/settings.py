@@ -11,10 +11,11 @@ from headway.pretrain.errors import JobError
 Json = dict[str, Any]
 
 
-def narrow(precision: str, stage: int) -> bool:
-    """Whether weights are narrow, beside fp32 masters. Without ZeRO, DeepSpeed has masters in fp16 alone: in bf16 weights
-    then stay fp32, and the forward runs under autocast."""
-    return precision == "fp16" or (precision == "bf16" and stage > 0)
+def narrow(precision: str, stage: int, layout: Layout) -> bool:
+    """Whether weights are narrow, beside fp32 masters. Without ZeRO, DeepSpeed has masters in fp16 alone, and between the
+    stages of a pipeline gradients of many micro-batches add up in the weights' precision: in bf16 weights then stay fp32,
+    and the forward runs under autocast."""
+    return precision == "fp16" or (precision == "bf16" and stage > 0 and layout.pipeline == 1)
 
 
 def stage_of(job: Job, layout: Layout, precision: str) -> int:
@@ -35,6 +36,9 @@ def stage_of(job: Job, layout: Layout, precision: str) -> int:
     if layout.expert > 1:
         highest, but = 2, "experts over ranks end at stage 2 (parallel.expert)"
     if layout.pipeline > 1:
+        if precision == "fp16":
+            rule = "the stages of a pipeline have no loss scale here (parallel.pipeline)"
+            raise JobError("precision", "fp16", rule, "bf16, or parallel.engine = native")
         highest, but = 1, "a pipeline ends at stage 1 (parallel.pipeline)"
     if job.optimizer.name != "adamw":
         highest, but = 0, f"flat shards have no rows, which optimizer.name {job.optimizer.name} looks at"
@@ -72,10 +76,10 @@ def generate(job: Job, layout: Layout, precision: str) -> Json:
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
-    if narrow(precision, stage):
+    if narrow(precision, stage, layout):
         # Sums stay in fp32, as in the other engines.
         found |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
-    if precision == "bf16" and stage > 0:
+    if precision == "bf16" and narrow(precision, stage, layout):
         found["bf16"] = {"enabled": True}
     if precision == "fp16":
         # What DeepSpeed's own scaler would do; the engine scales by `pretrain.optim.scaler.LossScale`.
