@@ -20,6 +20,7 @@ from headway.parallel.engines.deepspeed.merge import configure, one_bit
 from headway.parallel.engines.deepspeed.ranks import Ranks
 from headway.parallel.engines.deepspeed.settings import Json
 from headway.parallel.engines.deepspeed.staged import between_reductions
+from headway.parallel.engines.deepspeed.ulysses import exchange_by_deepspeed
 from headway.parallel.engines.totals import Totals
 from headway.parallel.mesh import AXES, World
 from headway.parallel.pipeline.plan import make_plan
@@ -57,8 +58,9 @@ class DeepSpeedEngine(BaseEngine):
         self.stage: int = config["zero_optimization"]["stage"]
         names = [name for name, _ in objective.named_parameters()]
         plan = make_plan(objective, job, world.layout) if world.layout.pipeline > 1 else None
-        self.blank = copy.deepcopy(objective) if self.stage == 3 else None
+        self.blank = copy.deepcopy(objective) if self.stage == 3 or plan else None
         spread(objective, job, world, precision=precision, plan=plan, plain=True)
+        exchange_by_deepspeed(objective)
         materialise(objective, job, world)
         experts.mark(objective, world, self.ranks.alone)
         everything = dict(objective.named_parameters())
