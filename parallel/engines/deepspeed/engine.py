@@ -25,6 +25,7 @@ from headway.parallel.engines.totals import Totals
 from headway.parallel.mesh import AXES, World
 from headway.parallel.pipeline.plan import make_plan
 from headway.parallel.pipeline.run import Pipeline
+from headway.parallel.watch.ranks import alike
 from headway.parallel.parts import is_part, part_of
 from headway.pretrain.config import Job
 from headway.pretrain.engine import Batch, State
@@ -189,7 +190,16 @@ class DeepSpeedEngine(BaseEngine):
     def _fragment(self, name: str, run: Tensor) -> Fragment:
         """A run of a parameter's elements, with its place in the whole."""
         start = self.flats.runs[name].start if name in self.named else 0
-        return Fragment(run, *self.parts[name], self.shapes[name], start)
+        return Fragment(run, *self.parts[name], self.shapes[name], start, self._holders(name))
+
+    def _holders(self, name: str) -> frozenset[int] | None:
+        """Ranks that have the same run: without ZeRO, all replicas."""
+        if self.stage > 0:
+            return None
+        if (experts_alike := experts.copies_of(self.named[name])) is not None:
+            return frozenset(dist.get_process_group_ranks(experts_alike))
+        cut = self.parts[name].shape != self.shapes[name]
+        return alike(self.world.layout, self.world.rank, ("tensor",) if cut else ())
 
     # -- pieces --------------------------------------------------------------------------------------------
 

@@ -75,6 +75,7 @@ def generate(job: Job, layout: Layout, precision: str) -> Json:
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW where there is offload: the other one is compiled
         "steps_per_print": None,
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device at every micro-batch
     }
     if narrow(precision, stage, layout):
         # Sums stay in fp32, as in the other engines.
