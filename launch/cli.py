@@ -228,7 +228,9 @@ def config_show(
     engine: Annotated[
         Literal["deepspeed"] | None, typer.Option(help="Print the configuration that this engine is given.")
     ] = None,
-    ranks: Annotated[int, typer.Option("--nproc", help="Ranks over which `--engine` lays it out.", min=1)] = 1,
+    ranks: Annotated[
+        int, typer.Option("--nproc", help="Ranks over which `--engine` lays it out.", min=1)
+    ] = 1,
     debug: Debug = False,
 ) -> None:
     """Every setting with its origin; settings without effect are marked. Before them, what becomes of a config file of

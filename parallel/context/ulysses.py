@@ -46,7 +46,7 @@ def attention(
         trade: how heads are exchanged for columns and back; `traded` if not given.
     """
     assert mask.split is not None
-    asking, asked = mask.split
+    asking, _ = mask.split
     k_BKMD, v_BKMD = (repeated(x, team.ranks) for x in (k_BKMD, v_BKMD))
     heads = q_BHSD.shape[1] // team.ranks
     bias = _bias(bias_HST, asking, heads, team)

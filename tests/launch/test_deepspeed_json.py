@@ -18,5 +18,5 @@ def test_the_json_is_printed(capsys):
 
 
 def test_a_job_that_it_cannot_run_has_none():
-    with pytest.raises(JobError, match="optimizer.name"):
+    with pytest.raises(JobError, match=r"optimizer\.name"):
         deepspeed_json.show(["gpt/tiny"], ["optimizer.name=muon"], 2)

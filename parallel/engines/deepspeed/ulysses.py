@@ -1,11 +1,11 @@
 """Ulysses attention by DeepSpeed's own exchange (`deepspeed.sequence.layer.DistributedAttention`; Jacobs et al. 2023).
 
 It wants as many columns on every rank, and takes them for neighbours: here they are in zigzag order, and are put in
-order between the exchanges. Where ranks have unlike numbers of columns, our exchange takes its place, which computes the
-same numbers.
+order between the exchanges. Where ranks have unlike numbers of columns, our exchange takes its place, which computes
+the same numbers.
 
-Shapes: B batch, H query heads, K key/value heads, D head dimension, S queries here, M keys here, Q queries and T keys of
-the whole; h heads of a rank.
+Shapes: B batch, H query heads, K key/value heads, D head dimension, S queries here, M keys here, Q queries and T keys
+of the whole; h heads of a rank.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class DistributedCore(ContextCore):
         return ulysses.attention(*given, self.team, kernel, trade=traded)
 
 
-def traded(q_BHSD: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, totals: tuple[int, int], team: Team, kernel: ulysses.Local) -> Tensor:
+def traded(
+    q_BHSD: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, totals: tuple[int, int], team: Team, kernel: ulysses.Local
+) -> Tensor:
     """`ulysses.traded` by DeepSpeed's exchange: [B, H, S, D]."""
     from deepspeed.sequence.layer import DistributedAttention
 

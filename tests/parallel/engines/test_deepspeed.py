@@ -173,7 +173,9 @@ def test_a_step_that_is_not_finite_changes_nothing(pool, zero):
 
 def flipped(rank, world, zero):
     """What is said of a replica that has other weights."""
-    running = Running("gpt", rank, world, ds(zero, replicate=world, shard=1, check_every=1), PLAIN, 4, precision="fp32")
+    running = Running(
+        "gpt", rank, world, ds(zero, replicate=world, shard=1, check_every=1), PLAIN, 4, precision="fp32"
+    )
     running.step(0)
     if rank:
         running.engine.named["model.norm.weight"].data[3] += 1e-3

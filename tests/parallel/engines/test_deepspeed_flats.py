@@ -1,4 +1,5 @@
-"""ZeRO's flat buffers, seen as runs of parameters: what they hold is plain AdamW's, and what is written there is read."""
+"""ZeRO's flat buffers, seen as runs of parameters: they hold what plain AdamW does, and what is written there is
+read."""
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def trained(rank, world, stage, offload, bf16):
     for name, p in plain(2)[0].named_parameters():
         run = flats.runs[name]
         with torch.no_grad():
-            flats.weight(name).copy_(p.view(-1)[run.start : run.start + run.count])
+            flats.weight(name).copy_(p.view(-1)[run.start : run.start + run.numel])
     flats.refresh()
     with torch.no_grad():
         read = engine(rows()[2].to(dtype)).float().numpy()
@@ -110,7 +111,9 @@ def trained(rank, world, stage, offload, bf16):
 
 
 CASES = [
-    pytest.param(ranks, stage, offload, bf16, marks=[] if (ranks, bf16) == (2, False) else [pytest.mark.matrix])
+    pytest.param(
+        ranks, stage, offload, bf16, marks=[] if (ranks, bf16) == (2, False) else [pytest.mark.matrix]
+    )
     for ranks in (1, 2, 4)
     for stage in (0, 1, 2, 3)
     for offload in (False, True)
@@ -132,7 +135,7 @@ def test_runs_hold_what_plain_adamw_holds(pool, ranks, stage, offload, bf16):
         for name, kind, start, values in found:
             whole = right[name, kind].reshape(-1)[start : start + len(values)]
             covered[name, kind][start : start + len(values)] += 1
-            # fp32: sums in another order. bf16: weights and activations of 8 bits of mantissa, 2^-9 relative, three steps.
+            # fp32: sums in another order. bf16: weights and activations of 8 bits of mantissa, 2^-9 relative.
             near = {"rtol": 1e-5, "atol": 1e-6} if not bf16 else {"rtol": 0.1, "atol": 0.02}
             torch.testing.assert_close(torch.from_numpy(values), whole, **near)
         torch.testing.assert_close(torch.from_numpy(read), expected, rtol=0, atol=2e-2 if bf16 else 1e-6)
