@@ -47,7 +47,7 @@ def join(package: Any, world: World) -> None:
 
     One process without a group gets one: DeepSpeed knows no other way.
     """
-    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero import parameter_offload, partition_parameters
     from deepspeed.utils import groups
 
     if not dist.is_initialized():
@@ -56,6 +56,7 @@ def join(package: Any, world: World) -> None:
     package.init_distributed(dist_init_required=False, verbose=False)
     groups._release_process_group_references()
     parameter_offload.FWD_MODULE_STACK.clear()
+    partition_parameters.Init.param_id = 0  # ranks that had other engines before would disagree on numbers
 
 
 def initialise(
