@@ -56,7 +56,11 @@ def join(package: Any, world: World) -> None:
     package.init_distributed(dist_init_required=False, verbose=False)
     groups._release_process_group_references()
     parameter_offload.FWD_MODULE_STACK.clear()
-    partition_parameters.Init.param_id = 0  # ranks that had other engines before would disagree on numbers
+    # It numbers parameters and modules for as long as the process lives; ranks that had other engines before would
+    # disagree.
+    partition_parameters.Init.param_id = 0
+    (numbers,) = parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
+    numbers[:] = [0]
 
 
 def initialise(
