@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -62,6 +63,10 @@ class MegatronEngine(BaseEngine):
         mark(self.named, spread_experts, plan and plan.holders, world.place("pipeline"))
         self._buffer(job, names)
         self.scale = LossScale() if self.scaled else None
+        if AUTOCAST.get(precision):
+            for asked in ("logits", "attention_maps", "reconstruct"):
+                if hasattr(objective, asked):
+                    setattr(objective, asked, self._narrow(getattr(objective, asked)))
         if plan:
             self.pipeline = self._stages(plan)
         self.weights_changed()
@@ -88,6 +93,15 @@ class MegatronEngine(BaseEngine):
         self.gather, self.gathered = lambda: None, lambda: None
         if self.data.ddp_config.overlap_param_gather:
             self.gather, self.gathered = gather_whole(self.data)
+
+    def _narrow(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """A method of the objective that is called beside training, under autocast: some weights are narrow."""
+
+        def call(*args: Any, **settings: Any) -> Any:
+            with self._autocast():
+                return method(*args, **settings)
+
+        return call
 
     def _stages(self, plan: Plan) -> MegatronPipeline:
         """The stages of this rank under Megatron's schedules."""
