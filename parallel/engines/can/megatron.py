@@ -27,7 +27,7 @@ CAN: dict[str, Cell] = {
     "schedule dualpipev": refused(STAGES),
     "fp32": TESTED,
     "bf16": TESTED,
-    "fp16 on cpu": refused("Megatron-Core's loss scaler lives on GPUs"),
+    "fp16 on cpu": TESTED,
     "fp16 on cuda": supported("never run on a GPU"),
     "fp64": refused("Megatron-Core's main parameters are fp32"),
     "fp8 on cpu": refused("8-bit products are native's"),

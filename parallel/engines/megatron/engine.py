@@ -54,13 +54,13 @@ class MegatronEngine(BaseEngine):
         spread(objective, job, world, precision=precision, plan=plan, plain=True)
         if layout.tensor > 1:
             swap(objective, settings.layers(job, layout), self.groups.tp, world.device.type)
-            objective.iterate = partial(iterate, objective, self.groups.tp)
+            objective.iterate = partial(iterate, objective, self.groups.tp)  # type: ignore[method-assign]
         if layout.expert > 1:
             take_dispatchers(objective, world, self.groups, settings.dispatcher(job, layout))
         materialise(objective, job, world)
         self.named: Mapping[str, nn.Parameter] = dict(objective.named_parameters())
         spread_experts = expert.routed(objective) if layout.expert > 1 else set()
-        mark(self.named, spread_experts, plan and plan.holders, world.place("pipeline"))
+        mark(self.named, spread_experts, plan.holders if plan else None, world.place("pipeline"))
         self._buffer(job, names)
         self.scale = LossScale() if self.scaled else None
         if AUTOCAST.get(precision):
@@ -105,7 +105,11 @@ class MegatronEngine(BaseEngine):
 
     def _stages(self, plan: Plan) -> MegatronPipeline:
         """The stages of this rank under Megatron's schedules."""
-        gradients = Gradients(lambda p: p.main_grad, self.data.no_sync, self._reduce)
+        gradients = Gradients(
+            lambda p: p.main_grad,  # type: ignore[attr-defined]
+            self.data.no_sync,
+            self._reduce,
+        )
         schedule = self.job.parallel.schedule
         return MegatronPipeline(
             plan, self.objective, self.named, self.world, schedule, self.rows, self._autocast, gradients

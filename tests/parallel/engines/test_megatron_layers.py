@@ -6,21 +6,20 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from headway.kernels.cross_entropy import IGNORE, Options, linear_cross_entropy
 from headway.tests.parallel.engines.megatron_ranks import groups
 
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 
-B, S, I, O, V = 2, 5, 6, 7, 11  # of outputs, inputs and words the first rank has one more
+B, S, E, F, V = 2, 5, 6, 7, 11  # of outputs, inputs and words the first rank has one more
 
 
 def config():
     from headway.parallel.engines.megatron.guards import exact
 
     return exact(
-        num_layers=1, hidden_size=I, num_attention_heads=2, tensor_model_parallel_size=2,
+        num_layers=1, hidden_size=E, num_attention_heads=2, tensor_model_parallel_size=2,
         use_cpu_initialization=True, perform_initialization=False,
     )  # fmt: skip
 
@@ -47,36 +46,36 @@ def linears(rank, world, sequence):
 
         team = parallel_state.get_tensor_model_parallel_group()
         columns = Columns(torch.distributed.group.WORLD.group_name, 2, rank, S)
-        up, down = nn.Linear(I, O, device="meta"), nn.Linear(O, I, device="meta")
-        up.weight, up.bias = halves(drawn(O, I, seed=1), rank, 0), halves(drawn(O, seed=2), rank, 0)
-        down.weight, down.bias = halves(drawn(I, O, seed=3), rank, 1), nn.Parameter(drawn(I, seed=4))
+        up, down = nn.Linear(E, F, device="meta"), nn.Linear(F, E, device="meta")
+        up.weight, up.bias = halves(drawn(F, E, seed=1), rank, 0), halves(drawn(F, seed=2), rank, 0)
+        down.weight, down.bias = halves(drawn(E, F, seed=3), rank, 1), nn.Parameter(drawn(E, seed=4))
 
         def out(y):
             return regions.leave_columns(y, columns, team) if sequence else regions.leave(y, team)
 
         kinds = linear_classes("cpu")
         first, second = kinds.column(up, config(), team), kinds.row(down, config(), team, out)
-        x = drawn(B, S, I).requires_grad_()
+        x = drawn(B, S, E).requires_grad_()
         if sequence:
             entered = regions.enter_columns(part(x, columns), columns, team)
         else:
             entered = regions.enter(x, team)
-        y = second(F.relu(first(entered)))
+        y = second(torch.relu(first(entered)))
         y = whole(y, columns) if sequence else y
-        (y * drawn(B, S, I, seed=5)).sum().backward()
+        (y * drawn(B, S, E, seed=5)).sum().backward()
         return [t.detach().numpy() for t in (y, x.grad, up.weight.grad, up.bias.grad, down.weight.grad)]
 
 
 @pytest.mark.parametrize("sequence", [False, True])
 def test_linears(pool, sequence):
     """Outputs of which ranks have unlike numbers; five columns over two ranks. fp32: sums of 7 in two parts."""
-    up, down, x = nn.Linear(I, O), nn.Linear(O, I), drawn(B, S, I).requires_grad_()
-    values = drawn(O, I, seed=1), drawn(O, seed=2), drawn(I, O, seed=3), drawn(I, seed=4)
+    up, down, x = nn.Linear(E, F), nn.Linear(F, E), drawn(B, S, E).requires_grad_()
+    values = drawn(F, E, seed=1), drawn(F, seed=2), drawn(E, F, seed=3), drawn(E, seed=4)
     with torch.no_grad():
         for parameter, value in zip((*up.parameters(), *down.parameters()), values, strict=True):
             parameter.copy_(value)
-    y = down(F.relu(up(x)))
-    (y * drawn(B, S, I, seed=5)).sum().backward()
+    y = down(torch.relu(up(x)))
+    (y * drawn(B, S, E, seed=5)).sum().backward()
     for rank, found in enumerate(pool(linears, ranks=2, sequence=sequence)):
         cut = [(up.weight.grad, 0), (up.bias.grad, 0), (down.weight.grad, 1)]
         expected = [y.detach(), x.grad, *(g.chunk(2, dim)[rank] for g, dim in cut)]
@@ -142,19 +141,19 @@ def words(rank, world):
 
         from headway.parallel.engines.megatron.layers import Table
 
-        table = nn.Embedding(V, I, device="meta")
-        table.weight = halves(drawn(V, I), rank, 0)
+        table = nn.Embedding(V, E, device="meta")
+        table.weight = halves(drawn(V, E), rank, 0)
         team = parallel_state.get_tensor_model_parallel_group()
         made = Table(table, rank * 6, config(), team)
         rows = made(torch.tensor([[0, 5, 6], [10, 3, 5]]))
-        (rows * drawn(2, 3, I, seed=1)).sum().backward()
+        (rows * drawn(2, 3, E, seed=1)).sum().backward()
         return rows.detach().numpy(), made.weight.grad.numpy(), made.num_embeddings
 
 
 def test_table(pool):
-    weight = drawn(V, I).requires_grad_()
-    rows = F.embedding(torch.tensor([[0, 5, 6], [10, 3, 5]]), weight)
-    (rows * drawn(2, 3, I, seed=1)).sum().backward()
+    weight = drawn(V, E).requires_grad_()
+    rows = nn.functional.embedding(torch.tensor([[0, 5, 6], [10, 3, 5]]), weight)
+    (rows * drawn(2, 3, E, seed=1)).sum().backward()
     for rank, (found, gradient, count) in enumerate(pool(words, ranks=2)):
         np.testing.assert_array_equal(found, rows.detach().numpy())
         np.testing.assert_array_equal(gradient, weight.grad.chunk(2)[rank].numpy())
@@ -165,7 +164,7 @@ def scored(dtype):
     """Hidden states, head, bias, labels."""
     labels = torch.randint(0, V, (9,), generator=torch.Generator().manual_seed(3))
     labels[2] = IGNORE
-    return drawn(9, I).to(dtype), drawn(V, I, seed=1).to(dtype), drawn(V, seed=2).to(dtype), labels
+    return drawn(9, E).to(dtype), drawn(V, E, seed=1).to(dtype), drawn(V, seed=2).to(dtype), labels
 
 
 def losses(rank, world, dtype, options):
