@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
+MUON = {"fp32": torch.float32, "fp64": torch.float64}
+"""Dtype of Muon's iteration; where products are narrow, so may it be (None)."""
+
 FIRST_ITERATIONS = 15
 """Power iterations from a random direction, as torch's spectral_norm has them."""
 

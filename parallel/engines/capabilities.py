@@ -8,6 +8,7 @@ from headway.parallel import expert
 from headway.parallel.context import rules as context
 from headway.parallel.engines.can import deepspeed, megatron, native
 from headway.parallel.engines.can.cell import Cell
+from headway.parallel.engines.deepspeed.merge import configure
 from headway.parallel.engines.features import DEEPSPEED_ONLY, FEATURES, Asked
 from headway.parallel.float8 import check_float8
 from headway.parallel.mesh import Layout
@@ -29,6 +30,8 @@ def check(job: Job, layout: Layout, device_type: str) -> None:
     """Raise JobError if the job's engine cannot do what the job asks of it."""
     check_float8(job, layout, device_type)
     check_features(job, layout, device_type)
+    if job.parallel.engine == "deepspeed":
+        configure(job, layout, job.precision if job.precision != "auto" else "fp32", device_type)
     check_tensor(job, layout)
     expert.check(job, layout)
     check_pipeline(job, layout)

@@ -87,6 +87,26 @@ def _hybrid(job: Job, layout: Layout, device: str) -> Asked | None:
     return Asked("parallel.replicate", layout.replicate, 1) if asked else None
 
 
+def _whole_matrices(*, cut: bool) -> Ask:
+    """Of an optimizer that looks at whole matrices: whether what it moves is cut over ranks."""
+
+    def ask(job: Job, layout: Layout, device: str) -> Asked | None:
+        name = job.optimizer.name
+        if name == "adamw" or cut != _cuts(job, layout):
+            return None
+        return Asked("optimizer.name", name, "adamw")
+
+    return ask
+
+
+def _cuts(job: Job, layout: Layout) -> bool:
+    """Whether parameters or their state are cut over ranks."""
+    zero, sharded = job.parallel.deepspeed.zero, job.parallel.megatron.distributed_optimizer
+    axes = layout.shard * layout.tensor * layout.expert > 1
+    more = {"deepspeed": zero not in ("auto", 0), "megatron": sharded is True}
+    return axes or more.get(job.parallel.engine, False)
+
+
 def _distillation(job: Job, layout: Layout, device: str) -> Asked | None:
     return Asked("objective.distill.enabled", True, False) if job.objective.distill.on else None
 
@@ -117,9 +137,8 @@ FEATURES: dict[str, Ask] = {
     "fp8 on cpu": _precision("fp8", "cpu"),
     "fp8 on cuda": _precision("fp8", "cuda"),
     "adamw": _setting("optimizer.name", "adamw"),
-    "lamb": _setting("optimizer.name", "lamb", nearest="adamw"),
-    "muon": _setting("optimizer.name", "muon", nearest="adamw"),
-    "adafactor": _setting("optimizer.name", "adafactor", nearest="adamw"),
+    "muon, lamb, adafactor of whole state": _whole_matrices(cut=False),
+    "muon, lamb, adafactor of state that is cut": _whole_matrices(cut=True),
     "ema": _setting("optimizer.ema", nearest=0.0),
     "layer decay": lambda job, layout, device: (
         Asked("optimizer.layer_decay", job.optimizer.layer_decay, 1.0) if job.optimizer.layer_decay != 1 else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from headway.parallel.apply import apply
-from headway.parallel.engines.base import FIRST_ITERATIONS, BaseEngine, persistent_buffers
+from headway.parallel.engines.base import FIRST_ITERATIONS, MUON, BaseEngine, persistent_buffers
 from headway.parallel.engines.totals import Totals
 from headway.parallel.mesh import World
 from headway.parallel.pipeline.plan import make_plan
@@ -20,13 +19,10 @@ from headway.pretrain.engine import Batch, State
 from headway.pretrain.models.layers import Noise
 from headway.pretrain.objectives import Objective
 from headway.pretrain.optim.average import Average
-from headway.pretrain.optim.build import build_optimizers, set_rate
+from headway.pretrain.optim.build import allocate_state, build_optimizers, set_rate
 from headway.pretrain.optim.clipping import global_norm, scale_gradients_
 from headway.pretrain.optim.scaler import LossScale
 from headway.pretrain.optim.sharded import reduced
-
-MUON = {"fp32": torch.float32, "fp64": torch.float64}
-"""Dtype of Muon's iteration; where products are narrow, so may it be (None)."""
 
 
 class NativeEngine(BaseEngine):
@@ -53,7 +49,7 @@ class NativeEngine(BaseEngine):
             self.pipeline = Pipeline(plan, objective, self.named, world, schedule, self.rows, self._autocast)
         self.weights_changed()
         for optimizer in self.optimizers:
-            _allocate_state(optimizer)
+            allocate_state(optimizer)
 
     # -- one step ------------------------------------------------------------------------------------------
 
@@ -147,24 +143,3 @@ class NativeEngine(BaseEngine):
     def _forget_gradients(self) -> None:
         for parameter in self.named.values():
             parameter.grad = None
-
-
-def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
-    """Create the moments now, all zero, so that a checkpoint can be read into them.
-
-    A step with zero gradients and zero learning rate does so in every torch optimizer and moves nothing.
-    """
-    groups = optimizer.param_groups
-    rates = [group["lr"] for group in groups]
-    for group in groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    for group, rate in zip(groups, rates, strict=True):
-        group["lr"] = rate
-        for parameter in group["params"]:
-            parameter.grad = None
-    for value in chain.from_iterable(entries.values() for entries in optimizer.state.values()):
-        if isinstance(value, Tensor):
-            value.zero_()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -155,38 +155,38 @@ def _open_weights(place: Path) -> Lazy:
         files = {place / Path(name).name for name in read_json(place / index)["weight_map"].values()}
     else:
         files = {place / single}
+    pickles = lru_cache(maxsize=1)(_unpickled)  # of one file: its tensors are asked for one after another
     where: dict[str, Path] = {}
     for path in sorted(files):
-        where |= dict.fromkeys(_names(path), path)
-    return Lazy(frozenset(where), lambda name: _read(where[name], name))
+        where |= dict.fromkeys(_names(path, pickles), path)
+    return Lazy(frozenset(where), lambda name: _read(where[name], name, pickles))
 
 
-def _names(path: Path) -> list[str]:
+Pickles = Callable[[Path], dict[str, Tensor]]
+
+
+def _names(path: Path, pickles: Pickles) -> list[str]:
     with _faults(path):
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return list(file.keys())
-        return list(_unpickled(path))
+        return list(pickles(path) if _is_old(path) else _unpickled(path))
 
 
-def _read(path: Path, name: str) -> Tensor:
+def _read(path: Path, name: str, pickles: Pickles) -> Tensor:
     with _faults(path):
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return file.get_tensor(name)
-        return _unpickled(path)[name]
+        return (pickles(path) if _is_old(path) else _unpickled(path))[name]
+
+
+def _is_old(path: Path) -> bool:
+    return not zipfile.is_zipfile(path)
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
-    if zipfile.is_zipfile(path):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return _old_file(path)
-
-
-@lru_cache(maxsize=1)
-def _old_file(path: Path) -> dict[str, Tensor]:
-    """The last file that cannot be mapped: its tensors are asked for one after another."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=not _is_old(path))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -54,6 +55,58 @@ def build_optimizers(
         groups = _groups(others, settings.lr, settings.weight_decay, factors)
         optimizers.append(_main(groups, settings))
     return optimizers
+
+
+def build_one(
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    settings: config.Optimizer,
+    muon_dtype: torch.dtype | None = None,
+    names: Iterable[str] | None = None,
+) -> Optimizer:
+    """As `build_optimizers`, as one optimizer."""
+    optimizers = build_optimizers(named_parameters, settings, muon_dtype, names)
+    return optimizers[0] if len(optimizers) == 1 else Together(optimizers)
+
+
+class Together(Optimizer):
+    """Several optimizers as one, for libraries that know one alone: each moves its own groups.
+
+    Groups and state are those of the optimizers, not copies.
+    """
+
+    def __init__(self, optimizers: Iterable[Optimizer]) -> None:
+        self.optimizers = list(optimizers)
+        super().__init__([group for each in self.optimizers for group in each.param_groups], {})
+        for each in self.optimizers:
+            each.state = self.state
+
+    def step(self, closure: Any = None) -> Any:
+        """One step of each."""
+        loss = closure() if closure else None
+        for each in self.optimizers:
+            each.step()
+        return loss
+
+
+def allocate_state(optimizer: Optimizer) -> None:
+    """Create the moments now, all zero, so that a checkpoint can be read into them.
+
+    A step with zero gradients and zero learning rate does so in every torch optimizer and moves nothing.
+    """
+    groups = optimizer.param_groups
+    rates = [group["lr"] for group in groups]
+    for group in groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+        for parameter in group["params"]:
+            parameter.grad = None
+    for value in chain.from_iterable(entries.values() for entries in optimizer.state.values()):
+        if isinstance(value, Tensor):
+            value.zero_()
 
 
 def set_rate(optimizers: Iterable[Optimizer], factor: float) -> None:

@@ -12,15 +12,18 @@ from torch import Tensor
 
 from headway.parallel.apply import materialise, spread
 from headway.parallel.checkpoint.fragments import Fragment
-from headway.parallel.engines.base import FIRST_ITERATIONS, BaseEngine, persistent_buffers
+from headway.parallel.engines.base import FIRST_ITERATIONS, MUON, BaseEngine, persistent_buffers
 from headway.parallel.engines.deepspeed import experts, start
-from headway.parallel.engines.deepspeed.flats import MOMENTS, flats_of
-from headway.parallel.engines.deepspeed.gathered import gather_in, iterate_parts, keep_apart
+from headway.parallel.engines.deepspeed.flats import flats_of
+from headway.parallel.engines.deepspeed.gathered import gather_in, iterate_parts, keep_apart, spare_linears
 from headway.parallel.engines.deepspeed.merge import configure, one_bit
 from headway.parallel.engines.deepspeed.ranks import Ranks
 from headway.parallel.engines.deepspeed.settings import Json
+from headway.parallel.engines.deepspeed.staged import between_reductions
 from headway.parallel.engines.totals import Totals
 from headway.parallel.mesh import AXES, World
+from headway.parallel.pipeline.plan import make_plan
+from headway.parallel.pipeline.run import Pipeline
 from headway.parallel.parts import is_part, part_of
 from headway.pretrain.config import Job
 from headway.pretrain.engine import Batch, State
@@ -28,8 +31,9 @@ from headway.pretrain.errors import JobError
 from headway.pretrain.models.layers import Noise
 from headway.pretrain.objectives import Objective
 from headway.pretrain.optim.average import Average
-from headway.pretrain.optim.build import build_optimizers, set_rate
+from headway.pretrain.optim.build import build_one, set_rate
 from headway.pretrain.optim.norms import square_sum
+from headway.pretrain.optim.scaler import LossScale
 
 
 class DeepSpeedEngine(BaseEngine):
@@ -39,8 +43,8 @@ class DeepSpeedEngine(BaseEngine):
     are summed. The norm is taken here and gradients are clipped here, from ZeRO's own shards: DeepSpeed's norm is another
     where experts are spread, and of no use where a step must be refused before it is made.
 
-    In bf16 and fp16 weights are narrow, as DeepSpeed's users expect, with fp32 masters and sums; the forward runs under
-    autocast, as native's does, so that norms and losses are computed in fp32.
+    In bf16 and fp16 weights are narrow, as DeepSpeed's users expect, with fp32 masters and sums; but at stage 0 in bf16
+    they stay fp32. The forward runs under autocast, as native's does, so that norms and losses are computed in fp32.
     """
 
     def __init__(self, job: Job, objective: Objective, world: World, *, precision: str) -> None:
@@ -52,8 +56,9 @@ class DeepSpeedEngine(BaseEngine):
         self.ranks = Ranks(world)
         self.stage: int = config["zero_optimization"]["stage"]
         names = [name for name, _ in objective.named_parameters()]
+        plan = make_plan(objective, job, world.layout) if world.layout.pipeline > 1 else None
         self.blank = copy.deepcopy(objective) if self.stage == 3 else None
-        spread(objective, job, world, precision=precision, plain=True)
+        spread(objective, job, world, precision=precision, plan=plan, plain=True)
         materialise(objective, job, world)
         experts.mark(objective, world, self.ranks.alone)
         everything = dict(objective.named_parameters())
@@ -66,7 +71,7 @@ class DeepSpeedEngine(BaseEngine):
         self.parts = {name: part_of(p) for name, p in everything.items()}
         self._mark_parts()
         masters = {name: p.data for name, p in self.named.items()}  # DeepSpeed would round them
-        (optimizer,) = build_optimizers(self.named.items(), job.optimizer, names=names)
+        optimizer = build_one(self.named.items(), job.optimizer, MUON.get(precision), names)
         experts.regroup(optimizer, world)
         self._compute_under_autocast()
         theirs = one_bit(config)
@@ -80,19 +85,30 @@ class DeepSpeedEngine(BaseEngine):
         )
         self.flats = flats_of(self.deepspeed, self.named)
         self.flats.allocate()
+        self.scale = LossScale() if self.scaled else None  # in DeepSpeed's stead, for native's sequence
         if world.layout.tensor > 1:
             iterate_parts(objective, self.parts, world.group("tensor"))
         if self.stage == 3:
             gather_in(objective, package)
+            spare_linears(objective)
             keep_apart(self.deepspeed.optimizer.parameter_offload)
+        if plan:
+            self.pipeline = Pipeline(
+                plan, objective, self.named, world, job.parallel.schedule, self.rows, self._autocast
+            )
         self._write_masters(masters)
         self.weights_changed()
 
     # -- one step ------------------------------------------------------------------------------------------
 
     def _accumulate(self, batch: Batch, step: int, counts: dict[str, float]) -> Totals:
-        sums, micros = Totals(self.world), self._micros(batch)
         weight = float(self.ranks.get_data_parallel_world_size())
+        if self.pipeline:
+            with between_reductions(self.deepspeed):
+                return self._through_stages(self.pipeline, batch, step, counts, weight)
+        sums, micros = Totals(self.world), self._micros(batch)
+        if self.scale:
+            self.flats.optimizer.override_loss_scale(self.scale.scale)
         for i, micro in enumerate(micros):
             self.deepspeed.set_gradient_accumulation_boundary(i == len(micros) - 1)
             out = self.deepspeed(micro, Noise.at(self.job.train.seed, step, micro["slot"]))
@@ -108,7 +124,7 @@ class DeepSpeedEngine(BaseEngine):
             if gradient.numel() and self._answers_for(name)
         ]
         mine = float(torch.stack(squares).double().sum()) if squares else 0.0
-        return float(self.world.sum(mine, along=AXES)[0] ** 0.5) / self._scale
+        return float(self.world.sum(mine, along=AXES)[0] ** 0.5) / (self.scale.scale if self.scale else 1.0)
 
     def _update(self, step: int, norm: float) -> None:
         clip = self.job.optimizer.clip
@@ -118,11 +134,12 @@ class DeepSpeedEngine(BaseEngine):
         self.deepspeed.step()
 
     def _settle(self, overflow: bool) -> dict[str, float]:
-        if not self.scaled:
+        if self.scale is None:
             return {}
         if overflow:
-            self.deepspeed.step()  # sees it too, leaves the step out and lowers the scale
-        return {"loss_scale": self._scale}
+            self.deepspeed.step()  # sees it too, and leaves the step out
+        self.scale.update(overflow=overflow)
+        return {"loss_scale": self.scale.scale}
 
     def _forget_gradients(self) -> None:
         self.flats.forget()
@@ -134,14 +151,11 @@ class DeepSpeedEngine(BaseEngine):
         """Whether this rank's run of a gradient counts in the norm: of those that several ranks hold, one does."""
         parameter = self.named[name]
         group = experts.copies_of(parameter) or self.ranks.get_data_parallel_group()
+        if self.pipeline and self.pipeline.plan.holders[name][0] != self.world.place("pipeline"):
+            return False  # another stage has the parameter too
         first = self.stage > 0 or group.rank() == 0
         cut = self.parts[name].shape != self.shapes[name]
         return first and (cut or self.world.place("tensor") == 0)
-
-    @property
-    def _scale(self) -> float:
-        """What the loss is multiplied by in fp16."""
-        return float(self.flats.optimizer.loss_scale) if self.scaled else 1.0
 
     # -- state ---------------------------------------------------------------------------------------------
 
@@ -152,17 +166,15 @@ class DeepSpeedEngine(BaseEngine):
             averages = self.average.state()
             tensors |= {f"ema.{name}": self._fragment(name, run) for name, run in averages.items()}
         for name in self.named:
-            tensors[f"optimizer.{name}.step"] = self.flats.step(name)
-            for key in MOMENTS:
-                tensors[f"optimizer.{name}.{key}"] = self._fragment(name, self.flats.moment(name, key))
-        return State(tensors, {"loss_scale": self._saved_scale()} if self.scaled else {})
+            for key, value in self.flats.entries(name).items():
+                run = value.view(-1) if self.flats.follows(name, value) else None
+                tensors[f"optimizer.{name}.{key}"] = value if run is None else self._fragment(name, run)
+        return State(tensors, {"loss_scale": self.scale.state()} if self.scale else {})
 
     def load(self, state: State) -> None:
         self.flats.refresh()
-        if self.scaled and "loss_scale" in state.numbers:
-            scaler, saved = self.flats.optimizer.loss_scaler, state.numbers["loss_scale"]
-            scaler.cur_scale, scaler.cur_iter = saved["scale"], int(saved["good_steps"])
-            scaler.last_overflow_iter = -1
+        if self.scale and "loss_scale" in state.numbers:
+            self.scale.load(state.numbers["loss_scale"])
 
     def weights_changed(self) -> None:
         self.flats.refresh()
@@ -176,12 +188,6 @@ class DeepSpeedEngine(BaseEngine):
         """A run of a parameter's elements, with its place in the whole."""
         start = self.flats.runs[name].start if name in self.named else 0
         return Fragment(run, *self.parts[name], self.shapes[name], start)
-
-    def _saved_scale(self) -> dict[str, float]:
-        """As `pretrain.optim.scaler.LossScale` has it, whose sequence DeepSpeed's scaler is set to."""
-        scaler = self.flats.optimizer.loss_scaler
-        good = (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window
-        return {"scale": float(scaler.cur_scale), "good_steps": good}
 
     # -- pieces --------------------------------------------------------------------------------------------
 
@@ -228,7 +234,9 @@ def handed(config: Json) -> Json:
     It clips. It drives micro-batches, of which a growing batch has more and more. `train_batch_size` is left out because
     DeepSpeed takes ranks along the context axis for readers of other rows.
     """
-    zero = dict(config["zero_optimization"])
+    zero = config["zero_optimization"] | {
+        "memory_efficient_linear": False
+    }  # `gathered.spare_linears` is in its place
     if zero["stage"] in (1, 2) and "offload_optimizer" not in zero and "bf16" not in config:
         zero["compute_grad_norm"] = False
     rest = {key: value for key, value in config.items() if key != "train_batch_size"}

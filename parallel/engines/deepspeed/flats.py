@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from headway.pretrain.optim.build import allocate_state
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Of AdamW, as its state names them."""
 
@@ -92,6 +94,14 @@ class Flats(ABC):
         found: Tensor = self.inner.state[self.masters[self.runs[name].flat]]["step"]
         return found
 
+    def entries(self, name: str) -> dict[str, Tensor]:
+        """What the optimizer keeps for a parameter."""
+        return {"step": self.step(name)} | {key: self.moment(name, key) for key in MOMENTS}
+
+    def follows(self, name: str, entry: Tensor) -> bool:
+        """Whether an entry has a number for each of the parameter's numbers here."""
+        return entry.dim() > 0
+
     def allocate(self) -> None:
         """Make all moments now, zero, so that a checkpoint can be read into them."""
         for flat in self.masters:
@@ -114,6 +124,15 @@ class Whole(Flats):
     def _find(self) -> dict[str, Run]:
         self.masters = list(self.named.values())
         return {name: Run(i, 0, 0, p.numel()) for i, (name, p) in enumerate(self.named.items())}
+
+    def entries(self, name: str) -> dict[str, Tensor]:
+        return dict(self.inner.state[self.named[name]])
+
+    def follows(self, name: str, entry: Tensor) -> bool:
+        return entry.shape == self.named[name].shape and entry.dim() > 0
+
+    def allocate(self) -> None:
+        allocate_state(self.inner)
 
     def gradients(self) -> dict[str, Tensor]:
         return {name: p.grad.view(-1) for name, p in self.named.items() if p.grad is not None}

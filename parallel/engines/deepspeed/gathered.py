@@ -6,7 +6,7 @@ Shapes: O outputs, I inputs of a linear layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch.distributed as dist
@@ -16,6 +16,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from headway.parallel.parts import Part
 from headway.pretrain.models.spectral import SpectralLinear
 from headway.pretrain.objectives import Objective
+
+
+HOLDER = -1
+"""A number that no module has with DeepSpeed."""
 
 
 def gather_in(objective: Objective, package: Any) -> None:
@@ -54,6 +58,25 @@ def _joined(weight_OI: Tensor, part: Part, group: dist.ProcessGroup) -> Tensor:
     return whole_OI
 
 
+def spare_linears(objective: Objective) -> None:
+    """Let plain linear layers keep their weight for the backward, and not a view of it, which would keep what ZeRO-3 has
+    gathered alive between the passes.
+
+    DeepSpeed itself puts its function in the place of torch.nn.functional.linear, for all that the process computes from
+    then on. It adds the bias in place, too: to what a policy of recomputation has kept.
+    """
+    for module in objective.modules():
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+            module.forward = partial(_linear, module)  # type: ignore[method-assign]
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
+
+    y: Tensor = LinearFunctionForZeroStage3.apply(x, layer.weight)
+    return y if layer.bias is None else y + layer.bias
+
+
 def keep_apart(offload: Any) -> None:
     """Let ZeRO-3's hooks gather and free weights unseen by what counts operations: a policy of recomputation, which would
     look for the results of gathering among those of the forward.
@@ -80,6 +103,13 @@ def _within(method: Callable[..., Any], parameters: list[nn.Parameter], package:
     @wraps(method)
     def gathered(*args: Any, **kwargs: Any) -> Any:
         with package.zero.GatheredParameters(parameters):
-            return method(*args, **kwargs)
+            users = [p.ds_active_sub_modules for p in parameters]  # type: ignore[attr-defined]
+            for modules in users:  # who is named here uses them: modules that are called leave them whole
+                modules.add(HOLDER)
+            try:
+                return method(*args, **kwargs)
+            finally:
+                for modules in users:
+                    modules.discard(HOLDER)
 
     return gathered

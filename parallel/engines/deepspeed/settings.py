@@ -10,7 +10,12 @@ from headway.pretrain.errors import JobError
 
 Json = dict[str, Any]
 
-NARROW = ("bf16", "fp16")
+
+def narrow(precision: str, stage: int, layout: Layout) -> bool:
+    """Whether weights are narrow, beside fp32 masters. Without ZeRO, DeepSpeed has masters in fp16 alone, and between the
+    stages of a pipeline gradients of many micro-batches add up in the weights' precision: in bf16 weights then stay fp32,
+    and the forward runs under autocast."""
+    return precision == "fp16" or (precision == "bf16" and stage > 0 and layout.pipeline == 1)
 
 
 def stage_of(job: Job, layout: Layout, precision: str) -> int:
@@ -21,20 +26,22 @@ def stage_of(job: Job, layout: Layout, precision: str) -> int:
     """
     asked, offload = job.parallel.deepspeed.zero, job.parallel.deepspeed
     lowest, why = 0, ""
-    if precision in NARROW:
+    if precision == "fp16":
         lowest, why = 1, "without ZeRO, DeepSpeed accumulates gradients in the narrow precision, and drifts"
     if offload.offload_optimizer != "none":
         lowest, why = 2, "offload of optimizer state begins at stage 2"
     if offload.offload_parameters != "none":
         lowest, why = 3, "offload of parameters is stage 3's"
     highest, but = 3, ""
-    if job.parallel.recompute in ("products", "budget"):
-        # Seen with deepspeed 0.19.8: the gradient norm is off by a half per cent, without an error.
-        highest, but = 2, "with stage 3 gradients come out wrong where products are kept (parallel.recompute)"
     if layout.expert > 1:
         highest, but = 2, "experts over ranks end at stage 2 (parallel.expert)"
     if layout.pipeline > 1:
+        if precision == "fp16":
+            rule = "the stages of a pipeline have no loss scale here (parallel.pipeline)"
+            raise JobError("precision", "fp16", rule, "bf16, or parallel.engine = native")
         highest, but = 1, "a pipeline ends at stage 1 (parallel.pipeline)"
+    if job.optimizer.name != "adamw":
+        highest, but = 0, f"flat shards have no rows, which optimizer.name {job.optimizer.name} looks at"
     if lowest > highest:
         raise JobError(
             "parallel.deepspeed", f"stage {lowest}", f"{why}, but {but}", "parallel.engine = native"
@@ -69,20 +76,19 @@ def generate(job: Job, layout: Layout, precision: str) -> Json:
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
-    if precision in NARROW:
+    if narrow(precision, stage, layout):
         # Sums stay in fp32, as in the other engines.
         found |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
-    if precision == "bf16":
+    if precision == "bf16" and narrow(precision, stage, layout):
         found["bf16"] = {"enabled": True}
     if precision == "fp16":
-        # The sequence of scales of `pretrain.optim.scaler.LossScale`.
+        # What DeepSpeed's own scaler would do; the engine scales by `pretrain.optim.scaler.LossScale`.
         found["fp16"] = {
             "enabled": True,
             "loss_scale": 0,
             "initial_scale_power": 16,
             "loss_scale_window": 2000,
             "hysteresis": 1,
-            "min_loss_scale": 2.0**-24,
         }
     return found
 

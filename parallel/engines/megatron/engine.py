@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from headway.parallel import expert
 from headway.parallel.apply import materialise, spread
-from headway.parallel.engines.base import AUTOCAST, FIRST_ITERATIONS, BaseEngine, persistent_buffers
+from headway.parallel.engines.base import AUTOCAST, FIRST_ITERATIONS, MUON, BaseEngine, persistent_buffers
 from headway.parallel.engines.megatron import fragments, groups, optimizers, settings
 from headway.parallel.engines.megatron.cpu import adapt
 from headway.parallel.engines.megatron.experts import take_dispatchers
@@ -83,7 +83,9 @@ class MegatronEngine(BaseEngine):
         )
         trained = {name: p for name, p in self.named.items() if p.requires_grad}
         how = settings.optimizer(job, narrow=bool(AUTOCAST.get(self.precision)), sharded=sharded)
-        self.optimizer = optimizers.build(trained, names, job.optimizer, how, [self.data], self.groups)
+        self.optimizer = optimizers.build(
+            trained, names, job.optimizer, how, [self.data], self.groups, MUON.get(self.precision)
+        )
         self.pieces = fragments.pieces(self.optimizer, trained, fragments.Copies.among(self.groups))
         for name, values in exact.items():  # Megatron has made them from the narrow ones
             if (piece := self.pieces.get(name)) is not None:

@@ -26,7 +26,7 @@ class Piece(NamedTuple):
     Attributes:
         main: fp32 values that the optimizer moves, flat.
         start: where they begin in the flattened parameter.
-        moments: by name, flat as `main` is, but for `step`.
+        moments: by name; of those that have a number for each of `main`'s, as `main` is cut.
         holders: ranks that have the same piece; None if none or not known.
     """
 
@@ -46,10 +46,7 @@ def pieces(
         sharded = isinstance(each, DistributedOptimizer)
         for parameter, main in _mains(each):
             start = each._get_model_param_range_map(parameter)["param"].start if sharded else 0
-            entries = {
-                key: value.detach().view(value.numel() if key != "step" else ())
-                for key, value in each.state[main].items()
-            }
+            entries = {key: value.detach() for key, value in each.state[main].items()}
             holders = None if sharded else copies.of(parameter)
             found[names[parameter]] = Piece(main.detach().view(-1), start, entries, holders)
     return {name: found[name] for name in named if name in found}
@@ -79,8 +76,9 @@ def state(found: Mapping[str, Piece], named: Mapping[str, nn.Parameter]) -> dict
     for name, piece in found.items():
         tensors[name] = fragment(piece.main, piece, named[name])
         for key, value in piece.moments.items():
-            whole = value if key == "step" else fragment(value, piece, named[name])
-            tensors[f"optimizer.{name}.{key}"] = whole
+            follows = key != "step" and value.numel() == piece.main.numel()
+            run = fragment(value.view(-1), piece, named[name]) if follows else value
+            tensors[f"optimizer.{name}.{key}"] = run
     return tensors
 
 

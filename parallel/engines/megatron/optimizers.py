@@ -1,4 +1,4 @@
-"""Megatron-Core's optimizers around our AdamW, with our parameter groups: decay, rates by depth, base rates.
+"""Megatron-Core's optimizers around ours, with our parameter groups: decay, rates by depth, base rates.
 
 Megatron's own groups exempt whatever has one dim from weight decay; ours are told by `pretrain.optim.groups`.
 """
@@ -16,10 +16,11 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from headway.pretrain import config
 from headway.pretrain.optim.adamw import AdamW
-from headway.pretrain.optim.build import build_optimizers
+from headway.pretrain.optim.build import allocate_state, build_one
 
 
 def build(
@@ -29,6 +30,7 @@ def build(
     how: OptimizerConfig,
     chunks: list[DistributedDataParallel],
     groups: ProcessGroupCollection,
+    muon: torch.dtype | None = None,
 ) -> ChainedOptimizer:
     """One optimizer for what all data ranks have alike, and one for spread experts; every rank has both or neither.
 
@@ -39,34 +41,38 @@ def build(
         how: Megatron's settings.
         chunks: the model's stages on this rank, in buffers.
         groups: Megatron's.
+        muon: dtype of Muon's iteration.
     """
     known = list(names)
     alike = {name: p for name, p in named.items() if p.allreduce}  # type: ignore[attr-defined]
     routed = {name: p for name, p in named.items() if name not in alike}
     buffers = {i: chunk.buffers for i, chunk in enumerate(chunks)}
     optimizers = [
-        _around(_adamw(alike, known, settings), how, chunks, buffers, groups.intra_dp_cp, groups.mp, groups)
+        _around(
+            _inner(alike, known, settings, muon), how, chunks, buffers, groups.intra_dp_cp, groups.mp, groups
+        )
     ]
     if groups.ep.size() > 1:
         buffers = {i: chunk.expert_parallel_buffers for i, chunk in enumerate(chunks)}
-        inner = _adamw(routed, known, settings)
+        inner = _inner(routed, known, settings, muon)
         optimizers.append(_around(inner, how, chunks, buffers, groups.intra_expt_dp, groups.tp_ep_pp, groups))
     return ChainedOptimizer(optimizers)
 
 
-def _adamw(named: Mapping[str, nn.Parameter], names: list[str], settings: config.Optimizer) -> AdamW:
-    """Our AdamW over parameters, which may be none."""
+def _inner(
+    named: Mapping[str, nn.Parameter], names: list[str], settings: config.Optimizer, muon: torch.dtype | None
+) -> Optimizer:
+    """Our optimizer over parameters, which may be none."""
     if not named:
         return AdamW([{"params": [], "base_lr": settings.lr}], settings.lr, settings.betas, settings.eps)
-    (optimizer,) = build_optimizers(named.items(), settings, names=names)
-    assert isinstance(optimizer, AdamW)
+    optimizer = build_one(named.items(), settings, muon, names)
     for group in optimizer.param_groups:  # Megatron puts shards in their place, of other numbers
         group.pop("param_names", None)
     return optimizer
 
 
 def _around(
-    inner: AdamW,
+    inner: Optimizer,
     how: OptimizerConfig,
     chunks: list[DistributedDataParallel],
     buffers: dict[int, Any],
@@ -90,7 +96,10 @@ def _around(
         outer = kind(inner, how, *([None] if how.bf16 else []), None)
         outer.grad_stats_parallel_group = copies
     outer.tp_group = groups.tp
-    allocate(inner)
+    if isinstance(inner, AdamW):
+        allocate(inner)
+    else:
+        allocate_state(inner)
     return outer
 
 

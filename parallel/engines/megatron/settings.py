@@ -55,7 +55,11 @@ def _config(job: Job, layout: Layout, *, sequence_parallel: bool) -> Transformer
 def shards(job: Job, groups: ProcessGroupCollection) -> bool:
     """Whether optimizer state is sharded over data ranks."""
     copies = max(groups.dp_cp.size(), groups.expt_dp.size() if groups.ep.size() > 1 else 1)
-    return job.parallel.megatron.distributed_optimizer and copies > 1
+    return (
+        copies > 1
+        and job.optimizer.name == "adamw"
+        and job.parallel.megatron.distributed_optimizer is not False
+    )
 
 
 def data_parallel(job: Job, *, sharded: bool) -> DistributedDataParallelConfig:

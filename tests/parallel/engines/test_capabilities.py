@@ -37,7 +37,7 @@ def test_what_a_job_asks_for_is_seen():
     [
         (
             {"engine": "megatron", "optimizer": {"name": "muon"}},
-            Layout(),
+            Layout(shard=2),
             "optimizer.name",
             "parallel.engine = native",
         ),
