@@ -1,6 +1,7 @@
 """The Megatron-Core engine draws the native engine's curves: eight steps beside native in one process."""
 
 from functools import partial
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from headway.pretrain.errors import NonFiniteError
 from headway.tests.parallel.engines.beside import DEEP, PLAIN, prove_engine
 from headway.tests.parallel.family_cases import merged
 from headway.tests.parallel.proof import Running
+
+pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 
 MEGATRON = {"engine": "megatron"}
 WHOLE = {"megatron": {"distributed_optimizer": False}}
@@ -26,7 +29,7 @@ more = partial(pytest.param, marks=pytest.mark.matrix)
         (["bert", "experts"], {"shard": 2, "micro_batch": 3}),
         more(FAMILIES, {}),
         more(["bert", "vit", "experts", "albert", "roberta", "ul2", "transformer"], {"tensor": 2}),
-        more(["dropless", "deit", "mae", "spectral", "inverted", "mobile"], {"tensor": 2}),
+        more(["dropless", "deit", "mae", "spectral", "inverted"], {"tensor": 2}),
         more(FAMILIES, {"tensor": 2, "sequence": False, "micro_batch": 4}),
         more(["gpt", "t5", "vit", "albert", "dropless", "spectral"], {"shard": 2}),
         more(FAMILIES, {"replicate": 2, **WHOLE}),
@@ -97,10 +100,19 @@ def test_bf16(pool, names, layout):
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize(("name", "layers"), [("content", 6), ("composed", 5), ("linear", 5)])
+@pytest.mark.parametrize("layout", [{"shard": 2, "micro_batch": 3}, {"tensor": 2}])
+def test_fp16(pool, layout):
+    """With a loss scale, which is ours."""
+    prove_engine(pool, ["gpt", "t5", "experts"], MEGATRON | layout, precision="fp16")
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("name", "layers"), [("content", 6), ("composed", 5), ("linear", 5), ("mobile", 2)])
 def test_mechanisms(pool, name, layers):
-    """The model stays ours: sixteen mechanisms with Megatron's layers around them."""
-    prove_engine(pool, [name], MEGATRON | {"tensor": 2}, {"model": {"layers": layers}})
+    """The model stays ours: sixteen mechanisms, and layers of other shapes, with Megatron's linears in them. The rate
+    is a small one: at 1e-2 rounding moves the last losses of some by 1e-5, on two ranks of the native engine too."""
+    more = {"model": {"layers": layers}, "optimizer": {"lr": 1e-3}}
+    prove_engine(pool, [name], MEGATRON | {"tensor": 2}, more)
 
 
 # -- one rank --------------------------------------------------------------------------------------------------
@@ -132,6 +144,21 @@ def test_a_gradient_that_is_not_finite_changes_nothing(pool):
     for unmoved, loss in pool(overflow, ranks=2, timeout=300):
         assert unmoved
         assert loss == pytest.approx(losses[1], rel=1e-5)
+
+
+def too_large(rank, world):
+    """A step whose gradients overflow in fp16, and one after it."""
+    running = Running("gpt", rank, world, {"shard": 2, **MEGATRON}, PLAIN, 4, precision="fp16")
+    before, running.engine.scale.scale = values(running), 2.0**40
+    result = running.step(0)
+    unmoved = all(torch.equal(value, before[key]) for key, value in values(running).items())
+    running.engine.scale.scale = 2.0**10
+    return result.skipped, unmoved, result.metrics["loss_scale"], running.step(1).skipped
+
+
+def test_an_overflow_in_fp16_leaves_a_step_out(pool):
+    for found in pool(too_large, ranks=2, timeout=300):
+        assert found == (True, True, 2.0**39, False)
 
 
 def layers_of(rank, world):
