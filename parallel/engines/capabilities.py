@@ -32,6 +32,8 @@ def check(job: Job, layout: Layout, device_type: str) -> None:
     check_features(job, layout, device_type)
     if job.parallel.engine == "deepspeed":
         configure(job, layout, job.precision if job.precision != "auto" else "fp32", device_type)
+    if job.parallel.engine == "megatron":
+        megatron.check(job, layout)
     check_tensor(job, layout)
     expert.check(job, layout)
     check_pipeline(job, layout)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from headway.parallel.engines.can.cell import TESTED, Cell, refused, supported
 from headway.parallel.engines.features import DEEPSPEED_ONLY
+from headway.parallel.mesh import Layout
+from headway.pretrain.config import Job
+from headway.pretrain.errors import JobError
 
 WHOLE = "the distributed optimizer's flat shards have no rows: what needs whole matrices is native's"
 STAGES = "Megatron-Core has 1F1B and interleaved 1F1B"
@@ -27,7 +30,7 @@ CAN: dict[str, Cell] = {
     "schedule dualpipev": refused(STAGES),
     "fp32": TESTED,
     "bf16": TESTED,
-    "fp16 on cpu": refused("Megatron-Core's loss scaler lives on GPUs"),
+    "fp16 on cpu": TESTED,
     "fp16 on cuda": supported("never run on a GPU"),
     "fp64": refused("Megatron-Core's main parameters are fp32"),
     "fp8 on cpu": refused("8-bit products are native's"),
@@ -48,3 +51,17 @@ CAN: dict[str, Cell] = {
     "check of replicas": TESTED,
     **dict.fromkeys(DEEPSPEED_ONLY, refused("Megatron-Core keeps state on the device")),
 }
+
+
+def check(job: Job, layout: Layout) -> None:
+    """Raise JobError if what the job says to Megatron-Core contradicts itself."""
+    said, section = job.parallel.megatron, "parallel.megatron"
+    if layout.shard > 1 and said.distributed_optimizer is False:
+        rule = f"parallel.shard = {layout.shard} shards optimizer state: it takes the distributed optimizer"
+        raise JobError(f"{section}.distributed_optimizer", False, rule, "true, or parallel.replicate")
+    if said.overlap_param_gather and (said.distributed_optimizer is False or job.optimizer.name != "adamw"):
+        rule = "without the distributed optimizer there is nothing to gather"
+        raise JobError(f"{section}.overlap_param_gather", True, rule, False)
+    if said.overlap_param_gather and not said.overlap_grad_reduce:
+        rule = f"needs {section}.overlap_grad_reduce"
+        raise JobError(f"{section}.overlap_param_gather", True, rule, f"{section}.overlap_grad_reduce = true")

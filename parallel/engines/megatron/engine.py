@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -53,15 +54,19 @@ class MegatronEngine(BaseEngine):
         spread(objective, job, world, precision=precision, plan=plan, plain=True)
         if layout.tensor > 1:
             swap(objective, settings.layers(job, layout), self.groups.tp, world.device.type)
-            objective.iterate = partial(iterate, objective, self.groups.tp)
+            objective.iterate = partial(iterate, objective, self.groups.tp)  # type: ignore[method-assign]
         if layout.expert > 1:
             take_dispatchers(objective, world, self.groups, settings.dispatcher(job, layout))
         materialise(objective, job, world)
         self.named: Mapping[str, nn.Parameter] = dict(objective.named_parameters())
         spread_experts = expert.routed(objective) if layout.expert > 1 else set()
-        mark(self.named, spread_experts, plan and plan.holders, world.place("pipeline"))
+        mark(self.named, spread_experts, plan.holders if plan else None, world.place("pipeline"))
         self._buffer(job, names)
         self.scale = LossScale() if self.scaled else None
+        if AUTOCAST.get(precision):
+            for asked in ("logits", "attention_maps", "reconstruct"):
+                if hasattr(objective, asked):
+                    setattr(objective, asked, self._narrow(getattr(objective, asked)))
         if plan:
             self.pipeline = self._stages(plan)
         self.weights_changed()
@@ -91,9 +96,22 @@ class MegatronEngine(BaseEngine):
         if self.data.ddp_config.overlap_param_gather:
             self.gather, self.gathered = gather_whole(self.data)
 
+    def _narrow(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """A method of the objective that is called beside training, under autocast: some weights are narrow."""
+
+        def call(*args: Any, **settings: Any) -> Any:
+            with self._autocast():
+                return method(*args, **settings)
+
+        return call
+
     def _stages(self, plan: Plan) -> MegatronPipeline:
         """The stages of this rank under Megatron's schedules."""
-        gradients = Gradients(lambda p: p.main_grad, self.data.no_sync, self._reduce)
+        gradients = Gradients(
+            lambda p: p.main_grad,  # type: ignore[attr-defined]
+            self.data.no_sync,
+            self._reduce,
+        )
         schedule = self.job.parallel.schedule
         return MegatronPipeline(
             plan, self.objective, self.named, self.world, schedule, self.rows, self._autocast, gradients

@@ -1,5 +1,5 @@
-"""Tokens to experts on other ranks and back by Megatron-Core's all-to-all dispatcher; our router chooses and our kernels
-compute.
+"""Tokens to experts on other ranks and back by Megatron-Core's all-to-all dispatcher; our router chooses, and our
+kernels compute.
 
 Shapes: N tokens, P pairs, T rows that arrive for this rank's experts, X experts, L experts of a rank, E hidden size.
 """

@@ -105,6 +105,7 @@ def _mains(each: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
     Its map from parameters to places in groups is of no use where a group has narrow and fp32 ones: it counts them
     in one order and lists them in another.
     """
+    pairs: tuple[tuple[Any, Any], ...]
     if isinstance(each, DistributedOptimizer):
         pairs = (
             (each.model_fp32_groups, each.shard_fp32_groups),

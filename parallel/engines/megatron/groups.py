@@ -1,8 +1,9 @@
 """Megatron-Core's process groups, made from our layout on the ranks that are already connected.
 
-Megatron counts ranks from the inside, "tp-cp-ep-dp-pp"; our axes, from the outside: pipeline, replicate, shard, context,
-tensor. That is the same order, and replicate x shard is Megatron's data parallelism. Experts lie on neighbouring ranks
-in both, over shard x context x tensor, each rank with whole experts (Megatron's expert tensor parallelism is 1).
+Megatron counts ranks from the inside, "tp-cp-ep-dp-pp"; our axes, from the outside: pipeline, replicate, shard,
+context, tensor. That is the same order, and replicate x shard is Megatron's data parallelism. Experts lie on
+neighbouring ranks in both, over shard x context x tensor, each rank with whole experts (Megatron's expert tensor
+parallelism is 1).
 """
 
 from __future__ import annotations

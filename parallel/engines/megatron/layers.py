@@ -43,7 +43,7 @@ class Column(ColumnParallelLinear):
             )
         adopt(self, linear)
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         y_NO: Tensor = super().forward(x.flatten(0, -2))[0]
         return y_NO.unflatten(0, x.shape[:-1])
 
@@ -71,7 +71,7 @@ class Row(RowParallelLinear):
         adopt(self, linear)
         self.out = out
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         y_NO = self._forward_impl(
             input=x.flatten(0, -2),
             weight=self.weight,

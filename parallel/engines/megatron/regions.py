@@ -5,8 +5,9 @@ layers would have one for each. Sequences lie along dim 0 for Megatron's mapping
 parallelism a transposed copy is made on one side of each collective, which is the copy that joining along dim 1 takes
 anyway (`headway.parallel.tensor.collectives`).
 
-Megatron's `_reduce` has all-reduced a copy, and gives back what it was given, where that is not contiguous in memory:
-so nothing else is given to it, neither here nor by autograd.
+Megatron's `_reduce` works in place. Of what is not contiguous in memory it reduces a copy, and goes on with what it was
+given; and a gradient that autograd has given to others as well is changed for all of them. So it gets contiguous
+tensors of its own, from here and from autograd.
 
 Shapes: B batch, S sequence, s places of a rank (S over the ranks, rounded up), E hidden size.
 """

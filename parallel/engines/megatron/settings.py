@@ -23,8 +23,8 @@ def gradients(job: Job, layout: Layout) -> TransformerConfig:
 
 
 def dispatcher(job: Job, layout: Layout) -> TransformerConfig:
-    """For dispatchers: each rank has whole experts, and other tokens than the ranks beside it. A capacity says that pairs
-    may be dropped, so that Megatron counts them; who is dropped our router has said."""
+    """For dispatchers: each rank has whole experts, and other tokens than the ranks beside it. A capacity says that
+    pairs may be dropped, so that Megatron counts them; which ones, our router has said."""
     return TransformerConfig(
         num_layers=job.model.layers,
         hidden_size=job.model.hidden,

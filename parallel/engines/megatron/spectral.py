@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from headway.parallel.parts import part_of
+from headway.parallel.parts import is_part, part_of
 from headway.pretrain.models.spectral import SpectralLinear
 
 
@@ -19,7 +19,10 @@ def iterate(root: nn.Module, team: dist.ProcessGroup, times: int) -> None:
 
 @torch.no_grad()
 def whole(part: Tensor, team: dist.ProcessGroup) -> Tensor:
-    """A parameter that is cut along one dim, put together: its parts are alike in size, but for the last ones."""
+    """A parameter that is cut along one dim or none, put together: its parts are alike in size, but for the last
+    ones."""
+    if not is_part(part):
+        return part
     shape = part_of(part).shape
     dim = next(d for d, (ours, all_) in enumerate(zip(part.shape, shape, strict=True)) if ours != all_)
     step = -(-shape[dim] // team.size())

@@ -18,7 +18,6 @@ from headway.parallel.engines.megatron.vocabulary import row_loss_by_megatron
 from headway.parallel.parts import is_part, part_of
 from headway.parallel.tensor import modules as roles
 from headway.pretrain.models.spectral import SpectralLinear
-from headway.pretrain.objectives import Objective
 from headway.pretrain.objectives.base import ChunkedLoss
 
 
@@ -38,8 +37,8 @@ class Region(roles.Local):
         return regions.leave_columns(x, self.columns, self.team)
 
 
-def swap(objective: Objective, config: TransformerConfig, team: dist.ProcessGroup, device: str) -> None:
-    """Put Megatron's layers in the places of those that were cut over the tensor axis.
+def swap(objective: Any, config: TransformerConfig, team: dist.ProcessGroup, device: str) -> None:
+    """Put Megatron's layers in the places of those of an objective that were cut over the tensor axis.
 
     Args:
         config: of the layers.
@@ -56,15 +55,16 @@ def swap(objective: Objective, config: TransformerConfig, team: dist.ProcessGrou
         loss.compute = row_loss_by_megatron(-(-vocabulary // team.size()), loss.compute)
 
 
-def swapped(module: Any, config: TransformerConfig, team: dist.ProcessGroup, device: str) -> nn.Module:
+def swapped(module: Any, config: TransformerConfig, team: dist.ProcessGroup, device: str) -> Any:
     """What takes a module's place: a layer of Megatron's, or the module itself."""
     roles.become(module, Region, team=team)
     if isinstance(module, roles.Words):
-        return Table(module, module.first, config, team)
+        table: Any = module
+        return Table(table, table.first, config, team)
     if not isinstance(module, nn.Linear) or isinstance(module, SpectralLinear):
-        return module  # type: ignore[no-any-return]
+        return module
     if isinstance(module, roles.Rows):
-        return linear_classes(device).row(module, config, team, module.out)  # type: ignore[no-any-return]
+        return linear_classes(device).row(module, config, team, module.out)
     if is_part(module.weight):
-        return linear_classes(device).column(module, config, team)  # type: ignore[no-any-return]
+        return linear_classes(device).column(module, config, team)
     return module

@@ -38,6 +38,7 @@ BOUNDS = {
     "fp32": Bound(1e-5, 2e-4, 1e-4),
     # Weights are rounded to 8 bits of mantissa where the native engine has autocast: 2^-9 relative a product.
     "bf16": Bound(1e-2, 2e-1, None),
+    "fp16": Bound(1e-3, 5e-2, None),  # 11 bits; routers choose other experts now and then
 }
 
 

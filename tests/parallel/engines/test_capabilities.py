@@ -77,3 +77,23 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, engine, module):
     with pytest.raises(JobError, match=rf"pip install 'headway\[{engine}\]'"):
         check_installed(engine)
     check_installed("native")
+
+
+@pytest.mark.parametrize(
+    ("said", "layout", "field", "rule"),
+    [
+        ({"distributed_optimizer": False}, Layout(shard=2), "distributed_optimizer", "parallel.shard = 2"),
+        ({"overlap_param_gather": True}, Layout(replicate=2), "overlap_param_gather", "overlap_grad_reduce"),
+        (
+            {"overlap_param_gather": True, "overlap_grad_reduce": True, "distributed_optimizer": False},
+            Layout(replicate=2),
+            "overlap_param_gather",
+            "nothing to gather",
+        ),
+    ],
+)
+def test_what_is_said_to_megatron_agrees_with_itself(said, layout, field, rule):
+    with pytest.raises(JobError, match=rule) as refusal:
+        check(job(engine="megatron", megatron=said), layout, "cpu")
+    assert refusal.value.field == f"parallel.megatron.{field}"
+    check(job(megatron=said), layout, "cpu")  # another engine does not read it
