@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
@@ -17,6 +18,7 @@ from headway.parallel.engines.deepspeed import experts, start
 from headway.parallel.engines.deepspeed.flats import flats_of
 from headway.parallel.engines.deepspeed.gathered import gather_in, iterate_parts, keep_apart, spare_linears
 from headway.parallel.engines.deepspeed.merge import configure, one_bit
+from headway.parallel.engines.deepspeed.partition import partition
 from headway.parallel.engines.deepspeed.ranks import Ranks
 from headway.parallel.engines.deepspeed.settings import Json
 from headway.parallel.engines.deepspeed.staged import between_reductions
@@ -63,7 +65,8 @@ class DeepSpeedEngine(BaseEngine):
         self.blank = copy.deepcopy(objective) if self.stage == 3 or plan else None
         spread(objective, job, world, precision=precision, plan=plan, plain=True)
         exchange_by_deepspeed(objective)
-        materialise(objective, job, world)
+        host = replace(world, device=torch.device("cpu"))
+        materialise(objective, job, host if self.stage == 3 else world)
         experts.mark(objective, world, self.ranks.alone)
         everything = dict(objective.named_parameters())
         self.named = {name: p for name, p in everything.items() if p.requires_grad}
@@ -77,8 +80,13 @@ class DeepSpeedEngine(BaseEngine):
         masters = {name: p.data for name, p in self.named.items()}  # DeepSpeed would round them
         optimizer = build_one(self.named.items(), job.optimizer, MUON.get(precision), names)
         experts.regroup(optimizer, world)
+        on_cpu = world.device.type == "cpu" or "offload_optimizer" in config["zero_optimization"]
+        if self.stage > 0 and on_cpu and world.layout.tensor * world.layout.pipeline > 1:
+            round_alike(optimizer)
         self._compute_under_autocast()
         theirs = one_bit(config)
+        if self.stage == 3:
+            partition(package, objective, handed(config), self.ranks, world.device)
         self.deepspeed = start.initialise(
             package,
             objective,
@@ -239,6 +247,16 @@ class DeepSpeedEngine(BaseEngine):
         for name, weight in weights.items():
             run = self.flats.runs[name]
             self.flats.weight(name).copy_(weight.view(-1)[run.start : run.start + run.numel])
+
+
+def round_alike(optimizer: torch.optim.Optimizer) -> None:
+    """Let copies of a parameter, which lie at other places of the flat buffers of other ranks, move by the same bits.
+
+    torch's fused AdamW for CPUs rounds an element by where it lies: in a vector, or among the last of its buffer.
+    """
+    optimizer.defaults["fused"] = False
+    for group in optimizer.param_groups:
+        group["fused"], group["foreach"] = False, True
 
 
 def handed(config: Json) -> Json:

@@ -11,11 +11,16 @@ from headway.pretrain.errors import JobError
 Json = dict[str, Any]
 
 
-def narrow(precision: str, stage: int, layout: Layout) -> bool:
-    """Whether weights are narrow, beside fp32 masters. Without ZeRO, DeepSpeed has masters in fp16 alone, and between
-    the stages of a pipeline gradients of many micro-batches add up in the weights' precision: in bf16 weights then
-    stay fp32, and the forward runs under autocast."""
-    return precision == "fp16" or (precision == "bf16" and stage > 0 and layout.pipeline == 1)
+def narrow(job: Job, precision: str, stage: int, layout: Layout) -> bool:
+    """Whether weights are narrow, beside fp32 masters.
+
+    In bf16 they stay fp32, and the forward runs under autocast: without ZeRO, where DeepSpeed has no masters; between
+    the stages of a pipeline, where gradients of many micro-batches would add up in the weights' precision; and where
+    the norms of matrices are followed, which are known in fp32 (`model.spectral`).
+    """
+    return precision == "fp16" or (
+        precision == "bf16" and stage > 0 and layout.pipeline == 1 and not job.model.spectral
+    )
 
 
 def stage_of(job: Job, layout: Layout, precision: str) -> int:
@@ -35,10 +40,11 @@ def stage_of(job: Job, layout: Layout, precision: str) -> int:
     highest, but = 3, ""
     if layout.expert > 1:
         highest, but = 2, "experts over ranks end at stage 2 (parallel.expert)"
+    if precision == "fp16" and (layout.pipeline > 1 or job.model.spectral):
+        why = "parallel.pipeline" if layout.pipeline > 1 else "model.spectral"
+        rule = f"the DeepSpeed engine keeps fp32 weights with {why}, and has no loss scale then"
+        raise JobError("precision", "fp16", rule, "bf16, or parallel.engine = native")
     if layout.pipeline > 1:
-        if precision == "fp16":
-            rule = "the stages of a pipeline have no loss scale here (parallel.pipeline)"
-            raise JobError("precision", "fp16", rule, "bf16, or parallel.engine = native")
         highest, but = 1, "a pipeline ends at stage 1 (parallel.pipeline)"
     if job.optimizer.name != "adamw":
         highest, but = 0, f"flat shards have no rows, which optimizer.name {job.optimizer.name} looks at"
@@ -77,10 +83,10 @@ def generate(job: Job, layout: Layout, precision: str) -> Json:
         "wall_clock_breakdown": False,
         "timers": {"throughput": {"enabled": False}},  # it waits for the device at every micro-batch
     }
-    if narrow(precision, stage, layout):
+    if narrow(job, precision, stage, layout):
         # Sums stay in fp32, as in the other engines.
         found |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
-    if precision == "bf16" and narrow(precision, stage, layout):
+    if precision == "bf16" and narrow(job, precision, stage, layout):
         found["bf16"] = {"enabled": True}
     if precision == "fp16":
         # What DeepSpeed's own scaler would do; the engine scales by `pretrain.optim.scaler.LossScale`.

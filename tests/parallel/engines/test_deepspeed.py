@@ -50,7 +50,7 @@ def test_every_family_at_every_stage(pool, ranks, zero):
 @pytest.mark.parametrize("zero", [1, 2, 3])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_every_family_in_bf16(pool, ranks, zero):
-    prove_engine(pool, FAMILIES, ds(zero, shard=ranks), precision="bf16")
+    prove_engine(pool, [*FAMILIES, "spectral"], ds(zero, shard=ranks), precision="bf16")
 
 
 @pytest.mark.matrix

@@ -37,6 +37,8 @@ def test_a_job_in_deepspeeds_words():
     assert "bf16" not in generate(job(shard=2), Layout(shard=2), "fp32")
     assert "bf16" not in generate(job(replicate=2, shard=1), Layout(replicate=2), "bf16")  # fp32 weights
     assert "bf16" not in generate(job(zero=1, pipeline=2), Layout(pipeline=2), "bf16")  # too
+    spectral = job(shard=2, model={"spectral": True})
+    assert "bf16" not in generate(spectral, Layout(shard=2), "bf16")
     assert generate(job(optimizer={"clip": None}), Layout(), "fp32")["gradient_clipping"] == 0
 
 
@@ -81,6 +83,7 @@ def test_the_stage_follows_from_the_axes(asked, layout, precision, stage):
     [
         ({"zero": 0}, Layout(), "fp16", "parallel.deepspeed.zero", 1),
         ({"pipeline": 2}, Layout(pipeline=2), "fp16", "precision", "native"),
+        ({"model": {"spectral": True}}, Layout(), "fp16", "precision", "native"),
         ({"zero": 3, "expert": 2}, Layout(shard=2, expert=2), "fp32", "parallel.deepspeed.zero", 2),
         ({"zero": 2, "pipeline": 2}, Layout(pipeline=2), "fp32", "parallel.deepspeed.zero", 1),
         ({"zero": 1, "offload_optimizer": "cpu"}, Layout(), "fp32", "parallel.deepspeed.zero", 2),
