@@ -12,6 +12,9 @@ def groups(**sizes: int) -> Iterator[None]:
     adapt()
     from megatron.core import parallel_state
 
+    from headway.parallel.engines.megatron.groups import stop
+
+    stop()  # an engine leaves its groups to the next one
     parallel_state.initialize_model_parallel(**sizes)
     try:
         yield

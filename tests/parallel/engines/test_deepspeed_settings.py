@@ -59,7 +59,8 @@ def test_deepspeed_reads_it_as_it_is_meant():
         ({"shard": 2}, Layout(shard=2), "fp32", 3),
         ({"shard": 2, "reshard": False}, Layout(shard=2), "fp32", 2),
         ({"replicate": 2, "shard": 1}, Layout(replicate=2), "fp32", 0),
-        ({"replicate": 2, "shard": 1}, Layout(replicate=2), "bf16", 1),
+        ({"replicate": 2, "shard": 1}, Layout(replicate=2), "bf16", 0),
+        ({"replicate": 2, "shard": 1}, Layout(replicate=2), "fp16", 1),
         ({"shard": 1, "offload_optimizer": "cpu"}, Layout(), "fp32", 2),
         ({"shard": 1, "offload_parameters": "cpu"}, Layout(), "fp32", 3),
         ({"shard": 2, "expert": 2}, Layout(shard=2, expert=2), "fp32", 2),
@@ -74,7 +75,7 @@ def test_the_stage_follows_from_the_axes(asked, layout, precision, stage):
 @pytest.mark.parametrize(
     ("asked", "layout", "precision", "field", "nearest"),
     [
-        ({"zero": 0}, Layout(), "bf16", "parallel.deepspeed.zero", 1),
+        ({"zero": 0}, Layout(), "fp16", "parallel.deepspeed.zero", 1),
         ({"zero": 3, "expert": 2}, Layout(shard=2, expert=2), "fp32", "parallel.deepspeed.zero", 2),
         ({"zero": 2, "pipeline": 2}, Layout(pipeline=2), "fp32", "parallel.deepspeed.zero", 1),
         ({"zero": 1, "offload_optimizer": "cpu"}, Layout(), "fp32", "parallel.deepspeed.zero", 2),
