@@ -47,7 +47,7 @@ class MegatronEngine(BaseEngine):
         super().__init__(job, objective, world, precision=precision)
         adapt()
         layout = world.layout
-        self.groups = groups.start(world)
+        self.groups = groups.start(world, job.parallel.timeout)
         plan = make_plan(objective, job, layout) if layout.pipeline > 1 else None
         names = [name for name, _ in objective.named_parameters()]
         self.blank = copy.deepcopy(objective) if plan else None
