@@ -222,13 +222,23 @@ def export(
 
 @config.command("show")
 def config_show(
-    recipes: Recipes, sets: Sets = None, accelerate: Accelerate = None, debug: Debug = False
+    recipes: Recipes,
+    sets: Sets = None,
+    accelerate: Accelerate = None,
+    engine: Annotated[
+        str | None, typer.Option(help="deepspeed: print the JSON that DeepSpeed would be given, alone.")
+    ] = None,
+    ranks: Annotated[int, typer.Option("--nproc", help="Ranks over which that is laid out.", min=1)] = 1,
+    debug: Debug = False,
 ) -> None:
     """Every setting with its origin; settings without effect are marked. Before them, what becomes of a config file of
     Accelerate."""
     from headway.launch import settings
 
-    settings.show(recipes, sets or [], accelerate)
+    if engine is None:
+        settings.show(recipes, sets or [], accelerate)
+    else:
+        settings.show_engine(engine, recipes, sets or [], ranks)
 
 
 @config.command("schema")
