@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -226,19 +226,20 @@ def config_show(
     sets: Sets = None,
     accelerate: Accelerate = None,
     engine: Annotated[
-        str | None, typer.Option(help="deepspeed: print the JSON that DeepSpeed would be given, alone.")
+        Literal["deepspeed"] | None, typer.Option(help="Print the configuration that this engine is given.")
     ] = None,
-    ranks: Annotated[int, typer.Option("--nproc", help="Ranks over which that is laid out.", min=1)] = 1,
+    ranks: Annotated[
+        int, typer.Option("--nproc", help="Ranks over which `--engine` lays it out.", min=1)
+    ] = 1,
     debug: Debug = False,
 ) -> None:
     """Every setting with its origin; settings without effect are marked. Before them, what becomes of a config file of
-    Accelerate."""
-    from headway.launch import settings
+    Accelerate. With `--engine deepspeed`, the DeepSpeed JSON instead."""
+    from headway.launch import deepspeed_json, settings
 
-    if engine is None:
-        settings.show(recipes, sets or [], accelerate)
-    else:
-        settings.show_engine(engine, recipes, sets or [], ranks)
+    if engine:
+        return deepspeed_json.show(recipes, sets or [], ranks)
+    settings.show(recipes, sets or [], accelerate)
 
 
 @config.command("schema")

@@ -10,15 +10,9 @@ from rich.text import Text
 
 from headway.launch.accelerate.job import expected_ranks, resolve_asked, tabulate
 from headway.launch.console import console
-from headway.parallel import mesh
-from headway.parallel.engines import capabilities
-from headway.parallel.engines.deepspeed.merge import configure
-from headway.parallel.pipeline.rules import micro_rows
 from headway.pretrain.config import Job
-from headway.pretrain.device import choose_device, choose_precision
-from headway.pretrain.errors import JobError
 from headway.pretrain.inert import inert
-from headway.pretrain.recipe import DEFAULT, as_plain, leaves, one_line, resolve
+from headway.pretrain.recipe import DEFAULT, as_plain, leaves, one_line
 
 
 def show(recipes: Sequence[str], sets: Sequence[str], accelerate: str | None = None) -> None:
@@ -38,23 +32,6 @@ def show(recipes: Sequence[str], sets: Sequence[str], accelerate: str | None = N
         note = f"no effect: {useless[name]}" if name in useless else ""
         table.add_row(name, *(Text(each) for each in (one_line(plain), origin, note)), style=style)
     console().print(table)
-
-
-def show_engine(engine: str, recipes: Sequence[str], sets: Sequence[str], ranks: int) -> None:
-    """Print what a job becomes in the words of an engine that has a file for them, over so many ranks.
-
-    Raises:
-        JobError: an engine that has none, or a job that this one refuses.
-    """
-    if engine != "deepspeed":
-        raise JobError("--engine", engine, "only DeepSpeed has a file of settings", "deepspeed")
-    job = resolve(recipes, [*sets, "parallel.engine=deepspeed"]).job
-    layout, device = mesh.lay_out(job.parallel, ranks), choose_device(job.parallel.device)
-    capabilities.check(job, layout, device.type)
-    rows = micro_rows(job, layout) * job.row_tokens
-    m = job.model
-    precision, _ = choose_precision(job.precision, device, hidden=m.hidden, rows=rows, ffn=m.ffn_width)
-    print(json.dumps(configure(job, layout, precision, device.type), indent=2))
 
 
 def print_schema() -> None:

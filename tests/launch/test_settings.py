@@ -3,10 +3,7 @@
 import json
 from pathlib import Path
 
-import pytest
-
-from headway.launch.settings import schema, show, show_engine
-from headway.pretrain.errors import JobError
+from headway.launch.settings import schema, show
 
 
 def test_the_shipped_schema_is_the_jobs(capsys):
@@ -21,15 +18,3 @@ def test_show_names_origins_and_settings_without_effect(capsys):
     assert "no effect: only wsd" in lines["schedule.decay"]
     assert "gpt/tiny" in lines["model.layers"]
     assert "default" in lines["optimizer.eps"]
-
-
-def test_what_a_job_becomes_in_deepspeeds_words(capsys):
-    show_engine("deepspeed", ["gpt/124m"], ["parallel.deepspeed.offload_optimizer=cpu", "precision=bf16"], 8)
-    told = json.loads(capsys.readouterr().out)
-    assert told["zero_optimization"] == {"stage": 3, "offload_optimizer": {"device": "cpu"}}
-    assert told["train_batch_size"] == 512
-    assert told["bf16"] == {"enabled": True}
-    with pytest.raises(JobError, match=r"parallel\.engine = native"):
-        show_engine("deepspeed", ["gpt/124m"], ["precision=fp64"], 8)
-    with pytest.raises(JobError, match="deepspeed"):
-        show_engine("megatron", ["gpt/124m"], [], 8)
