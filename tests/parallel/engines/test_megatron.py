@@ -210,7 +210,8 @@ def evaluated(rank, world):
     rows = running.stream.batch(0, 12, running.here.data_rank, 2)
     before = values(running)
     sums = running.engine.evaluate(running.objective.collate(rows))
-    return sums["loss"], all(torch.equal(value, before[key]) for key, value in values(running).items())
+    same = all(torch.equal(value, before[key]) for key, value in values(running).items())
+    return sums["loss"], same, running.engine.parameters()
 
 
 def test_evaluation_has_the_average_and_puts_the_weights_back(pool):
@@ -219,6 +220,7 @@ def test_evaluation_has_the_average_and_puts_the_weights_back(pool):
     for step in range(3):
         alone.step(step)
     total, count = alone.engine.evaluate(alone.objective.collate(alone.stream.batch(0, 12, 0, 1)))["loss"]
-    for sums, same in pool(evaluated, ranks=2, timeout=300):
+    for sums, same, count_of_parameters in pool(evaluated, ranks=2, timeout=300):
         assert same
+        assert count_of_parameters == alone.engine.parameters()
         assert sums == (pytest.approx(total, rel=1e-5), count)
