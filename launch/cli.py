@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -222,12 +222,23 @@ def export(
 
 @config.command("show")
 def config_show(
-    recipes: Recipes, sets: Sets = None, accelerate: Accelerate = None, debug: Debug = False
+    recipes: Recipes,
+    sets: Sets = None,
+    accelerate: Accelerate = None,
+    engine: Annotated[
+        Literal["deepspeed"] | None, typer.Option(help="Print the configuration that this engine is given.")
+    ] = None,
+    ranks: Annotated[
+        int, typer.Option("--nproc", help="Ranks over which `--engine` lays it out.", min=1)
+    ] = 1,
+    debug: Debug = False,
 ) -> None:
     """Every setting with its origin; settings without effect are marked. Before them, what becomes of a config file of
-    Accelerate."""
-    from headway.launch import settings
+    Accelerate. With `--engine deepspeed`, the DeepSpeed JSON instead."""
+    from headway.launch import deepspeed_json, settings
 
+    if engine:
+        return deepspeed_json.show(recipes, sets or [], ranks)
     settings.show(recipes, sets or [], accelerate)
 
 

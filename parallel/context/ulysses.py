@@ -21,6 +21,10 @@ from headway.parallel.context.exchange import Team
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Mask, WeightDropout | None, Bias | None, Extras], Tensor]
 
+Local = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""The kernel with all but queries, keys and values filled in."""
+Trade = Callable[[Tensor, Tensor, Tensor, tuple[int, int], Team, Local], Tensor]
+
 
 def attention(
     q_BHSD: Tensor,
@@ -32,24 +36,43 @@ def attention(
     own: Extras,
     team: Team,
     kernel: Kernel,
+    trade: Trade | None = None,
 ) -> Tensor:
     """Attention of this rank's queries to all ranks' keys, [B, H, S, D]; see `ring.attention`.
 
     Args:
         own: the mechanism's parameters [H, ...] and gates [B, H, S, ...], by name.
         kernel: (q, k, v, mask, dropout, bias, own) of whole sequences -> output.
+        trade: how heads are exchanged for columns and back; `traded` if not given.
     """
     assert mask.split is not None
-    asking, asked = mask.split
+    asking, _ = mask.split
     k_BKMD, v_BKMD = (repeated(x, team.ranks) for x in (k_BKMD, v_BKMD))
+    heads = q_BHSD.shape[1] // team.ranks
+    bias = _bias(bias_HST, asking, heads, team)
+    if dropout is not None:
+        first, places = dropout.first_head + team.rank * heads, torch.arange(asking, device=q_BHSD.device)
+        dropout = dropout._replace(positions=places, first_head=first)
+    mine = {name: _mine(x, asking, team, heads) for name, x in own.items()}
+
+    def local(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return kernel(q, k, v, mask._replace(split=None), dropout, bias, mine)
+
+    return (trade or traded)(q_BHSD, k_BKMD, v_BKMD, mask.split, team, local)
+
+
+def traded(
+    q_BHSD: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, totals: tuple[int, int], team: Team, kernel: Local
+) -> Tensor:
+    """A kernel's output [B, H, S, D] for this rank's columns, from all columns of a share of the heads.
+
+    Args:
+        totals: queries and keys of the whole.
+    """
+    asking, asked = totals
     q = team.heads_for_columns(q_BHSD, asking)
     k, v = (team.heads_for_columns(x, asked) for x in (k_BKMD, v_BKMD))
-    bias = _bias(bias_HST, asking, q.shape[1], team)
-    if dropout is not None:
-        first, places = dropout.first_head + team.rank * q.shape[1], torch.arange(asking, device=q.device)
-        dropout = dropout._replace(positions=places, first_head=first)
-    mine = {name: _mine(x, asking, team, q.shape[1]) for name, x in own.items()}
-    return team.columns_for_heads(kernel(q, k, v, mask._replace(split=None), dropout, bias, mine))
+    return team.columns_for_heads(kernel(q, k, v))
 
 
 def _bias(bias_HST: Bias | None, total: int, heads: int, team: Team) -> Bias | None:

@@ -37,7 +37,7 @@ def holders(tensor: Tensor | Fragment, world: World) -> frozenset[int]:
     if isinstance(tensor, Fragment):
         return tensor.holders or frozenset({world.rank})
     if not is_spread(tensor):
-        return _alike(world.layout, world.rank, ())
+        return alike(world.layout, world.rank, ())
     mesh = tensor.device_mesh
     apart: set[str] = set()
     coordinate = mesh.get_coordinate()
@@ -46,11 +46,11 @@ def holders(tensor: Tensor | Fragment, world: World) -> frozenset[int]:
         if not placement.is_replicate():
             index = tuple(slice(None) if d == dim else c for d, c in enumerate(coordinate))
             apart |= set(varying(world.layout, mesh.mesh[index].tolist()))
-    return _alike(world.layout, world.rank, tuple(sorted(apart)))
+    return alike(world.layout, world.rank, tuple(sorted(apart)))
 
 
 @lru_cache(maxsize=64)
-def _alike(layout: Layout, rank: int, apart: Sequence[str]) -> frozenset[int]:
+def alike(layout: Layout, rank: int, apart: Sequence[str]) -> frozenset[int]:
     """Ranks that are at this one's place along the pipeline and along the axes named."""
     fixed = [AXES.index(axis) for axis in {"pipeline", *apart}]
     mine = places(layout)[rank]

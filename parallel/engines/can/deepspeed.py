@@ -5,7 +5,6 @@ from __future__ import annotations
 from headway.parallel.engines.can.cell import TESTED, Cell, refused, supported
 
 WHOLE = "ZeRO's flat shards have no rows: what needs whole matrices is native's"
-STAGES = "DeepSpeed's pipeline has one order of micro-batches, 1F1B"
 
 CAN: dict[str, Cell] = {
     "experts": TESTED,
@@ -18,12 +17,12 @@ CAN: dict[str, Cell] = {
     "context by ulysses": TESTED,
     "expert": TESTED,
     "pipeline": TESTED,
-    "schedule gpipe": refused(STAGES),
+    "schedule gpipe": TESTED,
     "schedule 1f1b": TESTED,
-    "schedule interleaved_1f1b": refused(STAGES),
-    "schedule interleaved_zero_bubble": refused(STAGES),
-    "schedule zbv": refused(STAGES),
-    "schedule dualpipev": refused(STAGES),
+    "schedule interleaved_1f1b": TESTED,
+    "schedule interleaved_zero_bubble": TESTED,
+    "schedule zbv": TESTED,
+    "schedule dualpipev": TESTED,
     "fp32": TESTED,
     "bf16": TESTED,
     "fp16 on cpu": refused("DeepSpeed has fp16 on GPUs alone"),

@@ -20,11 +20,13 @@ from headway.parallel.engines.deepspeed.merge import configure, one_bit
 from headway.parallel.engines.deepspeed.ranks import Ranks
 from headway.parallel.engines.deepspeed.settings import Json
 from headway.parallel.engines.deepspeed.staged import between_reductions
+from headway.parallel.engines.deepspeed.ulysses import exchange_by_deepspeed
 from headway.parallel.engines.totals import Totals
 from headway.parallel.mesh import AXES, World
+from headway.parallel.parts import is_part, part_of
 from headway.parallel.pipeline.plan import make_plan
 from headway.parallel.pipeline.run import Pipeline
-from headway.parallel.parts import is_part, part_of
+from headway.parallel.watch.ranks import alike
 from headway.pretrain.config import Job
 from headway.pretrain.engine import Batch, State
 from headway.pretrain.errors import JobError
@@ -40,11 +42,12 @@ class DeepSpeedEngine(BaseEngine):
     """See `headway.pretrain.engine.Engine`.
 
     DeepSpeed averages gradients over the data ranks, and the loss is weighed by their number beforehand, so that they
-    are summed. The norm is taken here and gradients are clipped here, from ZeRO's own shards: DeepSpeed's norm is another
-    where experts are spread, and of no use where a step must be refused before it is made.
+    are summed. The norm is taken here and gradients are clipped here, from ZeRO's own shards: DeepSpeed's norm is
+    another where experts are spread, and of no use where a step must be refused before it is made.
 
-    In bf16 and fp16 weights are narrow, as DeepSpeed's users expect, with fp32 masters and sums; but at stage 0 in bf16
-    they stay fp32. The forward runs under autocast, as native's does, so that norms and losses are computed in fp32.
+    In bf16 and fp16 weights are narrow, as DeepSpeed's users expect, with fp32 masters and sums; but at stage 0 in
+    bf16 they stay fp32. The forward runs under autocast, as native's does, so that norms and losses are computed in
+    fp32.
     """
 
     def __init__(self, job: Job, objective: Objective, world: World, *, precision: str) -> None:
@@ -57,8 +60,9 @@ class DeepSpeedEngine(BaseEngine):
         self.stage: int = config["zero_optimization"]["stage"]
         names = [name for name, _ in objective.named_parameters()]
         plan = make_plan(objective, job, world.layout) if world.layout.pipeline > 1 else None
-        self.blank = copy.deepcopy(objective) if self.stage == 3 else None
+        self.blank = copy.deepcopy(objective) if self.stage == 3 or plan else None
         spread(objective, job, world, precision=precision, plan=plan, plain=True)
+        exchange_by_deepspeed(objective)
         materialise(objective, job, world)
         experts.mark(objective, world, self.ranks.alone)
         everything = dict(objective.named_parameters())
@@ -187,7 +191,16 @@ class DeepSpeedEngine(BaseEngine):
     def _fragment(self, name: str, run: Tensor) -> Fragment:
         """A run of a parameter's elements, with its place in the whole."""
         start = self.flats.runs[name].start if name in self.named else 0
-        return Fragment(run, *self.parts[name], self.shapes[name], start)
+        return Fragment(run, *self.parts[name], self.shapes[name], start, self._holders(name))
+
+    def _holders(self, name: str) -> frozenset[int] | None:
+        """Ranks that have the same run: without ZeRO, all replicas."""
+        if self.stage > 0:
+            return None
+        if (experts_alike := experts.copies_of(self.named[name])) is not None:
+            return frozenset(dist.get_process_group_ranks(experts_alike))
+        cut = self.parts[name].shape != self.shapes[name]
+        return alike(self.world.layout, self.world.rank, ("tensor",) if cut else ())
 
     # -- pieces --------------------------------------------------------------------------------------------
 
@@ -225,14 +238,14 @@ class DeepSpeedEngine(BaseEngine):
             return
         for name, weight in weights.items():
             run = self.flats.runs[name]
-            self.flats.weight(name).copy_(weight.view(-1)[run.start : run.start + run.count])
+            self.flats.weight(name).copy_(weight.view(-1)[run.start : run.start + run.numel])
 
 
 def handed(config: Json) -> Json:
     """What DeepSpeed is given of a job's JSON: without what this engine does itself.
 
-    It clips. It drives micro-batches, of which a growing batch has more and more. `train_batch_size` is left out because
-    DeepSpeed takes ranks along the context axis for readers of other rows.
+    It clips. It drives micro-batches, of which a growing batch has more and more. `train_batch_size` is left out
+    because DeepSpeed takes ranks along the context axis for readers of other rows.
     """
     zero = config["zero_optimization"] | {
         "memory_efficient_linear": False

@@ -31,7 +31,8 @@ def mark(root: nn.Module, world: World, alone: dist.ProcessGroup) -> None:
     groups._EXPERT_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(ranks.get_group("expert"))
     groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(copies)
     for moe in layers_of(root):
-        moe.__class__ = _recognised(type(moe))
+        kind: Any = type(moe)
+        moe.__class__ = _recognised(kind)
         moe.num_experts = len(moe.up) * world.layout.expert  # type: ignore[assignment]
     for parameter in routed(root):
         parameter.allreduce = False  # type: ignore[attr-defined]
@@ -66,11 +67,11 @@ def copies_of(parameter: Tensor) -> dist.ProcessGroup | None:
 
 @cache
 def _recognised(kind: Any) -> Any:
-    """A class of our layers of experts that DeepSpeed takes for one of its own, by whose presence it tells whether a model
-    has experts."""
+    """A class of our layers of experts that DeepSpeed takes for one of its own, by whose presence it tells whether a
+    model has experts."""
     from deepspeed.moe.layer import MoE
 
-    class Recognised(MoE):  # type: ignore[misc]
+    class Recognised(MoE):
         def set_deepspeed_parallelism(self, *_: Any) -> None:
             """The groups are there."""
 

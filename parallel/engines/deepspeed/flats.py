@@ -1,8 +1,8 @@
 """Where ZeRO keeps a parameter's fp32 weights, moments and gradient on this rank: as live views, whatever the stage.
 
-ZeRO lays parameters end to end in flat buffers and gives each rank a part (Rajbhandari et al. 2020). A parameter then has
-at most one run of neighbouring elements on a rank: `count` elements from `start` in the parameter, from `at` in the rank's
-flat buffer.
+ZeRO lays parameters end to end in flat buffers and gives each rank a part (Rajbhandari et al. 2020). A parameter then
+has at most one run of neighbouring elements on a rank: `numel` elements from `start` in the parameter, from `at` in
+the rank's flat buffer.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Run(NamedTuple):
         flat: which buffer.
         at: where in it.
         start: where in the parameter, flattened.
-        count: how many; 0 if the rank has none.
+        numel: how many; 0 if the rank has none.
     """
 
     flat: int
     at: int
     start: int
-    count: int
+    numel: int
 
 
 class Flats(ABC):
@@ -81,13 +81,13 @@ class Flats(ABC):
     def weight(self, name: str) -> Tensor:
         """This rank's run of the fp32 weights."""
         run = self.runs[name]
-        return self.masters[run.flat].detach().view(-1)[run.at : run.at + run.count]
+        return self.masters[run.flat].detach().view(-1)[run.at : run.at + run.numel]
 
     def moment(self, name: str, key: str) -> Tensor:
         """This rank's run of a moment."""
         run = self.runs[name]
         flat: Tensor = self.inner.state[self.masters[run.flat]][key]
-        return flat.view(-1)[run.at : run.at + run.count]
+        return flat.view(-1)[run.at : run.at + run.numel]
 
     def step(self, name: str) -> Tensor:
         """The count of updates that the optimizer keeps for the buffer in which a parameter lies, 0-dim."""
@@ -165,8 +165,8 @@ class Shards(Flats):
 
     def gradients(self) -> dict[str, Tensor]:
         if self.optimizer.cpu_offload:
-            flats = [flat.grad for flat in self.masters]
-            return {name: flats[run.flat][run.at :][: run.count] for name, run in self.runs.items()}
+            flats: Any = [flat.grad for flat in self.masters]
+            return {name: flats[run.flat][run.at :][: run.numel] for name, run in self.runs.items()}
         found = {name: self.masters[0].new_empty(0) for name in self.named}
         names = {id(p): name for name, p in self.named.items()}
         for i, parts in self.optimizer.averaged_gradients.items():
@@ -207,7 +207,7 @@ class NarrowShards(Flats):
 
     def gradients(self) -> dict[str, Tensor]:
         flats = self.optimizer.fp32_groups_gradient_flat_partition
-        return {name: flats[run.flat][run.at :][: run.count] for name, run in self.runs.items()}
+        return {name: flats[run.flat][run.at :][: run.numel] for name, run in self.runs.items()}
 
     def forget(self) -> None:
         self.optimizer.clear_hp_grads()
@@ -232,13 +232,13 @@ class Parts(Flats):
 
     def gradients(self) -> dict[str, Tensor]:
         if self.optimizer.offload_optimizer:
-            flats = [flat.grad for flat in self.masters]
-            return {name: flats[run.flat][run.at :][: run.count] for name, run in self.runs.items()}
+            flats: Any = [flat.grad for flat in self.masters]
+            return {name: flats[run.flat][run.at :][: run.numel] for name, run in self.runs.items()}
         found = {}
         names = {id(p): name for name, p in self.named.items()}
         for i, parts in self.optimizer.averaged_gradients.items():
             for p, part in zip(self.optimizer.fp16_groups[i], parts, strict=True):
-                found[names[id(p)]] = part.view(-1)[: self.runs[names[id(p)]].count]
+                found[names[id(p)]] = part.view(-1)[: self.runs[names[id(p)]].numel]
         return found
 
     def forget(self) -> None:
@@ -256,7 +256,7 @@ class Parts(Flats):
 
 def flats_of(engine: Any, named: Mapping[str, Tensor]) -> Flats:
     """The flat buffers of DeepSpeed's engine."""
-    kinds = {
+    kinds: dict[str, type[Whole | Shards | NarrowShards | Parts]] = {
         "DeepSpeedZeroOptimizer": Shards,
         "BF16_Optimizer": NarrowShards,
         "DeepSpeedZeroOptimizer_Stage3": Parts,

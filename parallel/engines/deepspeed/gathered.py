@@ -17,7 +17,6 @@ from headway.parallel.parts import Part
 from headway.pretrain.models.spectral import SpectralLinear
 from headway.pretrain.objectives import Objective
 
-
 HOLDER = -1
 """A number that no module has with DeepSpeed."""
 
@@ -59,11 +58,11 @@ def _joined(weight_OI: Tensor, part: Part, group: dist.ProcessGroup) -> Tensor:
 
 
 def spare_linears(objective: Objective) -> None:
-    """Let plain linear layers keep their weight for the backward, and not a view of it, which would keep what ZeRO-3 has
-    gathered alive between the passes.
+    """Let plain linear layers keep their weight for the backward, and not a view of it, which would keep what ZeRO-3
+    has gathered alive between the passes.
 
-    DeepSpeed itself puts its function in the place of torch.nn.functional.linear, for all that the process computes from
-    then on. It adds the bias in place, too: to what a policy of recomputation has kept.
+    DeepSpeed itself puts its function in the place of torch.nn.functional.linear, for all that the process computes
+    from then on. It adds the bias in place, too: to what a policy of recomputation has kept.
     """
     for module in objective.modules():
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
@@ -78,8 +77,8 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def keep_apart(offload: Any) -> None:
-    """Let ZeRO-3's hooks gather and free weights unseen by what counts operations: a policy of recomputation, which would
-    look for the results of gathering among those of the forward.
+    """Let ZeRO-3's hooks gather and free weights unseen by what counts operations: a policy of recomputation, which
+    would look for the results of gathering among those of the forward.
 
     Args:
         offload: DeepSpeed's `DeepSpeedZeRoOffload`.

@@ -12,9 +12,9 @@ Json = dict[str, Any]
 
 
 def narrow(precision: str, stage: int, layout: Layout) -> bool:
-    """Whether weights are narrow, beside fp32 masters. Without ZeRO, DeepSpeed has masters in fp16 alone, and between the
-    stages of a pipeline gradients of many micro-batches add up in the weights' precision: in bf16 weights then stay fp32,
-    and the forward runs under autocast."""
+    """Whether weights are narrow, beside fp32 masters. Without ZeRO, DeepSpeed has masters in fp16 alone, and between
+    the stages of a pipeline gradients of many micro-batches add up in the weights' precision: in bf16 weights then
+    stay fp32, and the forward runs under autocast."""
     return precision == "fp16" or (precision == "bf16" and stage > 0 and layout.pipeline == 1)
 
 
@@ -75,6 +75,7 @@ def generate(job: Job, layout: Layout, precision: str) -> Json:
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW where there is offload: the other one is compiled
         "steps_per_print": None,
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device at every micro-batch
     }
     if narrow(precision, stage, layout):
         # Sums stay in fp32, as in the other engines.

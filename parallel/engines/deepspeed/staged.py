@@ -1,8 +1,9 @@
 """ZeRO's optimizer beside the stages of a pipeline: torch's schedules run the stages, as in the native engine, and
 DeepSpeed reduces what they have summed and steps.
 
-DeepSpeed's own pipeline (`deepspeed.pipe`) knows one order of micro-batches, builds its model anew from layers, and takes
-gradients over in its own loop. Here a pipeline keeps its order, its tied weights and its messages, whatever the engine.
+DeepSpeed's own pipeline (`deepspeed.pipe`) knows one order of micro-batches, builds its model anew from layers, and
+takes gradients over in its own loop. Here a pipeline keeps its order, its tied weights and its messages, whatever the
+engine.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def join(package: Any, world: World) -> None:
 
     One process without a group gets one: DeepSpeed knows no other way.
     """
-    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero import parameter_offload, partition_parameters
     from deepspeed.utils import groups
 
     if not dist.is_initialized():
@@ -56,6 +56,11 @@ def join(package: Any, world: World) -> None:
     package.init_distributed(dist_init_required=False, verbose=False)
     groups._release_process_group_references()
     parameter_offload.FWD_MODULE_STACK.clear()
+    # It numbers parameters and modules for as long as the process lives; ranks that had other engines before would
+    # disagree.
+    partition_parameters.Init.param_id = 0
+    (numbers,) = parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
+    numbers[:] = [0]
 
 
 def initialise(

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from headway.pretrain.errors import NonFiniteError
+from headway.pretrain.errors import DivergenceError, NonFiniteError
 from headway.tests.parallel.engines.beside import DEEP, PLAIN, prove_engine
 from headway.tests.parallel.family_cases import merged
 from headway.tests.parallel.proof import Running
@@ -29,6 +29,8 @@ def ds(zero="auto", **axes):
         (["gpt"], ds(3, shard=2, deepspeed_offload_optimizer="cpu", deepspeed_offload_parameters="cpu")),
         (["gpt"], ds(2, shard=2, tensor=2, micro_batch=3)),
         (["experts"], ds(2, shard=2, expert=2)),
+        (["gpt"], ds(1, pipeline=2, micro_batch=6)),
+        (["gpt"], ds(2, context=2, context_method="ulysses")),
         (["t5"], ds(3, shard=2, micro_batch=3, recompute="products")),
     ],
 )
@@ -92,6 +94,28 @@ def test_experts_over_ranks(pool, zero, axes):
 
 
 @pytest.mark.matrix
+@pytest.mark.parametrize("zero", [0, 1])
+@pytest.mark.parametrize("axes", [{}, {"shard": 2}, {"tensor": 2}, {"context": 2}])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_zero_beside_the_stages_of_a_pipeline(pool, name, axes, zero):
+    prove_engine(pool, [name], ds(zero, pipeline=2, micro_batch=3, **axes), DEEP)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    "schedule", ["gpipe", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"]
+)
+def test_every_order_of_micro_batches(pool, schedule):
+    prove_engine(pool, ["gpt", "t5"], ds(1, pipeline=2, micro_batch=3, schedule=schedule), DEEP)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("zero", [0, 1])
+def test_a_pipeline_in_bf16(pool, zero):
+    prove_engine(pool, FAMILIES, ds(zero, pipeline=2, micro_batch=3), DEEP, precision="bf16")
+
+
+@pytest.mark.matrix
 @pytest.mark.parametrize("zero", [0, 2, 3])
 @pytest.mark.parametrize("how", [{"recompute": "full"}, {"recompute": "products"}, {"offload": True}])
 def test_activations_that_are_recomputed_or_kept_elsewhere(pool, zero, how):
@@ -147,6 +171,24 @@ def test_a_step_that_is_not_finite_changes_nothing(pool, zero):
         np.testing.assert_allclose(losses, alone("gpt", more, 4, "fp32").losses[1:], rtol=1e-5)
 
 
+def flipped(rank, world, zero):
+    """What is said of a replica that has other weights."""
+    running = Running(
+        "gpt", rank, world, ds(zero, replicate=world, shard=1, check_every=1), PLAIN, 4, precision="fp32"
+    )
+    running.step(0)
+    if rank:
+        running.engine.named["model.norm.weight"].data[3] += 1e-3
+    with pytest.raises(DivergenceError) as found:
+        running.step(1)
+    return str(found.value)
+
+
+def test_replicas_are_compared(pool):
+    for said in pool(flipped, ranks=2, zero=0):
+        assert "model.norm.weight" in said
+
+
 def asked(rank, world, zero):
     """Evaluation with averaged weights, and logits and maps of whole models, amid training."""
     more = merged(PLAIN, {"optimizer": {"ema": 0.5}})
@@ -180,7 +222,8 @@ def test_evaluation_and_what_people_ask_of_a_model(pool, zero):
 def replaced(rank, world):
     """Groups of ranks that come and go: an engine, then one of another size, in the same processes."""
     linear = torch.nn.functional.linear
-    losses = Running("gpt", rank, world, ds(3, shard=world), PLAIN, 4, precision="fp32").step(0).loss
+    running = Running("gpt", rank, world, ds(3, shard=world), PLAIN, 4, precision="fp32")
+    losses = [running.step(step).loss for step in range(3)]
     assert dist.get_world_size() == world
     assert torch.nn.functional.linear is linear  # DeepSpeed would put its own there, for good
     return losses

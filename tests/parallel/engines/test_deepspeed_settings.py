@@ -13,7 +13,9 @@ from headway.pretrain.errors import JobError
 
 def job(config=None, zero="auto", model=None, optimizer=None, train=None, **parallel):
     section = {"zero": zero} | ({} if config is None else {"config": json.dumps(config)})
-    section |= {k: parallel.pop(k) for k in ("offload_optimizer", "offload_parameters", "nvme_path") if k in parallel}
+    section |= {
+        k: parallel.pop(k) for k in ("offload_optimizer", "offload_parameters", "nvme_path") if k in parallel
+    }
     return Job.model_validate({
         "model": {"hidden": 64, "heads": 4} | (model or {}),
         "data": {"tokenizer": {"kind": "bytes"}},
@@ -33,6 +35,8 @@ def test_a_job_in_deepspeeds_words():
     assert found["bf16"] == {"enabled": True}
     assert found["data_types"] == {"grad_accum_dtype": "fp32"}
     assert "bf16" not in generate(job(shard=2), Layout(shard=2), "fp32")
+    assert "bf16" not in generate(job(replicate=2, shard=1), Layout(replicate=2), "bf16")  # fp32 weights
+    assert "bf16" not in generate(job(zero=1, pipeline=2), Layout(pipeline=2), "bf16")  # too
     assert generate(job(optimizer={"clip": None}), Layout(), "fp32")["gradient_clipping"] == 0
 
 
@@ -76,10 +80,17 @@ def test_the_stage_follows_from_the_axes(asked, layout, precision, stage):
     ("asked", "layout", "precision", "field", "nearest"),
     [
         ({"zero": 0}, Layout(), "fp16", "parallel.deepspeed.zero", 1),
+        ({"pipeline": 2}, Layout(pipeline=2), "fp16", "precision", "native"),
         ({"zero": 3, "expert": 2}, Layout(shard=2, expert=2), "fp32", "parallel.deepspeed.zero", 2),
         ({"zero": 2, "pipeline": 2}, Layout(pipeline=2), "fp32", "parallel.deepspeed.zero", 1),
         ({"zero": 1, "offload_optimizer": "cpu"}, Layout(), "fp32", "parallel.deepspeed.zero", 2),
-        ({"pipeline": 2, "offload_optimizer": "cpu"}, Layout(pipeline=2), "fp32", "parallel.deepspeed", "native"),
+        (
+            {"pipeline": 2, "offload_optimizer": "cpu"},
+            Layout(pipeline=2),
+            "fp32",
+            "parallel.deepspeed",
+            "native",
+        ),
     ],
 )
 def test_stages_that_cannot_be(asked, layout, precision, field, nearest):
@@ -125,7 +136,10 @@ def test_auto_is_filled_in_as_hugging_face_does_it():
         "gradient_clipping": "auto",
         "bf16": {"enabled": "auto"},
         "fp16": {"enabled": "auto"},
-        "optimizer": {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")},
+        "optimizer": {
+            "type": "AdamW",
+            "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto"),
+        },
         "zero_optimization": {
             "stage": 3,
             "reduce_bucket_size": "auto",
@@ -138,7 +152,12 @@ def test_auto_is_filled_in_as_hugging_face_does_it():
     assert found["gradient_accumulation_steps"] == 2
     assert found["bf16"] == {"enabled": True}
     assert found["fp16"] == {"enabled": False}
-    assert found["optimizer"]["params"] == {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+    assert found["optimizer"]["params"] == {
+        "lr": 1e-3,
+        "betas": [0.9, 0.95],
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+    }
     zero = found["zero_optimization"]
     assert zero["reduce_bucket_size"] == 64 * 64
     assert zero["stage3_prefetch_bucket_size"] == int(0.9 * 64 * 64)
@@ -190,7 +209,11 @@ def test_what_needs_a_gpu_is_refused_without_one(theirs, said):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("{", "is not JSON"), ("nowhere.json", "cannot be read"), ('{"gradient_cliping": 1}', "none of DeepSpeed's keys")],
+    [
+        ("{", "is not JSON"),
+        ("nowhere.json", "cannot be read"),
+        ('{"gradient_cliping": 1}', "none of DeepSpeed's keys"),
+    ],
 )
 def test_files_that_cannot_be(text, said):
     asked = job(shard=2)
@@ -206,6 +229,7 @@ def test_a_file(tmp_path):
     file.write_text(json.dumps({"zero_optimization": {"overlap_comm": False}}))
     asked = job(shard=2)
     section = asked.parallel.deepspeed.model_copy(update={"config": str(file)})
-    with_file = asked.model_copy(update={"parallel": asked.parallel.model_copy(update={"deepspeed": section})})
+    with_file = asked.model_copy(
+        update={"parallel": asked.parallel.model_copy(update={"deepspeed": section})}
+    )
     assert configure(with_file, Layout(shard=2), "fp32", "cpu")["zero_optimization"]["overlap_comm"] is False
-
