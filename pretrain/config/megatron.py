@@ -12,8 +12,8 @@ class Megatron(Section):
     may hold settings for all of them."""
 
     distributed_optimizer: bool | Literal["auto"] = "auto"
-    """Shard optimizer state over the data ranks (replicate x shard x context), as ZeRO's first stage does; `auto` does so
-    where the optimizer can, which is AdamW."""
+    """Shard optimizer state over the data ranks (replicate x shard x context), as ZeRO's first stage does; `auto` does
+    so where the optimizer can, which is AdamW."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward goes on."""
     overlap_param_gather: bool = False

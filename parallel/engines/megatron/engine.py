@@ -47,7 +47,7 @@ class MegatronEngine(BaseEngine):
         super().__init__(job, objective, world, precision=precision)
         adapt()
         layout = world.layout
-        self.groups = groups.start(world)
+        self.groups = groups.start(world, job.parallel.timeout)
         plan = make_plan(objective, job, layout) if layout.pipeline > 1 else None
         names = [name for name, _ in objective.named_parameters()]
         self.blank = copy.deepcopy(objective) if plan else None
@@ -88,8 +88,8 @@ class MegatronEngine(BaseEngine):
         )
         self.pieces = fragments.pieces(self.optimizer, trained, fragments.Copies.among(self.groups))
         for name, values in exact.items():  # Megatron has made them from the narrow ones
-            if (piece := self.pieces.get(name)) is not None:
-                piece.main.copy_(values.view(-1)[piece.start :][: len(piece.main)])
+            piece = self.pieces[name]
+            piece.main.copy_(values.view(-1)[piece.start :][: len(piece.main)])
         check_shares(self.named, self.data.config)
         check_groups(group for each in self.optimizer.chained_optimizers for group in each.param_groups)
         self.gather, self.gathered = lambda: None, lambda: None

@@ -39,7 +39,7 @@ class Piece(NamedTuple):
 def pieces(
     optimizer: ChainedOptimizer, named: Mapping[str, nn.Parameter], copies: Copies
 ) -> dict[str, Piece]:
-    """Name -> this rank's piece of a trained parameter."""
+    """Name -> this rank's piece of a trained parameter, which may be empty."""
     names = {parameter: name for name, parameter in named.items()}
     found: dict[str, Piece] = {}
     for each in optimizer.chained_optimizers:
@@ -49,7 +49,7 @@ def pieces(
             entries = {key: value.detach() for key, value in each.state[main].items()}
             holders = None if sharded else copies.of(parameter)
             found[names[parameter]] = Piece(main.detach().view(-1), start, entries, holders)
-    return {name: found[name] for name in named if name in found}
+    return {name: found.get(name) or _nothing(parameter) for name, parameter in named.items()}
 
 
 class Copies(NamedTuple):
@@ -97,6 +97,11 @@ def refresh(optimizer: ChainedOptimizer) -> None:
     for chunk in optimizer.model_chunks:
         if chunk.ddp_config.use_distributed_optimizer:
             chunk.start_param_sync(force_sync=True)
+
+
+def _nothing(parameter: nn.Parameter) -> Piece:
+    """Of a parameter that other data ranks have."""
+    return Piece(parameter.new_empty(0, dtype=torch.float32).detach(), 0, {}, None)
 
 
 def _mains(each: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:

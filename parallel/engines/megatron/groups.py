@@ -33,13 +33,17 @@ class Places:
     pp: int
 
 
-def start(world: World) -> ProcessGroupCollection:
+def start(world: World, timeout: float) -> ProcessGroupCollection:
     """The groups of a layout; collective. Those of another layout before are forgotten.
 
     A process alone gets a group of its own, without which Megatron does nothing.
 
     Stages of a pipeline that share parameters add their gradients themselves (`pipeline.shared`): Megatron's group for
     that is given one rank.
+
+    Args:
+        world: this process among the ranks.
+        timeout: seconds that a collective may take.
     """
     if not dist.is_initialized():
         dist.init_process_group(world.backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -54,6 +58,7 @@ def start(world: World) -> ProcessGroupCollection:
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=1,
+        distributed_timeout_minutes=timeout / 60,
         order=ORDER,
         get_embedding_ranks=lambda line, *_: line[:1],
         create_gloo_process_groups=False,

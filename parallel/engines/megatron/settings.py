@@ -7,6 +7,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from headway.parallel.engines.megatron.guards import exact
 from headway.parallel.mesh import Layout
 from headway.pretrain.config import Job
 
@@ -25,7 +26,7 @@ def gradients(job: Job, layout: Layout) -> TransformerConfig:
 def dispatcher(job: Job, layout: Layout) -> TransformerConfig:
     """For dispatchers: each rank has whole experts, and other tokens than the ranks beside it. A capacity says that
     pairs may be dropped, so that Megatron counts them; which ones, our router has said."""
-    return TransformerConfig(
+    return exact(
         num_layers=job.model.layers,
         hidden_size=job.model.hidden,
         num_attention_heads=job.model.heads,
@@ -39,13 +40,12 @@ def dispatcher(job: Job, layout: Layout) -> TransformerConfig:
 
 
 def _config(job: Job, layout: Layout, *, sequence_parallel: bool) -> TransformerConfig:
-    return TransformerConfig(
+    return exact(
         num_layers=job.model.layers,
         hidden_size=job.model.hidden,
         num_attention_heads=job.model.heads,
         tensor_model_parallel_size=layout.tensor,
         sequence_parallel=sequence_parallel,
-        calculate_per_token_loss=True,
         use_cpu_initialization=True,
         perform_initialization=False,
         gradient_accumulation_fusion=False,

@@ -43,10 +43,10 @@ def test_what_a_job_asks_for_is_seen():
         ),
         ({"engine": "deepspeed", "precision": "fp64"}, Layout(), "precision", "parallel.engine = native"),
         (
-            {"engine": "deepspeed", "pipeline": 2, "schedule": "interleaved_1f1b"},
+            {"engine": "megatron", "pipeline": 2, "schedule": "zbv"},
             Layout(pipeline=2),
             "parallel.schedule",
-            "parallel.engine = native, or parallel.engine = megatron, or parallel.schedule = 1f1b",
+            "parallel.engine = native, or parallel.engine = deepspeed, or parallel.schedule = 1f1b",
         ),
     ],
 )
@@ -60,10 +60,8 @@ def test_what_an_engine_cannot_do_is_refused_with_who_can(settings, layout, fiel
 
 def test_no_engine_is_named_that_refuses_something_else_of_the_job():
     with pytest.raises(JobError) as refusal:
-        check(
-            job(engine="deepspeed", precision="fp64", schedule="interleaved_1f1b"), Layout(pipeline=2), "cpu"
-        )
-    assert "megatron" not in str(refusal.value)
+        check(job(engine="megatron", precision="fp64", schedule="zbv"), Layout(pipeline=2), "cpu")
+    assert "deepspeed" not in str(refusal.value)
 
 
 def test_sections_of_other_engines_are_not_read():

@@ -2,12 +2,14 @@
 
 from functools import partial
 from importlib.util import find_spec
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
 from headway.parallel.checkpoint.layout import held
+from headway.parallel.recompute import offload
 from headway.pretrain.errors import NonFiniteError
 from headway.tests.parallel.engines.beside import DEEP, PLAIN, prove_engine
 from headway.tests.parallel.family_cases import merged
@@ -165,6 +167,8 @@ def layers_of(rank, world):
     """Types of layers, and of what they hold."""
     running = Running("experts", rank, world, {"tensor": 2, **MEGATRON}, PLAIN, 4, precision="bf16")
     block, table = running.objective.model.blocks[0], running.objective.model.embed.tokens
+    with torch.no_grad():
+        logits = running.engine.whole().eval().logits(torch.arange(32).view(2, 16))
     return {
         "q": type(block.attention.q).__mro__[1].__name__,
         "o": type(block.attention.o).__mro__[1].__name__,
@@ -173,12 +177,20 @@ def layers_of(rank, world):
         "words": len(table.weight),
         "dtypes": {str(p.dtype) for p in (block.attention.q.weight, block.mlp.up)},
         "wide": {str(p.dtype) for p in (table.weight, block.mlp.router.weight)},
+        "logits": logits.float().numpy(),
         "extra": [name for name in running.objective.state_dict() if "extra_state" in name],
     }
 
 
 def test_layers_are_megatrons(pool):
+    """Narrow where products alone read them; what people ask of the model is asked under autocast. Logits of weights
+    that were rounded to 2^-9 are within 2 % of the largest."""
     first, last = pool(layers_of, ranks=2, timeout=300)
+    alone = Running("experts", 0, 1, {}, PLAIN, 4, precision="fp32").objective.eval()
+    with torch.no_grad():
+        expected = alone.logits(torch.arange(32).view(2, 16)).numpy()
+    for found in (first.pop("logits"), last["logits"]):
+        np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
     assert first == {
         "q": "ColumnParallelLinear", "o": "RowParallelLinear", "shared": "ColumnParallelLinear",
         "table": "VocabParallelEmbedding", "words": 34, "dtypes": {"torch.bfloat16"},
@@ -202,6 +214,22 @@ def test_layouts_follow_each_other_in_one_process(pool):
         assert found[0] == found[2]
 
 
+def offloaded(rank, world):
+    """Losses of three steps whose activations wait in host memory."""
+    layout = {"shard": 1, "tensor": 2, "recompute": "products", "offload": True, **MEGATRON}
+    with patch.object(offload, "SMALL", 64):
+        running = Running("t5", rank, world, layout, PLAIN, 4, precision="fp32")
+        return [running.step(step).loss for step in range(3)]
+
+
+@pytest.mark.matrix
+def test_activations_wait_in_host_memory(pool):
+    alone = Running("t5", 0, 1, {}, PLAIN, 4, precision="fp32")
+    expected = [alone.step(step).loss for step in range(3)]
+    for found in pool(offloaded, ranks=2, timeout=300):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def evaluated(rank, world):
     settings = merged(PLAIN, {"optimizer": {"ema": 0.5}})
     running = Running("gpt", rank, world, {"shard": 2, **MEGATRON, **OVERLAP}, settings, 4, precision="fp32")
@@ -210,7 +238,8 @@ def evaluated(rank, world):
     rows = running.stream.batch(0, 12, running.here.data_rank, 2)
     before = values(running)
     sums = running.engine.evaluate(running.objective.collate(rows))
-    return sums["loss"], all(torch.equal(value, before[key]) for key, value in values(running).items())
+    same = all(torch.equal(value, before[key]) for key, value in values(running).items())
+    return sums["loss"], same, running.engine.parameters()
 
 
 def test_evaluation_has_the_average_and_puts_the_weights_back(pool):
@@ -219,6 +248,7 @@ def test_evaluation_has_the_average_and_puts_the_weights_back(pool):
     for step in range(3):
         alone.step(step)
     total, count = alone.engine.evaluate(alone.objective.collate(alone.stream.batch(0, 12, 0, 1)))["loss"]
-    for sums, same in pool(evaluated, ranks=2, timeout=300):
+    for sums, same, count_of_parameters in pool(evaluated, ranks=2, timeout=300):
         assert same
+        assert count_of_parameters == alone.engine.parameters()
         assert sums == (pytest.approx(total, rel=1e-5), count)
