@@ -116,6 +116,11 @@ def _spectral_parts(job: Job, layout: Layout, device: str) -> Asked | None:
     return Asked("parallel.tensor", layout.tensor, 1) if asked else None
 
 
+def _average_beside_disk(job: Job, layout: Layout, device: str) -> Asked | None:
+    asked = bool(job.optimizer.ema) and job.parallel.deepspeed.offload_optimizer == "nvme"
+    return Asked("parallel.deepspeed.offload_optimizer", "nvme", "cpu") if asked else None
+
+
 FEATURES: dict[str, Ask] = {
     "experts": _experts,
     "replicate": _axis("replicate"),
@@ -154,6 +159,7 @@ FEATURES: dict[str, Ask] = {
     "check of replicas": _setting("parallel.check_every", nearest=0),
     "offload of optimizer state to cpu": _setting("parallel.deepspeed.offload_optimizer", "cpu", nearest="none"),
     "offload of optimizer state to nvme": _setting("parallel.deepspeed.offload_optimizer", "nvme", nearest="cpu"),
+    "offload of optimizer state to nvme x ema": _average_beside_disk,
     "offload of parameters to cpu": _setting("parallel.deepspeed.offload_parameters", "cpu", nearest="none"),
     "offload of parameters to nvme": _setting("parallel.deepspeed.offload_parameters", "nvme", nearest="cpu"),
 }  # fmt: skip

@@ -15,13 +15,13 @@ from headway.parallel.apply import materialise, spread
 from headway.parallel.checkpoint.fragments import Fragment
 from headway.parallel.engines.base import FIRST_ITERATIONS, MUON, BaseEngine, persistent_buffers
 from headway.parallel.engines.deepspeed import experts, start
-from headway.parallel.engines.deepspeed.flats import flats_of
 from headway.parallel.engines.deepspeed.gathered import gather_in, iterate_parts, keep_apart, spare_linears
 from headway.parallel.engines.deepspeed.merge import configure, one_bit
 from headway.parallel.engines.deepspeed.partition import partition
 from headway.parallel.engines.deepspeed.ranks import Ranks
 from headway.parallel.engines.deepspeed.settings import Json
 from headway.parallel.engines.deepspeed.staged import between_reductions
+from headway.parallel.engines.deepspeed.swapped import check_disk, flats_of
 from headway.parallel.engines.deepspeed.ulysses import exchange_by_deepspeed
 from headway.parallel.engines.totals import Totals
 from headway.parallel.mesh import AXES, World
@@ -31,7 +31,6 @@ from headway.parallel.pipeline.run import Pipeline
 from headway.parallel.watch.ranks import alike
 from headway.pretrain.config import Job
 from headway.pretrain.engine import Batch, State
-from headway.pretrain.errors import JobError
 from headway.pretrain.models.layers import Noise
 from headway.pretrain.objectives import Objective
 from headway.pretrain.optim.average import Average
@@ -56,7 +55,7 @@ class DeepSpeedEngine(BaseEngine):
         super().__init__(job, objective, world, precision=precision)
         config = configure(job, world.layout, precision, world.device.type)
         package = start.load(world.device.type)
-        check_disk(config)
+        check_disk(config["zero_optimization"], possible=start.has_async_io)
         start.join(package, world)
         self.ranks = Ranks(world)
         self.stage: int = config["zero_optimization"]["stage"]
@@ -141,9 +140,10 @@ class DeepSpeedEngine(BaseEngine):
     def _update(self, step: int, norm: float) -> None:
         clip = self.job.optimizer.clip
         if clip and norm > clip:
-            torch._foreach_mul_(list(self.flats.gradients().values()), clip / norm)
+            self.flats.clip(clip / norm)
         set_rate([self.flats.inner], self._factor(step))
         self.deepspeed.step()
+        self.flats.moved()
 
     def _settle(self, overflow: bool) -> dict[str, float]:
         if self.scale is None:
@@ -272,12 +272,3 @@ def handed(config: Json) -> Json:
         zero["compute_grad_norm"] = False
     rest = {key: value for key, value in config.items() if key != "train_batch_size"}
     return rest | {"gradient_clipping": 0.0, "zero_optimization": zero}
-
-
-def check_disk(config: Json) -> None:
-    """Raise JobError if something is to be kept on NVMe and files cannot be read beside the computation."""
-    zero = config["zero_optimization"]
-    for key, field in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_parameters")):
-        if zero.get(key, {}).get("device") == "nvme" and not start.has_async_io():
-            rule = "DeepSpeed's async_io cannot be built here: it needs libaio and its headers"
-            raise JobError(f"parallel.deepspeed.{field}", "nvme", rule, "cpu")

@@ -72,6 +72,13 @@ class Flats(ABC):
     def refresh(self) -> None:
         """Make narrow and gathered copies follow the masters, which were written. Collective."""
 
+    def clip(self, factor: float) -> None:
+        """Shrink the gradients that the coming step takes."""
+        torch._foreach_mul_(list(self.gradients().values()), factor)
+
+    def moved(self) -> None:  # noqa: B027  (most have no copies)
+        """A step has moved weights and moments: copies of them are of no use any more."""
+
     @property
     def inner(self) -> torch.optim.Optimizer:
         """torch's optimizer, which moves the masters."""
@@ -249,16 +256,9 @@ class Parts(Flats):
         optimizer._partition_all_parameters()
         for i in range(len(self.masters)):
             optimizer._reassign_or_swap_out_partitioned_parameters(i)
-        if kept := optimizer.persistent_parameters:  # small ones, which are never cut for long
+        self._regather()
+
+    def _regather(self) -> None:
+        if kept := self.optimizer.persistent_parameters:  # small ones, which are never cut for long
             kept[0].all_gather(kept)
-        optimizer.invalidate_secondary_tensor()
-
-
-def flats_of(engine: Any, named: Mapping[str, Tensor]) -> Flats:
-    """The flat buffers of DeepSpeed's engine."""
-    kinds: dict[str, type[Whole | Shards | NarrowShards | Parts]] = {
-        "DeepSpeedZeroOptimizer": Shards,
-        "BF16_Optimizer": NarrowShards,
-        "DeepSpeedZeroOptimizer_Stage3": Parts,
-    }
-    return kinds.get(type(engine.optimizer).__name__, Whole)(engine, named)
+        self.optimizer.invalidate_secondary_tensor()

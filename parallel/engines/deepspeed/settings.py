@@ -35,6 +35,8 @@ def stage_of(job: Job, layout: Layout, precision: str) -> int:
         lowest, why = 1, "without ZeRO, DeepSpeed accumulates gradients in the narrow precision, and drifts"
     if offload.offload_optimizer != "none":
         lowest, why = 2, "offload of optimizer state begins at stage 2"
+    if offload.offload_optimizer == "nvme":
+        lowest, why = 3, "offload to NVMe is stage 3's"
     if offload.offload_parameters != "none":
         lowest, why = 3, "offload of parameters is stage 3's"
     highest, but = 3, ""

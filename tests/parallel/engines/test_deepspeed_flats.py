@@ -7,9 +7,10 @@ import torch.distributed as dist
 from torch import nn
 
 from headway.parallel import mesh
-from headway.parallel.engines.deepspeed.flats import MOMENTS, flats_of
+from headway.parallel.engines.deepspeed.flats import MOMENTS
 from headway.parallel.engines.deepspeed.ranks import Ranks
 from headway.parallel.engines.deepspeed.start import initialise, join, load
+from headway.parallel.engines.deepspeed.swapped import flats_of
 from headway.pretrain.config import Job
 
 

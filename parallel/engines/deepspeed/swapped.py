@@ -1,0 +1,157 @@
+"""ZeRO-3's fp32 weights and moments on disk, read and written as if they were in memory (ZeRO-Infinity, Rajbhandari et
+al. 2021).
+
+DeepSpeed keeps on disk what is 1 MiB or more of fp32 weights of a sub-group (`zero_optimization.sub_group_size`), and
+steps one sub-group after the other in buffers that all share. What a checkpoint reads, and what is written when one
+is loaded, are therefore copies in host memory, from the first that asks until the next step moves the originals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headway.parallel.engines.deepspeed.flats import MOMENTS, Flats, NarrowShards, Parts, Shards, Whole
+from headway.pretrain.errors import JobError
+
+WEIGHTS = "weights"
+"""Of a copy, beside the names of moments."""
+
+
+class Swapped(Parts):
+    """Stage 3 with optimizer state on disk.
+
+    Gradients stay in host memory too, where DeepSpeed accumulates them, and are read there; the copy that goes to disk
+    for the step is clipped when the step has it back.
+
+    Attributes:
+        copies: flat buffer -> weights and moments of a sub-group that is on disk, for as long as they are its own.
+        factor: by which the coming step's gradients are clipped.
+    """
+
+    def __init__(self, engine: Any, named: Mapping[str, Tensor]) -> None:
+        self.copies: dict[int, dict[str, Tensor]] = {}
+        self.factor = 1.0
+        super().__init__(engine, named)
+        self.optimizer.unscale_and_clip_grads = self._then_clip(self.optimizer.unscale_and_clip_grads)
+
+    def weight(self, name: str) -> Tensor:
+        return self._run(name, WEIGHTS) if self._on_disk(name) else super().weight(name)
+
+    def moment(self, name: str, key: str) -> Tensor:
+        return self._run(name, key) if self._on_disk(name) else super().moment(name, key)
+
+    def allocate(self) -> None:
+        super().allocate()
+        numbers = self.optimizer.fp16_partitioned_groups_flat_numel
+        for flat, master in enumerate(self.masters):
+            if self.optimizer._swappable_optimizer_subgroup(flat):
+                with self._inside(flat, written=True):
+                    for key in MOMENTS:
+                        self.inner.state[master][key] = torch.zeros(int(numbers[flat]), dtype=master.dtype)
+
+    def gradients(self) -> dict[str, Tensor]:
+        names = {id(p): name for name, p in self.named.items()}
+        found, at = {}, 0
+        for p in (p for group in self.optimizer.fp16_groups for p in group):
+            name = names[id(p)]
+            found[name] = self.optimizer.grad_partitions_flat_buffer[at:][: self.runs[name].numel]
+            at += p.partition_numel()
+        return found
+
+    def clip(self, factor: float) -> None:
+        self.factor = factor
+
+    def forget(self) -> None:
+        super().forget()
+        self.factor = 1.0
+
+    def moved(self) -> None:
+        self.copies.clear()
+
+    def refresh(self) -> None:
+        """Writes to disk what was written into copies, too."""
+        self.optimizer._partition_all_parameters()
+        for flat in range(len(self.masters)):
+            if not self.optimizer._swappable_optimizer_subgroup(flat):
+                self.optimizer._reassign_or_swap_out_partitioned_parameters(flat)
+                continue
+            with self._inside(flat, written=flat in self.copies) as tensors:
+                for key, copy in self.copies.get(flat, {}).items():
+                    tensors[key].copy_(copy)
+                self.optimizer._reassign_or_swap_out_partitioned_parameters(flat)
+        self._regather()
+
+    def _on_disk(self, name: str) -> bool:
+        return bool(self.optimizer._swappable_optimizer_subgroup(self.runs[name].flat))
+
+    def _run(self, name: str, key: str) -> Tensor:
+        """A parameter's run in the copy of its sub-group, which is read from disk if there is none."""
+        run = self.runs[name]
+        if run.flat not in self.copies:
+            with self._inside(run.flat, written=False) as tensors:
+                self.copies[run.flat] = {key: tensor.clone() for key, tensor in tensors.items()}
+        return self.copies[run.flat][key][run.at : run.at + run.numel]
+
+    @contextmanager
+    def _inside(self, flat: int, *, written: bool) -> Iterator[dict[str, Tensor]]:
+        """Within, a sub-group's weights and moments are in DeepSpeed's buffers; then on disk as before, or as they are
+        now if they were written."""
+        self.optimizer._optimizer_states_and_gradient_swap_in(flat)
+        master = self.masters[flat]
+        state = self.inner.state[master]
+        yield {WEIGHTS: master.detach()} | {key: state[key] for key in MOMENTS if key in state}
+        if written:
+            self.optimizer._writeback_swap_state(flat, write_opt_state=True, write_gradients=False)
+        else:
+            self.optimizer._release_swap_buffers(flat)
+
+    def _then_clip(self, unscale: Callable[[int, Tensor], None]) -> Callable[[int, Tensor], None]:
+        """DeepSpeed's unscaling of a sub-group's gradients, when they are back from disk, and our clipping."""
+
+        @wraps(unscale)
+        def unscale_and_clip(flat: int, norm: Tensor) -> None:
+            unscale(flat, norm)
+            if self.factor != 1.0:
+                gradient = self.masters[flat].grad
+                assert gradient is not None
+                gradient.mul_(self.factor)
+
+        return unscale_and_clip
+
+
+def check_disk(zero: Mapping[str, Any], *, possible: Callable[[], bool]) -> None:
+    """Raise JobError if something is to be kept on NVMe and files cannot be read beside the computation, or if the
+    buffers of a step are still in use after it.
+
+    Args:
+        zero: `zero_optimization` of a job's JSON.
+        possible: whether DeepSpeed's `async_io` is there or can be built.
+    """
+    for key, field in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_parameters")):
+        if zero.get(key, {}).get("device") == "nvme" and not possible():
+            rule = "DeepSpeed's async_io cannot be built here: it needs libaio and its headers"
+            raise JobError(f"parallel.deepspeed.{field}", "nvme", rule, "cpu")
+    for key in ("pipeline_read", "pipeline_write"):
+        if zero.get("offload_optimizer", {}).get(key):
+            rule = "checkpoints read the state while DeepSpeed still writes it"
+            raise JobError(
+                f"parallel.deepspeed.config: zero_optimization.offload_optimizer.{key}", True, rule, False
+            )
+
+
+def flats_of(engine: Any, named: Mapping[str, Tensor]) -> Flats:
+    """The flat buffers of DeepSpeed's engine."""
+    kinds: dict[str, type[Whole | Shards | NarrowShards | Parts]] = {
+        "DeepSpeedZeroOptimizer": Shards,
+        "BF16_Optimizer": NarrowShards,
+        "DeepSpeedZeroOptimizer_Stage3": Swapped
+        if getattr(engine.optimizer, "swap_optimizer", False)
+        else Parts,
+    }
+    return kinds.get(type(engine.optimizer).__name__, Whole)(engine, named)
