@@ -21,7 +21,7 @@ from headway.parallel.engines.deepspeed.partition import partition
 from headway.parallel.engines.deepspeed.ranks import Ranks
 from headway.parallel.engines.deepspeed.settings import Json
 from headway.parallel.engines.deepspeed.staged import between_reductions
-from headway.parallel.engines.deepspeed.swapped import check_disk, flats_of
+from headway.parallel.engines.deepspeed.swapped import check_disk, flats_of, read_once
 from headway.parallel.engines.deepspeed.ulysses import exchange_by_deepspeed
 from headway.parallel.engines.totals import Totals
 from headway.parallel.mesh import AXES, World
@@ -102,6 +102,7 @@ class DeepSpeedEngine(BaseEngine):
         if self.stage == 3:
             gather_in(objective, package)
             spare_linears(objective)
+            read_once(everything.values())
             keep_apart(self.deepspeed.optimizer.parameter_offload)
         if plan:
             self.pipeline = Pipeline(

@@ -8,7 +8,7 @@ is loaded, are therefore copies in host memory, from the first that asks until t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -123,6 +123,22 @@ class Swapped(Parts):
                 gradient.mul_(self.factor)
 
         return unscale_and_clip
+
+
+def read_once(parameters: Iterable[Any]) -> None:
+    """Let DeepSpeed read a parameter from disk once where it looks ahead to two uses of it: of a tied weight, or by the
+    end of the forward and the beginning of the backward. It would ask for a second buffer, and fail."""
+    swappers = {id(found): found for p in parameters if (found := getattr(p, "nvme_swapper", None))}
+    for swapper in swappers.values():
+        swapper.swap_in = _each_once(swapper.swap_in)
+
+
+def _each_once(swap_in: Callable[..., None]) -> Callable[..., None]:
+    @wraps(swap_in)
+    def each_once(parameters: list[Any], *args: Any, **kwargs: Any) -> None:
+        swap_in(list({id(p): p for p in parameters}.values()), *args, **kwargs)
+
+    return each_once
 
 
 def check_disk(zero: Mapping[str, Any], *, possible: Callable[[], bool]) -> None:
