@@ -141,7 +141,7 @@ class DeepSpeedEngine(BaseEngine):
     def _update(self, step: int, norm: float) -> None:
         clip = self.job.optimizer.clip
         if clip and norm > clip:
-            self.flats.clip(clip / norm)
+            torch._foreach_mul_(list(self.flats.gradients().values()), clip / norm)
         set_rate([self.flats.inner], self._factor(step))
         self.deepspeed.step()
         self.flats.moved()

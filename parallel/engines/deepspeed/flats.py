@@ -72,10 +72,6 @@ class Flats(ABC):
     def refresh(self) -> None:
         """Make narrow and gathered copies follow the masters, which were written. Collective."""
 
-    def clip(self, factor: float) -> None:
-        """Shrink the gradients that the coming step takes."""
-        torch._foreach_mul_(list(self.gradients().values()), factor)
-
     def moved(self) -> None:  # noqa: B027  (most have no copies)
         """A step has moved weights and moments: copies of them are of no use any more."""
 

@@ -114,4 +114,6 @@ def zero_section(job: Job, stage: int) -> Json:
             section[key] = {"device": where}
         if where == "nvme":
             section[key]["nvme_path"] = asked.nvme_path
+        if where == "nvme" and key == "offload_param":
+            section[key]["max_in_cpu"] = 0  # else the first 10^9 numbers stay in host memory
     return section

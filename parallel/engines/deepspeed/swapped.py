@@ -16,29 +16,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headway.parallel.engines.deepspeed.flats import MOMENTS, Flats, NarrowShards, Parts, Shards, Whole
+from headway.parallel.engines.deepspeed.flats import MOMENTS, Flats, NarrowShards, Parts, Run, Shards, Whole
 from headway.pretrain.errors import JobError
 
 WEIGHTS = "weights"
 """Of a copy, beside the names of moments."""
 
+OFFLOAD = "parallel.deepspeed.config: zero_optimization.offload_optimizer"
+
 
 class Swapped(Parts):
     """Stage 3 with optimizer state on disk.
 
-    Gradients stay in host memory too, where DeepSpeed accumulates them, and are read there; the copy that goes to disk
-    for the step is clipped when the step has it back.
+    Gradients stay in host memory, where DeepSpeed accumulates them, and are read and clipped there. It would write them
+    to disk as well for the step, and read those of 1 MiB and more back to wherever they begin in the sub-group: where
+    that is no multiple of 512 bytes the disk refuses, nothing is raised, and the step takes what was in the buffer.
 
     Attributes:
         copies: flat buffer -> weights and moments of a sub-group that is on disk, for as long as they are its own.
-        factor: by which the coming step's gradients are clipped.
     """
 
     def __init__(self, engine: Any, named: Mapping[str, Tensor]) -> None:
         self.copies: dict[int, dict[str, Tensor]] = {}
-        self.factor = 1.0
         super().__init__(engine, named)
-        self.optimizer.unscale_and_clip_grads = self._then_clip(self.optimizer.unscale_and_clip_grads)
+        if self.optimizer.optimizer_swapper:
+            self.optimizer.optimizer_swapper.swap_out_gradients = self._keep_gradients
 
     def weight(self, name: str) -> Tensor:
         return self._run(name, WEIGHTS) if self._on_disk(name) else super().weight(name)
@@ -56,20 +58,19 @@ class Swapped(Parts):
                         self.inner.state[master][key] = torch.zeros(int(numbers[flat]), dtype=master.dtype)
 
     def gradients(self) -> dict[str, Tensor]:
-        names = {id(p): name for name, p in self.named.items()}
-        found, at = {}, 0
-        for p in (p for group in self.optimizer.fp16_groups for p in group):
-            name = names[id(p)]
-            found[name] = self.optimizer.grad_partitions_flat_buffer[at:][: self.runs[name].numel]
-            at += p.partition_numel()
-        return found
+        found = {(flat, at): gradient for flat, at, gradient in self._accumulated()}
+        return {
+            name: found[run.flat, run.at][: run.numel]
+            if self._on_disk(name)
+            else self._gradient_in_memory(run)
+            for name, run in self.runs.items()
+        }
 
-    def clip(self, factor: float) -> None:
-        self.factor = factor
-
-    def forget(self) -> None:
-        super().forget()
-        self.factor = 1.0
+    def _gradient_in_memory(self, run: Run) -> Tensor:
+        """Of a sub-group that is too small for the disk: what its step takes is a buffer of its own."""
+        gradient = self.masters[run.flat].grad
+        assert gradient is not None
+        return gradient[run.at :][: run.numel]
 
     def moved(self) -> None:
         self.copies.clear()
@@ -111,18 +112,21 @@ class Swapped(Parts):
         else:
             self.optimizer._release_swap_buffers(flat)
 
-    def _then_clip(self, unscale: Callable[[int, Tensor], None]) -> Callable[[int, Tensor], None]:
-        """DeepSpeed's unscaling of a sub-group's gradients, when they are back from disk, and our clipping."""
+    def _keep_gradients(self, parameter: Tensor, **gradients: Any) -> None:
+        """In the stead of the swapper's method: what a sub-group's step takes is what has been accumulated."""
+        flat = next(i for i, master in enumerate(self.masters) if master is parameter)
+        self.optimizer.optimizer_swapper.swap_params_info[parameter.ds_id].unswapped_gradients = {  # type: ignore[attr-defined]
+            at: gradient for i, at, gradient in self._accumulated() if i == flat
+        }
 
-        @wraps(unscale)
-        def unscale_and_clip(flat: int, norm: Tensor) -> None:
-            unscale(flat, norm)
-            if self.factor != 1.0:
-                gradient = self.masters[flat].grad
-                assert gradient is not None
-                gradient.mul_(self.factor)
-
-        return unscale_and_clip
+    def _accumulated(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Of each parameter: which flat buffer, where in it, and what is accumulated of its gradient, with padding."""
+        begin = 0
+        for p in (p for group in self.optimizer.fp16_groups for p in group):
+            flat, at, _ = self.optimizer.grad_position[self.optimizer.get_param_id(p)]
+            size = p.partition_numel()
+            yield flat, at, self.optimizer.grad_partitions_flat_buffer[begin : begin + size]
+            begin += size
 
 
 def read_once(parameters: Iterable[Any]) -> None:

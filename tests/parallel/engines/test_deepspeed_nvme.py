@@ -22,8 +22,8 @@ from headway.tests.parallel.proof import Curve, Running, alone, hold_together, r
 
 HALF, STEPS = 4, 8
 WIDE = merged(PLAIN, {"model": {"hidden": 384}})  # 384 x 1536 in two parts: 1.1 MiB each
-SIZES = {"sub_group_size": 700_000, "offload_param": {"buffer_size": 1 << 20, "max_in_cpu": 0}}
-"""Several sub-groups; of parameters, none stays in host memory that can be on disk."""
+SIZES = {"sub_group_size": 700_000, "offload_param": {"buffer_size": 1 << 20}}
+"""Several sub-groups; small buffers for parameters. Parts in two begin at odd multiples of 256 bytes."""
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +159,11 @@ def test_a_step_that_is_not_finite_changes_nothing(pool, disk):
             {"offload_optimizer": {"device": "nvme", "pipeline_write": True}},
             True,
             "parallel.deepspeed.config: zero_optimization.offload_optimizer.pipeline_write",
+        ),
+        (
+            {"offload_optimizer": {"device": "nvme", "fast_init": True}},
+            True,
+            "parallel.deepspeed.config: zero_optimization.offload_optimizer.fast_init",
         ),
     ],
 )

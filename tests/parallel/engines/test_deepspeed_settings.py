@@ -69,6 +69,7 @@ def test_deepspeed_reads_it_as_it_is_meant():
         ({"replicate": 2, "shard": 1}, Layout(replicate=2), "fp16", 1),
         ({"shard": 1, "offload_optimizer": "cpu"}, Layout(), "fp32", 2),
         ({"shard": 1, "offload_parameters": "cpu"}, Layout(), "fp32", 3),
+        ({"shard": 1, "offload_optimizer": "nvme"}, Layout(), "fp32", 3),
         ({"shard": 2, "expert": 2}, Layout(shard=2, expert=2), "fp32", 2),
         ({"shard": 2, "pipeline": 2}, Layout(shard=2, pipeline=2), "fp32", 1),
         ({"zero": 1, "shard": 2}, Layout(shard=2), "fp32", 1),
