@@ -157,12 +157,13 @@ def check_disk(zero: Mapping[str, Any], *, possible: Callable[[], bool]) -> None
         if zero.get(key, {}).get("device") == "nvme" and not possible():
             rule = "DeepSpeed's async_io cannot be built here: it needs libaio and its headers"
             raise JobError(f"parallel.deepspeed.{field}", "nvme", rule, "cpu")
-    for key in ("pipeline_read", "pipeline_write"):
-        if zero.get("offload_optimizer", {}).get(key):
-            rule = "checkpoints read the state while DeepSpeed still writes it"
-            raise JobError(
-                f"parallel.deepspeed.config: zero_optimization.offload_optimizer.{key}", True, rule, False
-            )
+    refused = dict.fromkeys(
+        ("pipeline_read", "pipeline_write"), "checkpoints read the state while DeepSpeed still writes it"
+    )
+    refused["fast_init"] = "it reads weights to places in memory that the disk may refuse, and raises nothing"
+    for key, rule in refused.items():
+        if zero.get("offload_optimizer", {}).get("device") == "nvme" and zero["offload_optimizer"].get(key):
+            raise JobError(f"{OFFLOAD}.{key}", True, rule, False)
 
 
 def flats_of(engine: Any, named: Mapping[str, Tensor]) -> Flats:
