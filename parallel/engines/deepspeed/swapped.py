@@ -39,8 +39,7 @@ class Swapped(Parts):
     def __init__(self, engine: Any, named: Mapping[str, Tensor]) -> None:
         self.copies: dict[int, dict[str, Tensor]] = {}
         super().__init__(engine, named)
-        if self.optimizer.optimizer_swapper:
-            self.optimizer.optimizer_swapper.swap_out_gradients = self._keep_gradients
+        self.optimizer.optimizer_swapper.swap_out_gradients = self._keep_gradients
 
     def weight(self, name: str) -> Tensor:
         return self._run(name, WEIGHTS) if self._on_disk(name) else super().weight(name)
