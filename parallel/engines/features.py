@@ -111,11 +111,6 @@ def _distillation(job: Job, layout: Layout, device: str) -> Asked | None:
     return Asked("objective.distill.enabled", True, False) if job.objective.distill.on else None
 
 
-def _spectral_parts(job: Job, layout: Layout, device: str) -> Asked | None:
-    asked = job.model.spectral and layout.tensor > 1
-    return Asked("parallel.tensor", layout.tensor, 1) if asked else None
-
-
 def _average_beside_disk(job: Job, layout: Layout, device: str) -> Asked | None:
     asked = bool(job.optimizer.ema) and job.parallel.deepspeed.offload_optimizer == "nvme"
     return Asked("parallel.deepspeed.offload_optimizer", "nvme", "cpu") if asked else None
@@ -153,7 +148,6 @@ FEATURES: dict[str, Ask] = {
     "offload of activations": _setting("parallel.offload", nearest=False),
     "lsuv": _setting("model.init.lsuv", nearest=False),
     "spectral": _setting("model.spectral", nearest=False),
-    "spectral x tensor": _spectral_parts,
     "distillation": _distillation,
     "histograms": _setting("tracking.histograms_every", nearest=0),
     "check of replicas": _setting("parallel.check_every", nearest=0),

@@ -88,7 +88,7 @@ def grew(*arguments) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["safe", "pickled"])
+@pytest.mark.parametrize("kind", ["safe", pytest.param("pickled", marks=pytest.mark.matrix)])
 def test_a_run_that_starts_from_a_folder_holds_one_tensor_of_it_at_a_time(folders, kind, tmp_path):
     assert folders["bytes"] > 4 * TABLE
     assert grew("start", folders[kind], tmp_path) <= TABLE + SLACK

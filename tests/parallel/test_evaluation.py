@@ -47,7 +47,7 @@ def expected():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.matrix)])
 def test_every_metric_counts_every_row_once(pool, expected, ranks):
     for found in pool(held_out, ranks=ranks, parallel={"shard": ranks}, names=NAMES):
         assert found.keys() == expected.keys()
@@ -100,7 +100,7 @@ def gathered(rank, world, tables):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.matrix)])
 def test_sums_are_those_of_gather_for_metrics(pool, ranks):
     rows = TAILS[-1]
     tables = {name: row_by_row(name, rows) for name in ROW_BY_ROW}

@@ -40,7 +40,6 @@ CAN: dict[str, Cell] = {
     "offload of activations": TESTED,
     "lsuv": refused("it measures layer after layer before the engine takes the weights"),
     "spectral": TESTED,
-    "spectral x tensor": refused("power iterations read whole matrices"),
     "distillation": refused("a teacher's taps and lessons are native's"),
     "histograms": refused("gradients are flat shards after their reduction"),
     "check of replicas": TESTED,

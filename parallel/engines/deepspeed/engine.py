@@ -15,7 +15,7 @@ from headway.parallel.apply import materialise, spread
 from headway.parallel.checkpoint.fragments import Fragment
 from headway.parallel.engines.base import FIRST_ITERATIONS, MUON, BaseEngine, persistent_buffers
 from headway.parallel.engines.deepspeed import experts, start
-from headway.parallel.engines.deepspeed.gathered import gather_in, iterate_parts, keep_apart, spare_linears
+from headway.parallel.engines.deepspeed.gathered import gather_in, keep_apart, spare_linears
 from headway.parallel.engines.deepspeed.merge import configure, one_bit
 from headway.parallel.engines.deepspeed.partition import partition
 from headway.parallel.engines.deepspeed.ranks import Ranks
@@ -28,6 +28,7 @@ from headway.parallel.mesh import AXES, World
 from headway.parallel.parts import is_part, part_of
 from headway.parallel.pipeline.plan import make_plan
 from headway.parallel.pipeline.run import Pipeline
+from headway.parallel.tensor.power import iterate_parts
 from headway.parallel.watch.ranks import alike
 from headway.pretrain.config import Job
 from headway.pretrain.engine import Batch, State

@@ -1,19 +1,17 @@
-"""Weights that ZeRO-3 or the tensor axis has cut, whole while something reads them outside a forward of the objective.
+"""Weights that ZeRO-3 has cut, whole while something reads them outside a forward of the objective.
 
 Shapes: O outputs, I inputs of a linear layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from headway.parallel.parts import Part
 from headway.pretrain.models.spectral import SpectralLinear
 from headway.pretrain.objectives import Objective
 
@@ -26,35 +24,6 @@ def gather_in(objective: Objective, package: Any) -> None:
     spectral = [p for m in objective.modules() if isinstance(m, SpectralLinear) for p in m.parameters()]
     if spectral:
         objective.iterate = _within(objective.iterate, spectral, package)  # type: ignore[method-assign]
-
-
-def iterate_parts(objective: Objective, parts: Mapping[str, Part], group: dist.ProcessGroup) -> None:
-    """Let an objective's power iterations see whole weights, of which ranks of the tensor axis have parts.
-
-    Args:
-        parts: of every parameter, by name.
-        group: of the tensor axis.
-    """
-
-    def iterate(times: int) -> None:
-        for name, module in objective.named_modules():
-            if isinstance(module, SpectralLinear):
-                weight = module._parameters["weight"]
-                assert weight is not None
-                module.iterate(_joined(weight.detach(), parts[f"{name}.weight"], group), times)
-
-    objective.iterate = iterate  # type: ignore[method-assign]
-
-
-def _joined(weight_OI: Tensor, part: Part, group: dist.ProcessGroup) -> Tensor:
-    """The whole matrix, put together from the parts of all ranks."""
-    if part.shape == tuple(weight_OI.shape):
-        return weight_OI
-    whole_OI = weight_OI.new_zeros(part.shape)
-    place = tuple(slice(o, o + n) for o, n in zip(part.offset, weight_OI.shape, strict=True))
-    whole_OI[place] = weight_OI
-    dist.all_reduce(whole_OI, group=group)
-    return whole_OI
 
 
 def spare_linears(objective: Objective) -> None:

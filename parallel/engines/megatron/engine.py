@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +20,12 @@ from headway.parallel.engines.megatron.experts import take_dispatchers
 from headway.parallel.engines.megatron.guards import check_groups, check_shares, gather_whole
 from headway.parallel.engines.megatron.marks import mark, narrow
 from headway.parallel.engines.megatron.schedules import Gradients, MegatronPipeline
-from headway.parallel.engines.megatron.spectral import iterate
 from headway.parallel.engines.megatron.swap import swap
 from headway.parallel.engines.totals import Totals
 from headway.parallel.mesh import World
+from headway.parallel.parts import part_of
 from headway.parallel.pipeline.plan import Plan, make_plan
+from headway.parallel.tensor.power import iterate_parts
 from headway.pretrain.config import Job
 from headway.pretrain.engine import Batch, State, Sums
 from headway.pretrain.models.layers import Noise
@@ -54,7 +54,8 @@ class MegatronEngine(BaseEngine):
         spread(objective, job, world, precision=precision, plan=plan, plain=True)
         if layout.tensor > 1:
             swap(objective, settings.layers(job, layout), self.groups.tp, world.device.type)
-            objective.iterate = partial(iterate, objective, self.groups.tp)  # type: ignore[method-assign]
+            parts = {name: part_of(p) for name, p in objective.named_parameters()}
+            iterate_parts(objective, parts, self.groups.tp)
         if layout.expert > 1:
             take_dispatchers(objective, world, self.groups, settings.dispatcher(job, layout))
         materialise(objective, job, world)

@@ -81,7 +81,7 @@ def test_two_ranks_of_accelerate_launch_draw_the_curve_of_one(options, axis, alo
     assert launcher == "accelerate launch, " + ("Open MPI" if "--cpu" in options else "torchrun")
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_lone_process_is_refused_under_the_launcher(small_job, tmp_path):
     done = start(
         [*LAUNCH, "--cpu", "--num_processes", "2", "--no_python", *HEADWAY, "train", str(small_job)], tmp_path
@@ -91,7 +91,7 @@ def test_a_lone_process_is_refused_under_the_launcher(small_job, tmp_path):
     assert "started this one alone" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_file_starts_its_ranks(alone, small_job, written, tmp_path):
     file = written("MULTI_CPU", use_cpu=True)
     command = [

@@ -1,5 +1,16 @@
 """Fixtures of the tests that need several ranks."""
 
-from headway.tests.parallel.pool import pool
+from collections.abc import Iterator
 
-__all__ = ["pool"]
+import pytest
+
+from headway.tests.parallel.pool import Pool
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    """Ranks of this module's own: DeepSpeed and Megatron-Core make many process groups, and each of gloo's has threads
+    that wake a hundred times a second until the process ends."""
+    ranks = Pool()
+    yield ranks
+    ranks.close()

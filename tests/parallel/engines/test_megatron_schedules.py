@@ -71,7 +71,10 @@ def test_schedules_draw_the_curve_of_one_process(pool, parallel, names):
 
 @pytest.mark.parametrize(
     ("precision", "schedule"),
-    [("bf16", "1f1b"), pytest.param("fp32", "interleaved_1f1b", marks=pytest.mark.matrix)],
+    [
+        pytest.param(*each, marks=pytest.mark.matrix)
+        for each in (("bf16", "1f1b"), ("fp32", "interleaved_1f1b"))
+    ],
 )
 def test_messages_of_other_precisions(pool, precision, schedule):
     """Under autocast a stream is narrow and what routers give beside is not: in one message."""
@@ -154,7 +157,8 @@ def shards(data):
 
 
 @pytest.mark.parametrize(
-    ("name", "overlap"), [("t5", True), pytest.param("experts", False, marks=pytest.mark.matrix)]
+    ("name", "overlap"),
+    [pytest.param(*each, marks=pytest.mark.matrix) for each in (("t5", True), ("experts", False))],
 )
 def test_shards_of_gradients_are_those_of_one_process(pool, name, overlap):
     """A tied table and blocks that two stages use have buckets of their own, and copies are added shard by shard."""

@@ -114,7 +114,7 @@ def test_a_run_that_goes_on_is_one_run_with_every_number_once(tmp_path, name, mo
     assert "stopped recording" not in stream.getvalue()
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_killed_tracker_is_told_at_the_next_start_what_it_missed(tmp_path):
     installed("mlflow")
     run_dir, stream = tmp_path / "run", io.StringIO()
@@ -148,7 +148,7 @@ def test_a_server_that_never_answers_delays_the_end_by_the_stated_time_only(tmp_
         os.waitpid(tracker.client.process.pid, 0)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_arguments_that_a_tracker_does_not_have_end_the_telling_with_one_warning(tmp_path):
     installed("mlflow")
     warnings: list[str] = []
@@ -160,7 +160,7 @@ def test_arguments_that_a_tracker_does_not_have_end_the_telling_with_one_warning
     assert "colour" in warning
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_tracker_that_accelerate_may_have_later_needs_no_line_of_ours(tmp_path):
     """It is registered with Accelerate in the tracker's process, and refuses one step."""
     program = f"""
