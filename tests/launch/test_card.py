@@ -109,7 +109,9 @@ def test_no_folder_of_this_machine_is_published(folder, corpus):
     for text in (card.content, sheet):
         assert str(corpus.parent) not in text
         assert str(folder.parent) not in text
-        assert os.uname().nodename not in text
+        assert not re.search(
+            rf"\b{re.escape(os.uname().nodename)}\b", text
+        )  # a host may be called vm, as in nvme
 
 
 def test_the_curve_lies_beside_it(folder, tmp_path):

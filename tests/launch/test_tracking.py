@@ -75,7 +75,7 @@ def test_a_run_is_scraped_stopped_and_goes_on(small_job, tmp_path):
     assert [e.step for e in accumulator.Histograms(tag)] == list(range(5, steps + 1, 5))
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_tracker_is_told_by_the_first_of_two_ranks(small_job, tmp_path):
     """Over torchrun's variables, which Accelerate would read in a rank's process."""
     if find_spec("mlflow") is None:

@@ -15,11 +15,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from headway.parallel.checkpoint.layout import held
 from headway.parallel.checkpoint.load import load
 from headway.parallel.checkpoint.save import Checkpointer
-from headway.parallel.engines.native import _allocate_state
 from headway.pretrain.config import Optimizer
 from headway.pretrain.engine import State
 from headway.pretrain.optim.average import Average
-from headway.pretrain.optim.build import build_optimizers, set_rate
+from headway.pretrain.optim.build import allocate_state, build_optimizers, set_rate
 
 STEPS = 4
 
@@ -122,7 +121,7 @@ def resume(rank, world, name, layout, folder, written):
     """Weights, whole, after two steps, a checkpoint and two more; from the checkpoint alone if it is written."""
     _, model = models(layout, world)
     (optimizer,) = build_optimizers(model.named_parameters(), Optimizer(name=name, lr=1e-2))
-    _allocate_state(optimizer)
+    allocate_state(optimizer)
     state = State(dict(model.named_parameters()))
     for key, p in model.named_parameters():
         state.tensors |= {f"optimizer.{key}.{k}": value for k, value in optimizer.state[p].items()}

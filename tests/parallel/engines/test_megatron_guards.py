@@ -74,6 +74,7 @@ def first_norm(rank, world, wrong, watched):
         return norms[0] if norms else raised
 
 
+@pytest.mark.matrix
 def test_interleaved_schedule_with_messages_of_both_directions_at_once(pool):
     """On two ranks with two stages each; every message says what it is, and a wrong order is seen."""
     (expected,) = alone("experts").norms[:1]

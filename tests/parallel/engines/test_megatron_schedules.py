@@ -46,12 +46,11 @@ def prove(pool, parallel, names, precision="fp64"):
             compare(name, Curve(*rank[name]), alone(name), precision)
 
 
-CASES = [
-    ({"pipeline": 2}, ["gpt", "t5", "experts"]),
-    ({"pipeline": 2, "schedule": "interleaved_1f1b"}, ["experts", "t5"]),
-    ({"pipeline": 2, "schedule": "interleaved_1f1b", "micro_batch": 4}, ["experts"]),
-]
+CASES = [({"pipeline": 2, "schedule": "interleaved_1f1b"}, ["t5"])]
 MORE = [
+    ({"pipeline": 2}, ["gpt", "t5", "experts"]),
+    ({"pipeline": 2, "schedule": "interleaved_1f1b"}, ["experts"]),
+    ({"pipeline": 2, "schedule": "interleaved_1f1b", "micro_batch": 4}, ["experts"]),
     ({"pipeline": 2}, ["bert", "vit", "mae", "ul2", "transformer", "roberta", "mobile", "linear"]),
     ({"pipeline": 2, "schedule": "interleaved_1f1b", "virtual": 3, "micro_batch": 1}, ["content"]),
     ({"pipeline": 4}, ["albert", "t5"]),
