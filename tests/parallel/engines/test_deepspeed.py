@@ -18,6 +18,11 @@ def more(*case):
     return pytest.param(*case, marks=pytest.mark.matrix)
 
 
+def longer(*case):
+    """A variant that is not run at every change."""
+    return pytest.param(*case, marks=pytest.mark.long)
+
+
 def ds(zero="auto", **axes):
     """A layout with a stage of ZeRO; keys of `parallel.deepspeed` begin with `deepspeed_`."""
     section = {k.removeprefix("deepspeed_"): axes.pop(k) for k in list(axes) if k.startswith("deepspeed_")}
@@ -52,9 +57,8 @@ def test_every_family_at_every_stage(pool, ranks, zero):
     prove_engine(pool, FAMILIES, ds(zero, shard=ranks, **micro))
 
 
-@pytest.mark.matrix
 @pytest.mark.parametrize("zero", [1, 2, 3])
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [longer(1), more(2), longer(4)])
 def test_every_family_in_bf16(pool, ranks, zero):
     prove_engine(pool, [*FAMILIES, "spectral"], ds(zero, shard=ranks), precision="bf16")
 
@@ -69,8 +73,7 @@ def test_optimizer_and_parameters_in_host_memory(pool, zero, precision):
     prove_engine(pool, FAMILIES, ds(zero, shard=2, micro_batch=3, **kept), precision=precision)
 
 
-@pytest.mark.matrix
-@pytest.mark.parametrize("sequence", [True, False])
+@pytest.mark.parametrize("sequence", [more(True), longer(False)])
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_zero_beside_tensor_parallelism(pool, zero, sequence):
     layout = ds(zero, tensor=2, shard=2, sequence=sequence)
@@ -99,10 +102,9 @@ def test_experts_over_ranks(pool, zero, axes):
     prove_engine(pool, ["experts"], ds(zero, **axes))
 
 
-@pytest.mark.matrix
 @pytest.mark.parametrize("zero", [0, 1])
 @pytest.mark.parametrize("axes", [{}, {"shard": 2}, {"tensor": 2}, {"context": 2}])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [(more if name in ("gpt", "t5") else longer)(name) for name in FAMILIES])
 def test_zero_beside_the_stages_of_a_pipeline(pool, name, axes, zero):
     prove_engine(pool, [name], ds(zero, pipeline=2, micro_batch=3, **axes), DEEP)
 
@@ -121,8 +123,7 @@ def test_a_pipeline_in_bf16(pool, zero):
     prove_engine(pool, FAMILIES, ds(zero, pipeline=2, micro_batch=3), DEEP, precision="bf16")
 
 
-@pytest.mark.matrix
-@pytest.mark.parametrize("zero", [0, 2, 3])
+@pytest.mark.parametrize("zero", [longer(0), longer(2), more(3)])
 @pytest.mark.parametrize("how", [{"recompute": "full"}, {"recompute": "products"}, {"offload": True}])
 def test_activations_that_are_recomputed_or_kept_elsewhere(pool, zero, how):
     prove_engine(pool, ["gpt", "t5"], ds(zero, shard=2, micro_batch=3, **how))
