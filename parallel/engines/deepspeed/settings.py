@@ -43,8 +43,8 @@ def stage_of(job: Job, layout: Layout, precision: str) -> int:
     if layout.expert > 1:
         highest, but = 2, "experts over ranks end at stage 2 (parallel.expert)"
     if precision == "fp16" and (layout.pipeline > 1 or job.model.spectral):
-        why = "parallel.pipeline" if layout.pipeline > 1 else "model.spectral"
-        rule = f"the DeepSpeed engine keeps fp32 weights with {why}, and has no loss scale then"
+        beside = "parallel.pipeline" if layout.pipeline > 1 else "model.spectral"
+        rule = f"the DeepSpeed engine keeps fp32 weights with {beside}, and has no loss scale then"
         raise JobError("precision", "fp16", rule, "bf16, or parallel.engine = native")
     if layout.pipeline > 1:
         highest, but = 1, "a pipeline ends at stage 1 (parallel.pipeline)"
@@ -103,8 +103,15 @@ def generate(job: Job, layout: Layout, precision: str) -> Json:
 
 
 def zero_section(job: Job, stage: int) -> Json:
-    """`zero_optimization`: the stage, and where things are kept."""
+    """`zero_optimization`: the stage, and where things are kept.
+
+    Raises:
+        JobError: something is kept on NVMe, and no folder is named.
+    """
     asked = job.parallel.deepspeed
+    if "nvme" in (asked.offload_optimizer, asked.offload_parameters) and not asked.nvme_path:
+        rule = "must name a folder on a local disk, which no other run uses, where something is kept on nvme"
+        raise JobError("parallel.deepspeed.nvme_path", asked.nvme_path, rule, "e.g. /local_nvme/RUN")
     section: Json = {"stage": stage}
     for key, where in (
         ("offload_optimizer", asked.offload_optimizer),

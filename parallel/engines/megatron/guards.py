@@ -32,7 +32,12 @@ from headway.pretrain.errors import HeadwayError
 
 
 class GuardError(HeadwayError):
-    """Megatron-Core would compute something else than what is meant."""
+    """Megatron-Core would compute something else than what is meant; raised before the first step."""
+
+    def __init__(self, found: str) -> None:
+        super().__init__(
+            f"{found}. This is a fault of Headway's, not of the job's: use parallel.engine = native"
+        )
 
 
 def exact(**settings: Any) -> TransformerConfig:

@@ -50,7 +50,8 @@ class Ledger:
                 raise OrderError(
                     f"stage boundary {boundary} was to pass on micro-batch {micro} "
                     f"({'activations' if boundary > 0 else 'gradients'}), and was given {other}: "
-                    "the schedule sends and receives in different orders, and gradients are wrong"
+                    "the schedule sends and receives in different orders, and gradients are wrong. Nothing was "
+                    "updated and the last checkpoint stands: go on from it with parallel.engine = native"
                 )
 
 

@@ -104,6 +104,15 @@ def test_stages_that_cannot_be(asked, layout, precision, field, nearest):
     assert str(nearest) in str(refusal.value.nearest)
 
 
+@pytest.mark.parametrize("where", ["offload_optimizer", "offload_parameters"])
+def test_a_disk_has_a_folder(where):
+    with pytest.raises(JobError) as refusal:
+        generate(job(**{where: "nvme"}), Layout(), "fp32")
+    assert refusal.value.field == "parallel.deepspeed.nvme_path"
+    section = generate(job(**{where: "nvme"}, nvme_path="/local"), Layout(), "fp32")["zero_optimization"]
+    assert section[where.replace("parameters", "param")]["nvme_path"] == "/local"
+
+
 def test_keys_that_the_job_does_not_speak_of_pass_through():
     theirs = {
         "zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 1000, "sub_group_size": 500},
