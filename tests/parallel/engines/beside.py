@@ -10,12 +10,27 @@ whole steps at random.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
+import torch
 
+from headway.parallel.checkpoint.layout import held
+from headway.parallel.checkpoint.load import load
+from headway.pretrain.errors import NonFiniteError
 from headway.tests.parallel.family_cases import Tree, merged
-from headway.tests.parallel.proof import Curve, alone, curves, hold_together, note, ranks_of, whole_of
+from headway.tests.parallel.proof import (
+    Curve,
+    Running,
+    alone,
+    curves,
+    hold_together,
+    note,
+    ranks_of,
+    whole_of,
+)
 
 STEPS = 8
 PLAIN: Tree = {
@@ -85,6 +100,42 @@ def compare(name: str, found: Curve, expected: Curve, bound: Bound) -> None:
         np.testing.assert_allclose(
             values, theirs, rtol=bound.state, atol=bound.state, err_msg=f"{name} {key}"
         )
+
+
+def second_half(
+    rank: int, world: int, name: str, parallel: Tree, folder: str, more: Tree, first: int, steps: int = STEPS
+) -> tuple[Any, ...]:
+    """The fields of the curve from step `first` on, from the checkpoint of that step in `folder`."""
+    running = Running(name, rank, world, {"shard": 1} | parallel, more, steps, precision="fp32")
+    state = running.engine.state()
+    with torch.no_grad():
+        for part in held(state.tensors):
+            part.view.fill_(-7)
+    state.numbers = load(Path(folder) / f"step_{first:08}", state)
+    running.engine.load(state)
+    results = [running.step(step) for step in range(first, steps)]
+    metrics = [{key: np.array(value) for key, value in r.metrics.items()} for r in results]
+    return [r.loss for r in results], [r.grad_norm for r in results], metrics, running.parts()
+
+
+def diverging(rank: int, world: int, parallel: Tree, more: Tree) -> list[float]:
+    """DeepSpeed: a step whose loss is not finite must leave everything as it was; losses of the three after it."""
+    running = Running("gpt", rank, world, parallel, more, 4, precision="fp32")
+    running.step(0)
+    before = running.parts()
+    flats = running.engine.flats
+    weight = flats.weight("model.embed.tokens.weight")
+    kept = weight.clone()
+    weight.fill_(torch.inf)
+    flats.refresh()
+    with pytest.raises(NonFiniteError):
+        running.step(1)
+    weight.copy_(kept)
+    flats.refresh()
+    flats.moved()  # what is on disk is read anew
+    for (name, *_, was), (_, *_, now) in zip(before, running.parts(), strict=True):
+        np.testing.assert_array_equal(was, now, err_msg=name)
+    return [running.step(step).loss for step in range(1, 4)]
 
 
 def _told(parallel: Tree) -> Tree:

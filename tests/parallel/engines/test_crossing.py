@@ -9,13 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from headway.parallel.checkpoint.layout import held
-from headway.parallel.checkpoint.load import load
 from headway.parallel.checkpoint.manifest import read_manifest
 from headway.parallel.checkpoint.save import Checkpointer
-from headway.tests.parallel.engines.beside import BOUNDS, PLAIN, compare
+from headway.tests.parallel.engines.beside import BOUNDS, PLAIN, compare, second_half
 from headway.tests.parallel.family_cases import merged
 from headway.tests.parallel.proof import Curve, Running, alone, hold_together, ranks_of
 
@@ -60,20 +57,6 @@ def begun(rank, world, name, parallel, folder):
     return losses
 
 
-def ended(rank, world, name, parallel, folder):
-    """The second half, from the checkpoint: the fields of its curve."""
-    running = Running(name, rank, world, {"shard": 1} | parallel, MORE, STEPS, precision="fp32")
-    state = running.engine.state()
-    with torch.no_grad():
-        for part in held(state.tensors):
-            part.view.fill_(-7)
-    state.numbers = load(Path(folder) / f"step_{HALF:08}", state)
-    running.engine.load(state)
-    results = [running.step(step) for step in range(HALF, STEPS)]
-    metrics = [{key: np.array(value) for key, value in r.metrics.items()} for r in results]
-    return [r.loss for r in results], [r.grad_norm for r in results], metrics, running.parts()
-
-
 @pytest.fixture(scope="module")
 def written(pool, tmp_path_factory):
     """The folder that a layout has written its checkpoint to; each is made once."""
@@ -98,7 +81,16 @@ def cross(pool, written, name, before, after):
     expected = whole._replace(
         losses=whole.losses[HALF:], norms=whole.norms[HALF:], metrics=whole.metrics[HALF:]
     )
-    found = pool(ended, ranks=ranks_of(parallel), timeout=600, name=name, parallel=parallel, folder=folder)
+    found = pool(
+        second_half,
+        ranks=ranks_of(parallel),
+        timeout=600,
+        name=name,
+        parallel=parallel,
+        folder=folder,
+        more=MORE,
+        first=HALF,
+    )
     each = [Curve(*rank) for rank in found]
     for one in each:
         compare(name, one, expected, BOUNDS["fp32"])

@@ -5,10 +5,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from headway.pretrain.errors import DivergenceError, NonFiniteError
-from headway.tests.parallel.engines.beside import DEEP, PLAIN, prove_engine
+from headway.pretrain.errors import DivergenceError
+from headway.tests.parallel.engines.beside import DEEP, PLAIN, diverging, prove_engine
 from headway.tests.parallel.family_cases import merged
-from headway.tests.parallel.proof import Running
+from headway.tests.parallel.proof import Running, alone
 
 FAMILIES = ["gpt", "bert", "t5", "experts"]
 
@@ -148,34 +148,13 @@ def test_other_models_and_what_they_bring(pool, zero):
     prove_engine(pool, names, ds(zero, shard=2))
 
 
-def diverging(rank, world, zero):
-    """A step whose loss is not finite must leave everything as it was, and the next one must be right."""
-    more = merged(PLAIN, {"optimizer": {"ema": 0.9}})
-    running = Running("gpt", rank, world, ds(zero, shard=world), more, 4, precision="fp32")
-    running.step(0)
-    before = running.parts()
-    weight = running.engine.flats.weight("model.embed.tokens.weight")
-    kept = weight.clone()
-    weight.fill_(torch.inf)
-    running.engine.flats.refresh()
-    with pytest.raises(NonFiniteError):
-        running.step(1)
-    weight.copy_(kept)
-    running.engine.flats.refresh()
-    for (name, *_, was), (_, *_, now) in zip(before, running.parts(), strict=True):
-        np.testing.assert_array_equal(was, now, err_msg=name)
-    return [running.step(step).loss for step in range(1, 4)]
-
-
 @pytest.mark.parametrize(
     "zero", [pytest.param(z, marks=[pytest.mark.matrix] if z % 2 else []) for z in range(4)]
 )
 def test_a_step_that_is_not_finite_changes_nothing(pool, zero):
-    from headway.tests.parallel.proof import alone
-
-    more = merged(PLAIN, {"optimizer": {"ema": 0.9}})
-    for losses in pool(diverging, ranks=2, zero=zero):
-        np.testing.assert_allclose(losses, alone("gpt", more, 4, "fp32").losses[1:], rtol=1e-5)
+    settings = merged(PLAIN, {"optimizer": {"ema": 0.9}})
+    for losses in pool(diverging, ranks=2, parallel=ds(zero, shard=2), more=settings):
+        np.testing.assert_allclose(losses, alone("gpt", settings, 4, "fp32").losses[1:], rtol=1e-5)
 
 
 def flipped(rank, world, zero):

@@ -9,14 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from headway.parallel.checkpoint.layout import held
-from headway.parallel.checkpoint.load import load
 from headway.parallel.checkpoint.save import Checkpointer
 from headway.parallel.engines.deepspeed.swapped import check_disk
-from headway.pretrain.errors import JobError, NonFiniteError
-from headway.tests.parallel.engines.beside import BOUNDS, PLAIN, compare, prove_engine
+from headway.pretrain.errors import JobError
+from headway.tests.parallel.engines.beside import BOUNDS, PLAIN, compare, diverging, prove_engine, second_half
 from headway.tests.parallel.family_cases import merged
 from headway.tests.parallel.proof import Curve, Running, alone, hold_together, ranks_of
 
@@ -86,20 +83,6 @@ def begun(rank, world, parallel, folder):
     return losses, files
 
 
-def ended(rank, world, parallel, folder):
-    """The second half, from the checkpoint: the fields of its curve."""
-    running = Running("gpt", rank, world, {"shard": 1} | parallel, WIDE, STEPS, precision="fp32")
-    state = running.engine.state()
-    with torch.no_grad():
-        for part in held(state.tensors):
-            part.view.fill_(-7)
-    state.numbers = load(Path(folder) / f"step_{HALF:08}", state)
-    running.engine.load(state)
-    results = [running.step(step) for step in range(HALF, STEPS)]
-    metrics = [{key: np.array(value) for key, value in r.metrics.items()} for r in results]
-    return [r.loss for r in results], [r.grad_norm for r in results], metrics, running.parts()
-
-
 @pytest.mark.matrix
 @pytest.mark.parametrize("parameters", ["none", "nvme"])
 @pytest.mark.parametrize("back", [False, True])
@@ -118,35 +101,25 @@ def test_a_run_goes_on_natively_and_comes_back(pool, disk, tmp_path, parameters,
     expected = whole._replace(
         losses=whole.losses[HALF:], norms=whole.norms[HALF:], metrics=whole.metrics[HALF:]
     )
-    found = pool(ended, ranks=ranks_of(after), timeout=600, parallel=after, folder=str(tmp_path))
+    found = pool(
+        second_half,
+        ranks=ranks_of(after),
+        timeout=600,
+        name="gpt",
+        parallel=after,
+        folder=str(tmp_path),
+        more=WIDE,
+        first=HALF,
+    )
     each = [Curve(*rank) for rank in found]
     for one in each:
         compare("gpt", one, expected, BOUNDS["fp32"])
     hold_together(each, expected)
 
 
-def diverging(rank, world, parallel):
-    """A step whose loss is not finite must leave everything as it was, and the next one must be right."""
-    running = Running("gpt", rank, world, parallel, WIDE, 4, precision="fp32")
-    running.step(0)
-    before = running.parts()
-    weight = running.engine.flats.weight("model.embed.tokens.weight")
-    kept = weight.clone()
-    weight.fill_(torch.inf)
-    running.engine.flats.refresh()
-    with pytest.raises(NonFiniteError):
-        running.step(1)
-    weight.copy_(kept)
-    running.engine.flats.refresh()
-    running.engine.flats.moved()  # so that it is read anew
-    for (name, *_, was), (_, *_, now) in zip(before, running.parts(), strict=True):
-        np.testing.assert_array_equal(was, now, err_msg=name)
-    return [running.step(step).loss for step in range(1, 4)]
-
-
 @pytest.mark.matrix
 def test_a_step_that_is_not_finite_changes_nothing(pool, disk):
-    for losses in pool(diverging, ranks=2, parallel=disk(2, "nvme"), timeout=600):
+    for losses in pool(diverging, ranks=2, parallel=disk(2, "nvme"), more=WIDE, timeout=600):
         np.testing.assert_allclose(losses, alone("gpt", WIDE, 4, "fp32").losses[1:], rtol=1e-5)
 
 
