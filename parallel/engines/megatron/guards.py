@@ -9,8 +9,8 @@ each wrong result first.
   unless parameters and configuration say so: `check_shares`.
 - Parameters with one dim lose their weight decay by default, and Megatron's scheduler overwrites the others':
   `check_groups`.
-- `DistributedOptimizer.load_state_dict` gives all parameters one `step`, which each counts up: `own_steps`; we do not
-  load by it.
+- `DistributedOptimizer.load_state_dict` gives all parameters one `step`, which each counts up: it is not used;
+  `optimizers.allocate` gives each its own.
 - With `overlap_param_gather`, parameters that are read from outside of their module (a table that is also the head) are
   those of the step before on other ranks: `gather_whole`.
 - `dist_checkpointing.save` starts a process that imports the main module again, and hangs where that is not guarded: it
@@ -23,7 +23,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
@@ -73,13 +72,6 @@ def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
                 raise GuardError(
                     f"a group of {len(group['params'])} parameters has {name} {group[name]}, which we never give"
                 )
-
-
-def own_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter a `step` of its own, of the same value."""
-    for entries in optimizer.state.values():
-        if isinstance(step := entries.get("step"), Tensor):
-            entries["step"] = step.detach().clone()
 
 
 def gather_whole(data: DistributedDataParallel) -> tuple[Callable[[], None], Callable[[], None]]:

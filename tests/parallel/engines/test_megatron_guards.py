@@ -245,11 +245,16 @@ def test_decay_exempts_what_has_one_dim_by_default(pool):
     assert pool(decays, ranks=1, overrides={}) == [({E * E: 0.1, E: 0.1}, ("nothing", ""))]
 
 
+def own_steps(optimizer):
+    """Give every parameter a `step` of its own, of the same value."""
+    for entries in optimizer.state.values():
+        if isinstance(step := entries.get("step"), torch.Tensor):
+            entries["step"] = step.detach().clone()
+
+
 def loaded(rank, world, load, guarded):
     """Steps of the parameters and their values after two steps, a load of the state as it is, and a third."""
     with groups():
-        from headway.parallel.engines.megatron.guards import own_steps
-
         torch.manual_seed(0)
         data, optimizer = optimized(nn.Sequential(nn.Linear(E, E), nn.Linear(E, E)), {})
         each = optimizer.chained_optimizers[0]
