@@ -32,9 +32,13 @@ class CannotBuild(RuntimeError):
 def load() -> None:
     """Load the operators `torch.ops.headway_cpp`, compiled before if they are not.
 
+    What a process has loaded it keeps, whatever has changed since: PyTorch ends one that registers operators twice.
+
     Raises:
         CannotBuild: no Linux, no compiler, or it failed.
     """
+    if hasattr(torch.ops.headway_cpp, "attention"):
+        return
     if platform.system() != "Linux":
         raise CannotBuild(f"C++ kernels are built on Linux, and this is {platform.system()}")
     command = _command()

@@ -77,6 +77,17 @@ def test_a_library_that_cannot_be_loaded_is_told_once(compiler, monkeypatch):
         build.missing.cache_clear()
 
 
+def test_a_process_keeps_the_library_it_has(tmp_path):
+    """PyTorch ends a process that registers operators twice, as a second library would."""
+    program = (
+        "import os, shutil; from pathlib import Path; from headway.kernels.cpp import build; build.load();"
+        "first = next(build._folder().glob(f'attention-{build._digest(build._command())}.so'));"
+        f"os.environ['TORCH_EXTENSIONS_DIR'] = {os.fspath(tmp_path)!r}; build._folder().mkdir();"
+        "shutil.copy(first, build._folder()); build.load.cache_clear(); build.load()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_the_name_says_what_it_was_made_of(monkeypatch):
     names = {build._digest(build._command())}
     monkeypatch.setenv("CXX", "clang++ -O1")
