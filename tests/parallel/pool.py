@@ -1,7 +1,7 @@
 """A pool of worker processes that run functions of the tests as the ranks of a group: of gloo, or of NCCL on one GPU.
 
-Starting a rank costs two seconds of imports, so the workers start once in a test session. Each call makes a
-process group of its own size and ends it afterwards, so that no case sees another's meshes:
+Ranks are forks of a process that has imported what they need (`nursery`), and serve all calls of a test session. Each
+call makes a process group of its own size and ends it afterwards, so that no case sees another's meshes:
 
     def body(rank, world, text):          # at the top level of a test module without relative imports
         ...collectives...
@@ -20,7 +20,6 @@ import gc
 import importlib.util
 import multiprocessing
 import os
-import subprocess
 import sys
 import time
 import traceback
@@ -33,8 +32,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from headway.tests.parallel.nursery import Nursery
+
 SIZE = 8
 """Ranks at most."""
+
+NATIVE = Nursery(
+    "headway.tests.parallel.pool", "headway.parallel.engines.native", "headway.parallel.pipeline.run"
+)
 
 
 class RankError(AssertionError):
@@ -48,9 +53,9 @@ class Pool:
     of its own, and they meet over the loopback: slowly, but through the same calls as on a cluster.
     """
 
-    def __init__(self, size: int = SIZE, backend: str = "gloo") -> None:
-        self.size, self.backend = size, backend
-        self._workers: dict[int, tuple[subprocess.Popen[bytes], Connection]] = {}
+    def __init__(self, size: int = SIZE, backend: str = "gloo", nursery: Nursery = NATIVE) -> None:
+        self.size, self.backend, self.nursery = size, backend, nursery
+        self._workers: dict[int, tuple[int, Connection]] = {}
         self._store: Any = None
         self._calls = 0
 
@@ -77,25 +82,19 @@ class Pool:
         for rank in list(self._workers):
             self._end(rank)
 
-    def _start(self, rank: int) -> tuple[subprocess.Popen[bytes], Connection]:
+    def _start(self, rank: int) -> tuple[int, Connection]:
         if self._store is None:
             self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         ours, theirs = multiprocessing.Pipe()
-        # Not a fork (threads), nor multiprocessing's spawn (it would import pytest's main module again).
-        process = subprocess.Popen(
-            [sys.executable, "-P", __file__, str(theirs.fileno()), str(self._store.port), self.backend],
-            pass_fds=[theirs.fileno()],
-            env=os.environ
-            | {"NCCL_HOSTID": f"rank{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"},
-        )
-        theirs.close()
-        return process, ours
+        with theirs:
+            number = self.nursery.start(theirs, rank=rank, port=self._store.port, backend=self.backend)
+        return number, ours
 
-    def _end(self, rank: int) -> None:
-        process, pipe = self._workers.pop(rank)
+    def _end(self, rank: int) -> int:
+        """Its exit code."""
+        number, pipe = self._workers.pop(rank)
         pipe.close()
-        process.kill()
-        process.wait()
+        return self.nursery.end(number)
 
     def _gather(self, ranks: int, timeout: float) -> list[Any]:
         answers: dict[int, Any] = {}
@@ -121,28 +120,25 @@ class Pool:
         return [answers[rank] for rank in range(ranks)]
 
     def _answer(self, rank: int) -> tuple[bool, Any]:
-        process, pipe = self._workers[rank]
         try:
-            return pipe.recv()
+            return self._workers[rank][1].recv()
         except (EOFError, OSError):
-            code = process.wait(10)
-            self._end(rank)
-            return False, f"died with exit code {code}"
+            return False, f"died with exit code {self._end(rank)}"
 
 
-def _work(pipe: Connection, port: int, backend: str) -> None:
+def live(pipe: Connection, rank: int, port: int, backend: str) -> None:
     """A worker's life: take a call, be a rank of its group, answer."""
+    os.environ |= {"NCCL_HOSTID": f"rank{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported stays: looking for garbage in it would take a quarter of a second
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     while True:
         try:
             path, name, rank, world, call, kwargs = pipe.recv()
         except EOFError:
-            os._exit(0)  # the tests are over
+            return  # the tests are over
         try:
             function = getattr(_module(path), name)
-            if not gc.get_freeze_count():
-                gc.freeze()  # what was imported stays: looking for garbage in it would take a quarter of a second
             dist.init_process_group(
                 backend, store=dist.PrefixStore(f"call{call}", store), rank=rank, world_size=world
             )
@@ -187,7 +183,3 @@ def pool() -> Iterator[Pool]:
     ranks = Pool()
     yield ranks
     ranks.close()
-
-
-if __name__ == "__main__":
-    _work(Connection(int(sys.argv[1])), int(sys.argv[2]), sys.argv[3])
