@@ -26,7 +26,7 @@ def losses(folder):
     return [row["loss"] for row in read_metrics(folder)]
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_run_changes_its_engine_by_one_word(small_job, tmp_path):
     train(small_job, tmp_path, "run.name=straight", "train.steps=9")
     train(small_job, tmp_path, "run.name=changing", "train.steps=3")
