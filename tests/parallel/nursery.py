@@ -13,6 +13,7 @@ import sys
 from multiprocessing.connection import Connection, Pipe
 from multiprocessing.reduction import recv_handle, send_handle
 
+
 class Nursery:
     """Forks processes that have imported some modules; it starts when the first is asked for.
 
@@ -52,7 +53,8 @@ class Nursery:
 
 def _serve(pipe: Connection, modules: list[str]) -> None:
     """Fork what is asked for, until the other end is closed."""
-    live = [importlib.import_module(name) for name in modules][0].live
+    first, *_ = map(importlib.import_module, modules)
+    live = first.live
     assert len(os.listdir("/proc/self/task")) == 1, "a module has started a thread, which forks would lack"
     while True:
         try:
