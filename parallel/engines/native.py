@@ -58,9 +58,7 @@ class NativeEngine(BaseEngine):
             sums = self._through_stages(self.pipeline, batch, step, counts, weight)
         else:
             sums = self._accumulate_alone(batch, step, counts, weight)
-        for name, parameter in self.named.items():
-            if parameter.grad is not None:
-                parameter.grad = None if self._frozen(name, step) else reduced(parameter.grad)
+        self._reduce(step)
         if self.scale:
             scale_gradients_(self.named.values(), 1.0 / self.scale.scale)
         return sums
@@ -77,6 +75,15 @@ class NativeEngine(BaseEngine):
                 self._differentiated(out, counts, weight).backward()
             sums.add(out)
         return sums
+
+    def _reduce(self, step: int) -> None:
+        """Carry out what is still to be summed of gradients, but for parameters that rest, which take none."""
+        for name, parameter in self.named.items():
+            if self._frozen(name, step):
+                parameter.grad = None
+        gradients = self._gradients()
+        for name, gradient in zip(gradients, reduced(gradients.values()), strict=True):
+            self.named[name].grad = gradient
 
     def _frozen(self, name: str, step: int) -> bool:
         """Whether a parameter rests at a step."""

@@ -34,14 +34,12 @@ class Shared:
     @torch.no_grad()
     def add_gradients(self, named: Mapping[str, Tensor]) -> None:
         """Give all copies of a parameter the sum of their gradients."""
-        gradients = {}
-        for name in self.copied(named):
-            parameter = named[name]
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            parameter.grad = reduced(parameter.grad)
-            gradients[name] = local(parameter.grad)
-        self.add(gradients)
+        copied = {name: named[name] for name in self.copied(named)}
+        given = [torch.zeros_like(p) if p.grad is None else p.grad for p in copied.values()]
+        gradients = dict(zip(copied, reduced(given), strict=True))
+        for name, gradient in gradients.items():
+            copied[name].grad = gradient
+        self.add({name: local(gradient) for name, gradient in gradients.items()})
 
     def copied(self, named: Mapping[str, Tensor]) -> list[str]:
         """Names of the parameters with a gradient that other ranks hold too."""

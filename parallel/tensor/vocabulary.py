@@ -34,8 +34,9 @@ def row_loss_over(first: int, vocabulary: int, group: str) -> RowLoss:
         target = torch.where(mine, here, 0)
         own_top = wide.amax(1, keepdim=True)
         top = total(own_top, group, "max")
+        powers = (wide - top).exp_()
         parts = [
-            (wide - top).exp().sum(1, keepdim=True),
+            powers.sum(1, keepdim=True),
             torch.where(mine, wide.gather(1, target), 0),
             *([wide.sum(1, keepdim=True)] if smoothing else []),
         ]
@@ -52,7 +53,7 @@ def row_loss_over(first: int, vocabulary: int, group: str) -> RowLoss:
             correct = ((total(place, group, "min") == labels_N.unsqueeze(1)) & valid).sum()
         if gradients:
             slope = torch.where(valid, 1 + 2 * z_loss * lse, 0)
-            gradient = (wide - lse).exp_().mul_(slope)
+            gradient = powers.mul_(slope / exponentials)
             if smoothing:
                 gradient = gradient - valid.to(wide.dtype) * (smoothing / vocabulary)
             gradient.scatter_add_(1, target, (smoothing - 1) * mine.to(wide.dtype))

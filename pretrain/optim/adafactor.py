@@ -65,7 +65,7 @@ class Adafactor(torch.optim.Optimizer):
                 loss = closure()
         moved = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         params = [p for p, _ in moved]
-        gradients = [local(reduced(p.grad)) for p in params]
+        gradients = [local(g) for g in reduced(p.grad for p in params)]
         weights = [local(p) for p in params]
         self._update_moments(moved, gradients)
         roots = self._inverse_roots(params)

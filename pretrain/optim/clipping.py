@@ -22,7 +22,7 @@ def global_norm(parameters: Iterable[Tensor]) -> Tensor:
 
     Returns: a scalar on the gradients' device, fp32, or fp64 if a gradient is; 0 without gradients.
     """
-    gradients = [reduced(p.grad) for p in parameters if p.grad is not None]
+    gradients = reduced(p.grad for p in parameters if p.grad is not None)
     if not gradients:
         return torch.zeros(())
     spread: dict[Any, list[Tensor]] = defaultdict(list)

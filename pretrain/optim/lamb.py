@@ -74,7 +74,7 @@ class Lamb(torch.optim.Optimizer):
         """Take the gradients of a group into its moments; its updates before any ratio."""
         params = [p for p in group["params"] if p.grad is not None]
         states = [self._state(p) for p in params]
-        gradients = [local(reduced(p.grad)) for p in params]
+        gradients = [local(g) for g in reduced(p.grad for p in params)]
         means = [local(s["exp_avg"]) for s in states]
         squares = [local(s["exp_avg_sq"]) for s in states]
         weights = [local(p) for p in params]

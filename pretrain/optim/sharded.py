@@ -6,7 +6,7 @@ Whole tensors pass through unchanged, so the code that uses this reads as if the
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -26,14 +26,39 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_spread(tensor) else tensor
 
 
-def reduced(gradient: Tensor) -> Tensor:
-    """The gradient with all its pending sums carried out, so that its local part is final."""
-    if not is_spread(gradient) or not any(p.is_partial() for p in gradient.placements):
-        return gradient
-    from torch.distributed.tensor import Replicate
+def reduced(gradients: Iterable[Tensor]) -> list[Tensor]:
+    """Gradients with all their pending sums carried out, so that their local parts are final.
 
-    return gradient.redistribute(
-        placements=[Replicate() if p.is_partial() else p for p in gradient.placements]
+    Costs one all-reduce for each distinct set of axes that sums are pending over, however many gradients there are.
+    """
+    given = list(gradients)
+    pending = [_pending(gradient) for gradient in given]
+    if not any(pending):
+        return given
+    sums = summed([local(gradient) for gradient in given], pending)
+    return [_with_sum(g, total) if is_spread(g) else g for g, total in zip(given, sums, strict=True)]
+
+
+def _pending(gradient: Tensor) -> Any:
+    """Axes over which a gradient is still to be summed: a key for `summed`, or None."""
+    if not is_spread(gradient):
+        return None
+    partial = tuple(p.is_partial() for p in gradient.placements)
+    return (gradient.device_mesh, partial) if any(partial) else None
+
+
+def _with_sum(gradient: DTensor, total: Tensor) -> Tensor:
+    """A gradient whose local part is `total`, the sum that was pending."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    placements = [Replicate() if p.is_partial() else p for p in gradient.placements]
+    return DTensor.from_local(
+        total,
+        gradient.device_mesh,
+        placements,
+        run_check=False,
+        shape=gradient.shape,
+        stride=gradient.stride(),
     )
 
 
