@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 _ops = torch.ops._c10d_functional
 
@@ -83,6 +85,14 @@ def part(x_BSE: Tensor, columns: Columns) -> Tensor:
     return out
 
 
+def local_part(parameter: DTensor, *, share: bool) -> Tensor:
+    """This rank's part of a parameter on the tensor axis; `share`: of its gradient ranks have shares to be summed."""
+    if torch.compiler.is_compiling():
+        return parameter.to_local(grad_placements=[Partial()] if share else None)
+    out: Tensor = _LocalPart.apply(parameter, share)
+    return out
+
+
 def _alike(x: Tensor, _: str) -> Tensor:
     return x.view_as(x)
 
@@ -122,3 +132,20 @@ class _Pair(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         return ctx.back(g, ctx.along), None, None, None
+
+
+class _LocalPart(torch.autograd.Function):
+    """`DTensor.to_local`, whose way back takes 0.2 ms for every parameter on a CPU: it works out a layout anew that is
+    the parameter's own."""
+
+    @staticmethod
+    def forward(ctx, parameter, share):
+        ctx.spec = parameter._spec
+        if share:
+            ctx.spec = DTensorSpec(ctx.spec.mesh, (Partial(),), tensor_meta=ctx.spec.tensor_meta)
+        local = parameter.to_local()
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx, g):
+        return DTensor(g.contiguous(), ctx.spec, requires_grad=False), None

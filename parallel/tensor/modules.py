@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor
 
 from headway.kernels.experts import Pairs, Weights
 from headway.parallel.tensor.collectives import (
@@ -21,6 +21,7 @@ from headway.parallel.tensor.collectives import (
     enter_columns,
     leave,
     leave_columns,
+    local_part,
     part,
     total,
     whole,
@@ -45,7 +46,7 @@ class Local:
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)  # type: ignore[misc]
         if isinstance(value, DTensor) and value.device_mesh == self.mesh:
-            return value.to_local(grad_placements=[Partial()] if name in self.shares else None)
+            return local_part(value, share=name in self.shares)
         return value  # not gathered by FSDP: nothing computes with it
 
     def into(self, x: Tensor) -> Tensor:
