@@ -13,6 +13,7 @@ from headway.pretrain.optim.norms import square_sum
 from headway.pretrain.optim.sharded import axes, local, reduced, summed
 
 
+@torch.no_grad()
 def global_norm(parameters: Iterable[Tensor]) -> Tensor:
     """L2 norm of the gradients of all parameters, over the whole mesh; equal on all ranks.
 
@@ -43,6 +44,7 @@ def clip_factor(norm: Tensor, limit: float) -> Tensor:
     return (limit / (norm + 1e-6)).clamp(max=1.0)
 
 
+@torch.no_grad()
 def scale_gradients_(parameters: Iterable[Tensor], factor: float | Tensor) -> None:
     """Multiply all gradients by a factor, in place."""
     by_device: dict[Any, list[Tensor]] = defaultdict(list)

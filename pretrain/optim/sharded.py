@@ -26,6 +26,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_spread(tensor) else tensor
 
 
+@torch.no_grad()
 def reduced(gradients: Iterable[Tensor]) -> list[Tensor]:
     """Gradients with all their pending sums carried out, so that their local parts are final.
 
@@ -36,7 +37,8 @@ def reduced(gradients: Iterable[Tensor]) -> list[Tensor]:
     if not any(pending):
         return given
     sums = summed([local(gradient) for gradient in given], pending)
-    return [_with_sum(g, total) if is_spread(g) else g for g, total in zip(given, sums, strict=True)]
+    triples = zip(given, sums, pending, strict=True)
+    return [g if over is None else _with_sum(g, total) for g, total, over in triples]
 
 
 def _pending(gradient: Tensor) -> Any:
@@ -47,10 +49,11 @@ def _pending(gradient: Tensor) -> Any:
     return (gradient.device_mesh, partial) if any(partial) else None
 
 
-def _with_sum(gradient: DTensor, total: Tensor) -> Tensor:
+def _with_sum(gradient: Tensor, total: Tensor) -> Tensor:
     """A gradient whose local part is `total`, the sum that was pending."""
     from torch.distributed.tensor import DTensor, Replicate
 
+    assert is_spread(gradient)
     placements = [Replicate() if p.is_partial() else p for p in gradient.placements]
     return DTensor.from_local(
         total,
