@@ -17,6 +17,7 @@ from headway.pretrain.errors import Interrupted, JobError
 from headway.pretrain.inert import refuse_inert
 from headway.pretrain.recipe import resolve
 from headway.pretrain.records.metrics import read_metrics
+from headway.tests.chosen import first
 from headway.tests.launch.test_families import RECIPES, SHORT, SMALL, TEXT
 from headway.tests.launch.test_train import HEADWAY, losses, weights
 
@@ -103,6 +104,7 @@ def test_an_interrupted_run_with_a_cache_goes_on_with_the_same_bits(job, kept, l
     assert_same(job.train("broken", f"{D}.cache={kept}"), live)
 
 
+@pytest.mark.matrix
 def test_soft_targets_of_all_words_need_the_teachers_head_beside(job):
     sets = [f"{D}.logits.top_k=null", f"{D}.init=[1, 3]", "model.hidden=48", "model.heads=4"]
     kept = job.cache("words", *sets)
@@ -229,7 +231,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", first(1, FAMILIES))
 def test_masks_and_images_are_read_from_a_cache_too(name, corpus, tmp_path):
     base = [*SHORT, *SMALL, *RECIPES[name][2], f"run.dir={tmp_path}", "train.steps=2"]
     base += [f"data.sources=['{corpus}']"] if TEXT[0] in base else []

@@ -95,6 +95,7 @@ def test_a_run_that_starts_from_a_folder_holds_one_tensor_of_it_at_a_time(folder
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_import_holds_the_model_once_and_export_one_tensor(folders, tmp_path):
     assert grew("import", folders["safe"], tmp_path / "run") <= folders["bytes"] + TABLE + SLACK
     # the table as it is stored, which is mapped, and a copy of it

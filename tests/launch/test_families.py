@@ -9,6 +9,7 @@ from headway.launch import run
 from headway.pretrain.errors import DataError
 from headway.pretrain.records.metrics import read_metrics
 from headway.pretrain.records.records import read_events
+from headway.tests.chosen import first
 
 SHORT = ["train.steps=4", "train.compile=false", "precision=fp32", "train.eval_every=2", "train.eval_rows=8",
          "train.global_batch=4", "schedule.warmup=1", "checkpoint.every=2", "tracking.wandb=off"]  # fmt: skip
@@ -55,7 +56,7 @@ def test_a_small_recipe_trains_scores_and_reports(name, corpus, tmp_path, capsys
         assert {"balance", "router_z", "dropped/1", "router_entropy/1"} <= rows[-1].keys()
 
 
-@pytest.mark.parametrize("name", ["bert/tiny", "moe/tiny", "vit/mae_tiny"])
+@pytest.mark.parametrize("name", first(1, ["moe/tiny", "bert/tiny", "vit/mae_tiny"]))
 def test_an_interrupted_run_draws_the_same_bits(name, corpus, tmp_path):
     straight = start(name, corpus, tmp_path / "straight")
     start(name, corpus, tmp_path / "parts", "train.steps=2", "schedule.steps=4")

@@ -30,6 +30,7 @@ def wait_for_step(child, folder, step):
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_the_earlier_process_ends_and_the_records_are_the_later_ones(small_job, tmp_path):
     longer = "--set", "train.steps=100000", "--set", "checkpoint.every=0"
     with open(tmp_path / "said", "w") as said:

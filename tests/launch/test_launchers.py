@@ -24,16 +24,15 @@ def alone(small_job, tmp_path_factory):
     return [row["loss"] for row in read_metrics(folder / "run")]
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "launcher",
     [
-        pytest.param(OPEN_MPI, marks=pytest.mark.matrix),
-        pytest.param(MPICH, marks=pytest.mark.matrix),
-        # a script stands between the launcher and the rank
-        pytest.param((*MPICH, "sh", "-c", 'env "$@"', "sh"), marks=pytest.mark.matrix),
+        OPEN_MPI,
+        MPICH,
+        (*MPICH, "sh", "-c", 'env "$@"', "sh"),  # a script stands between the launcher and the rank
         (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--no-python"),
-        pytest.param(("sh", "-c", BY_SHELL, "sh"), marks=pytest.mark.matrix),
+        ("sh", "-c", BY_SHELL, "sh"),
     ],
     ids=["Open MPI", "MPICH", "MPICH and a script", "torchrun", "RANK and WORLD_SIZE"],
 )

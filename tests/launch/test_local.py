@@ -92,6 +92,7 @@ def started(small_job, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_a_signal_to_the_agent_reaches_all_ranks_which_save(started):
     started.agent.send_signal(signal.SIGTERM)
     assert started.agent.wait(60) == 75, started.said.read_text()

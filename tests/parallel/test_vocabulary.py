@@ -93,5 +93,6 @@ def test_soft_targets_are_those_of_one_process(pool, ranks, k, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_soft_targets_compiled_over_ranks(pool):
     check(pool, 2, (), (2.0, "js", 0.7, 0.3), 4, compiled=True)

@@ -101,6 +101,7 @@ def test_row_blocks_write_out_no_more_than_a_block(word):
     assert largest.elements <= 8 * 128 * length  # blocks of 128 rows
 
 
+@pytest.mark.matrix
 def test_compiled_blocks_take_descriptions():
     torch.compiler.reset()
     compute = mechanism("dense").kernels["blocks"].compute

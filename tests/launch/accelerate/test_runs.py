@@ -42,7 +42,7 @@ LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")
 @pytest.mark.parametrize(
     ("options", "axis"),
     [
-        (("--multi_gpu",), "replicate 2"),
+        pytest.param(("--multi_gpu",), "replicate 2", marks=pytest.mark.matrix),
         pytest.param(("--use_fsdp", "--fsdp_version", "2"), "shard 2", marks=pytest.mark.matrix),
         pytest.param(("--cpu", "--mpirun_hostfile"), "replicate 2", marks=pytest.mark.matrix),
     ],

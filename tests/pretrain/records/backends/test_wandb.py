@@ -133,6 +133,7 @@ def test_a_resumed_run_goes_on_under_the_same_id_and_tells_each_step_once(tmp_pa
     assert names == {f"run-{json.loads((run_dir / 'wandb' / 'run.json').read_text())['id']}.wandb"}
 
 
+@pytest.mark.matrix
 def test_a_killed_run_loses_no_step_that_was_logged(tmp_path):
     """The client outlives a SIGKILL of the training process and finishes the run."""
     run_dir = tmp_path / "run"
@@ -164,6 +165,7 @@ while True:
     assert [r["step"] for r in read_metrics(run_dir)] == list(range(1, 501))
 
 
+@pytest.mark.matrix
 def test_a_server_that_refuses_leaves_an_offline_run_and_one_warning(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
