@@ -1,0 +1,72 @@
+"""A program of the tests: all configurations of an op's kernels, compiled for GPUs that need not be here, as JSON.
+
+Arguments: the op, then targets. Of every kernel, target and configuration: what it takes, and of every size what its
+loops cost. A process of its own because Triton, once found, is used by PyTorch too.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import sys
+from typing import Any
+
+from headway.tests.kernels.triton.finding import find_triton
+
+
+def main(op: str, *targets: str) -> None:
+    if not find_triton():
+        print("null")
+        return
+    print(json.dumps([row for target in targets for row in rows(op, target)]))
+
+
+def rows(op: str, target: str) -> list[dict[str, Any]]:
+    """A row for every kernel and way to compile it, the default first."""
+    from headway.kernels.triton.targets import TARGETS
+    from headway.kernels.triton.tuning import Space, forced
+    from headway.tests.kernels.triton.launches import compiled, recorded, resources
+
+    module = importlib.import_module(f"headway.tests.kernels.triton.proofs.{op}")
+    spaces = [x.name for x in vars(_kernels(op)).values() if isinstance(x, Space)]
+    known: dict[str, Any] = {}
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for number, (size, call) in itertools.product(range(_MOST), module.SIZES.items()):
+        with forced(target, **dict.fromkeys(spaces, number)), recorded() as launches:
+            call()
+        for launch in launches:
+            key = f"{launch.name} {signature(launch)}"
+            if key not in known:
+                known[key] = resources(compiled(launch, TARGETS[target]), TARGETS[target])._asdict()
+            row = {"op": op, "kernel": launch.name, "target": target, "size": size, "default": number == 0}
+            how = {k: v for k, v in launch.options.items() if isinstance(v, int)}
+            cost = module.COSTS[launch.name](launch)._asdict()
+            found.setdefault((key, size), row | {"how": how} | known[key] | cost)
+    return list(found.values())
+
+
+_MOST = 4
+"""Configurations of a space at most; a space with fewer gives its default for the others."""
+
+
+def _kernels(op: str) -> Any:
+    return importlib.import_module(f"headway.kernels.triton.{op}")
+
+
+def signature(launch: Any) -> str:
+    """What another compilation would be for: constants, dtypes, what is not there, and what divides by 16."""
+    parts = [f"{k}={v}" for k, v in sorted(launch.options.items())]
+    return " ".join(parts + [_kind(x) for x in launch.given])
+
+
+def _kind(x: Any) -> str:
+    if isinstance(x, tuple):
+        return "(" + " ".join(map(_kind, x)) + ")"
+    if isinstance(x, int):
+        return f"i{x if x == 1 else x % 16 == 0}"
+    return str(getattr(x, "dtype", x))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,51 @@
+"""A program of the tests: an op's cases by Triton's interpreter, and what it counted, as JSON.
+
+It is started with TRITON_INTERPRET=1: Triton asks once, when it is imported, whether it shall interpret. Arguments: the
+op and names of its cases. Fresh memory is poisoned, so that what is not written is seen.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from typing import Any
+
+import torch
+
+from headway.tests.kernels.triton.counting import counted
+from headway.tests.kernels.triton.finding import find_triton
+
+
+def main(op: str, *names: str) -> None:
+    if not find_triton():
+        print("null")
+        return
+    from headway.tests.kernels.triton import proof
+    from headway.tests.kernels.triton.launches import recorded
+
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    module = importlib.import_module(f"headway.tests.kernels.triton.proofs.{op}")
+    answer: dict[str, Any] = {"seed": proof.seed(), "apart": {}, "counted": {}}
+    os.environ["HEADWAY_TEST_SEED"] = str(answer["seed"])
+    for name in names:
+        with counted() as count, recorded(run=True) as launches:
+            results = module.CASES[name](torch.device("cpu"))
+        answer["apart"][name] = {what: deviation(*each) for what, each in results.items()}
+        costs = [module.COSTS[launch.name](launch) for launch in launches]
+        expected = [sum(each) for each in zip(*(cost[:2] + (cost.products,) for cost in costs), strict=True)]
+        answer["counted"][name] = [(count.read, count.written, count.products), expected]
+    print(json.dumps(answer))
+
+
+def deviation(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> tuple[float, float]:
+    """The largest, absolute, and the tolerance; infinite where something is not finite that must be."""
+    apart = (found.detach().cpu().double() - wanted.detach()).abs()
+    return (float(apart.max()) if apart.isfinite().all() else float("inf")), tolerance
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])

@@ -1,0 +1,65 @@
+"""What a proof of a kernel is made of. The modules in `proofs` have, for an op:
+
+CASES      name -> function that computes on a device; what it found beside what it must be
+SIZES      three names -> function that calls forward and backward on operands of a size, on a device
+COSTS      name of a kernel -> function of a launch that gives its `Cost`, by the kernel's own loops
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from headway.tests.kernels.triton.launches import Launch
+
+OPS = ("norm",)
+"""Modules of `proofs`."""
+
+
+class Result(NamedTuple):
+    """An output or a gradient.
+
+    Attributes:
+        found: of the kernel.
+        wanted: in fp64, by the reference.
+        tolerance: how far apart they may be, absolute.
+    """
+
+    found: Tensor
+    wanted: Tensor
+    tolerance: float
+
+
+Case = Callable[[torch.device], Mapping[str, Result]]
+
+
+class Cost(NamedTuple):
+    """Of a launch: bytes that its loops read and write, bytes of its operands once, FLOPs of products and others."""
+
+    read: float
+    written: float
+    least: float
+    products: float = 0.0
+    others: float = 0.0
+
+
+def once(launch: Launch) -> int:
+    """Bytes of all tensors that a launch is given: what it must move if it reads or writes each number once."""
+    return sum(x.numel() * x.element_size() for x in launch.tensors)
+
+
+def seed() -> int:
+    """Of drawn operands: another one every time, unless $HEADWAY_TEST_SEED says which."""
+    chosen = os.environ.get("HEADWAY_TEST_SEED")
+    return int(chosen) if chosen else int.from_bytes(os.urandom(4), "little")
+
+
+def drawn(
+    draw: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32, device: Any = "cpu"
+) -> Tensor:
+    """Standard normal numbers that a dtype has, as leaves that want gradients."""
+    return torch.randn(shape, generator=draw).to(dtype).to(device).requires_grad_()
