@@ -1,7 +1,7 @@
 """GPUs that kernels are compiled for: what they have, from their makers' data sheets.
 
-Rates are dense, without sparsity; of AMD's matrix cores for fp32, of NVIDIA's vector units (products of fp32 use no tf32
-here).
+Rates are dense, without sparsity; those of fp32 are of AMD's matrix cores and of NVIDIA's vector units, as products of
+fp32 use no tf32 here.
 """
 
 from __future__ import annotations
@@ -42,13 +42,20 @@ class Target(NamedTuple):
         return self.narrow if itemsize == 2 else self.wide
 
 
+_KIB = 1024
+_TERA = 1e12
+
 TARGETS = {
     target.name: target
     for target in (
-        Target("sm_80", "A100 SXM 80 GB", "cuda", 80, 32, 312e12, 19.5e12, 19.5e12, 2.039e12, 163 * 1024, r"\bmma\.sync"),
-        Target("sm_90a", "H100 SXM", "cuda", 90, 32, 989.4e12, 66.9e12, 66.9e12, 3.35e12, 227 * 1024, r"\bwgmma\.mma_async"),
-        Target("sm_100a", "B200", "cuda", 100, 32, 2250e12, 75e12, 75e12, 8e12, 227 * 1024, r"\btcgen05\.mma"),
-        Target("gfx942", "MI300X", "hip", "gfx942", 64, 1307.4e12, 163.4e12, 163.4e12, 5.3e12, 64 * 1024, r"\bv_mfma_"),
+        Target("sm_80", "A100 SXM 80 GB", "cuda", 80, 32, 312 * _TERA, 19.5 * _TERA, 19.5 * _TERA,
+               2.039 * _TERA, 163 * _KIB, r"\bmma\.sync"),
+        Target("sm_90a", "H100 SXM", "cuda", 90, 32, 989.4 * _TERA, 66.9 * _TERA, 66.9 * _TERA,
+               3.35 * _TERA, 227 * _KIB, r"\bwgmma\.mma_async"),
+        Target("sm_100a", "B200", "cuda", 100, 32, 2250 * _TERA, 75 * _TERA, 75 * _TERA,
+               8 * _TERA, 227 * _KIB, r"\btcgen05\.mma"),
+        Target("gfx942", "MI300X", "hip", "gfx942", 64, 1307.4 * _TERA, 163.4 * _TERA, 163.4 * _TERA,
+               5.3 * _TERA, 64 * _KIB, r"\bv_mfma_"),
     )
 }  # fmt: skip
 

@@ -35,7 +35,7 @@ def main(op: str, *names: str) -> None:
             results = module.CASES[name](torch.device("cpu"))
         answer["apart"][name] = {what: deviation(*each) for what, each in results.items()}
         costs = [module.COSTS[launch.name](launch) for launch in launches]
-        expected = [sum(each) for each in zip(*(cost[:2] + (cost.products,) for cost in costs), strict=True)]
+        expected = [sum(each) for each in zip(*((*cost[:2], cost.products) for cost in costs), strict=True)]
         answer["counted"][name] = [(count.read, count.written, count.products), expected]
     print(json.dumps(answer))
 
