@@ -31,7 +31,7 @@ fast: $(VENV)/.ready-dev
 # Pairs and threes of axes, from which layout to which a run can go on, launchers, hosts whose link is cut, servers that
 # fail; each process has its own pool of ranks.
 matrix: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadgroup -m matrix
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadgroup -m "matrix and not long"
 
 # Jobs and their faults on a virtual Slurm cluster (.ci/slurm.sh installs the daemons); `make long` has the longer ones.
 slurm: $(VENV)/.ready-dev

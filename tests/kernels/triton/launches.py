@@ -136,7 +136,7 @@ class Resources(NamedTuple):
         registers: of a thread.
         spilled: bytes that a thread stores for want of registers (on AMD: registers).
         shared: bytes of a program in shared memory.
-        products: instructions of tensor cores.
+        tensor: instructions of tensor cores.
         wide: loads of 16 bytes.
         loads: all loads from memory.
     """
@@ -144,7 +144,7 @@ class Resources(NamedTuple):
     registers: int
     spilled: int
     shared: int
-    products: int
+    tensor: int
     wide: int
     loads: int
 
