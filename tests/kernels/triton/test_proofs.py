@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from headway.kernels.triton.targets import TARGETS
 from headway.tests.kernels.triton.finding import find_triton
 from headway.tests.kernels.triton.interpret import deviation
 from headway.tests.kernels.triton.proof import OPS
+from headway.tests.kernels.triton.table import PAGE, broken, compiled, table
 
 ALWAYS = 4
 """Cases of an op that are always interpreted; the others in the matrix."""
@@ -69,6 +71,21 @@ def test_loops_move_and_multiply_what_their_formulas_say(op: str, name: str) -> 
     found, _ = answer(op, name)
     counted, expected = found["counted"][name]
     assert counted == expected, "bytes read, bytes written, FLOPs of products"
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("op", OPS)
+def test_defaults_compile_for_gpus_that_are_not_here(op: str) -> None:
+    rows = compiled(op, most=1)
+    assert {row["target"] for row in rows} == set(TARGETS)
+    assert [fault for row in rows for fault in broken(row)] == []
+    assert table(rows) in PAGE.read_text(encoding="utf-8"), "docs/kernels.md is old: run `make kernels`"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("op", OPS)
+def test_every_configuration_compiles(op: str) -> None:
+    assert [fault for row in compiled(op) for fault in broken(row)] == []
 
 
 @pytest.mark.cuda

@@ -1,0 +1,117 @@
+"""The tables of docs/kernels.md: what every Triton kernel takes on GPUs that need not be here, and may reach there.
+
+    python -m headway.tests.kernels.triton.table [OP ...]
+
+Compiles all configurations of all kernels for all targets, says what breaks a rule, and writes the tables of these ops
+(of all, if none is named). `make kernels` calls it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from headway.kernels.triton.targets import TARGETS, Target
+from headway.tests.kernels.triton.proof import OPS
+
+PAGE = Path(__file__).parents[3] / "docs/kernels.md"
+Row = dict[str, Any]
+
+
+ALL = 8
+"""Configurations of a space at most."""
+
+
+def compiled(op: str, most: int = ALL, targets: Iterable[str] = TARGETS) -> list[Row]:
+    """Rows of `compile`, by a process of its own; `most`: configurations of a space."""
+    command = [sys.executable, "-m", "headway.tests.kernels.triton.compile", op, str(most), *targets]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: list[Row] = json.loads(done.stdout)
+    return found
+
+
+def broken(row: Row) -> list[str]:
+    """Rules that a compiled kernel breaks."""
+    target = TARGETS[row["target"]]
+    rules = {
+        f"spills {row['spilled']}": row["spilled"] == 0,
+        f"takes {row['shared']} bytes of shared memory of {target.shared}": row["shared"] <= target.shared,
+        "multiplies without tensor cores": row["tensor"] > 0 or not row["products"] or row["itemsize"] > 2,
+        "has no loads of 16 bytes": row["wide"] > 0,
+    }
+    return [
+        f"{row['kernel']} on {row['target']}, {row['how']}: {rule}"
+        for rule, kept in rules.items()
+        if not kept
+    ]
+
+
+def share(row: Row, target: Target) -> float:
+    """Of what the target could do: the time of the least traffic and the products, over that of what the loops do.
+
+    Each is the longest of memory's time, tensor cores' and that of other arithmetic, as if they overlapped wholly.
+    """
+    products, others = row["products"] / target.rate(row["itemsize"]), row["others"] / target.vector
+    moved = (row["read"] + row["written"]) / target.bandwidth
+    return max(row["least"] / target.bandwidth, products) / max(moved, products, others)
+
+
+def intensity(row: Row) -> float:
+    """FLOPs for every byte that is moved."""
+    return (row["products"] + row["others"]) / (row["read"] + row["written"])
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown of an op's default configurations: a line for every kernel and size."""
+    grouped: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        if row["default"]:
+            grouped[row["kernel"], row["size"]].setdefault(row["target"], row)
+    head = ["kernel", "size", "moved / least", "FLOP / byte", *TARGETS]
+    lines = [" | ".join(head), " | ".join("---" for _ in head)]
+    for (kernel, size), found in grouped.items():
+        any_row = next(iter(found.values()))
+        moved = (any_row["read"] + any_row["written"]) / any_row["least"]
+        cells = [f"`{kernel.removesuffix('_kernel')}`", size, f"{moved:.2f}", f"{intensity(any_row):.1f}"]
+        lines.append(" | ".join(cells + [_cell(found.get(name), TARGETS[name]) for name in TARGETS]))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _cell(row: Row | None, target: Target) -> str:
+    if row is None:
+        return ""
+    tensor = f", {row['tensor']} tc" if row["tensor"] else ""
+    return f"{row['registers']} r, {row['shared'] / 1024:.0f} K{tensor}, {share(row, target):.0%}"
+
+
+def write(tables: dict[str, str]) -> None:
+    """Put tables into the page, each between its own marks."""
+    page = PAGE.read_text(encoding="utf-8")
+    for op, text in tables.items():
+        begin, end = f"<!-- {op} -->\n", f"\n<!-- end of {op} -->"
+        block = f"{begin}{text}{end}"
+        if begin in page:
+            page = page[: page.index(begin)] + block + page[page.index(end) + len(end) :]
+        else:
+            page = f"{page.rstrip()}\n\n### {op}\n\n{block}\n"
+    PAGE.write_text(page, encoding="utf-8")
+
+
+def main(*ops: str) -> int:
+    chosen = ops or OPS
+    with ThreadPoolExecutor(2) as pool:
+        found = dict(zip(chosen, pool.map(compiled, chosen), strict=True))
+    faults = [fault for rows in found.values() for row in rows for fault in broken(row)]
+    write({op: table(rows) for op, rows in found.items()})
+    print("\n".join(faults) or f"{sum(map(len, found.values()))} compiled kernels keep the rules")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
