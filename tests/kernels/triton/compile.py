@@ -1,8 +1,8 @@
 """A program of the tests: an op's kernels compiled for GPUs that need not be here, as JSON.
 
 Arguments: the op, how many configurations of a space at most, then targets. Of every kernel, target and configuration:
-what it takes, and of every size what its loops cost. A process of its own because Triton, once found, is used by PyTorch
-too.
+what it takes, and of every size what its loops cost. A process of its own because PyTorch, too, uses a Triton that it
+finds.
 """
 
 from __future__ import annotations
