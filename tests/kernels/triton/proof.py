@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from headway.tests.kernels.triton.launches import Launch
 
-OPS = ("norm",)
+OPS = tuple(sorted(path.stem for path in (Path(__file__).parent / "proofs").glob("*.py")))
 """Modules of `proofs`."""
 
 
