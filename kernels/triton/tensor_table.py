@@ -140,9 +140,10 @@ def taken(x, place, size, FULL: tl.constexpr):
 
 @triton.jit
 def put(x, place, size, value, FULL: tl.constexpr):
-    """What `taken` read, rounded to the tensor's dtype."""
+    """What `taken` read, rounded to the tensor's dtype; in fp32 what will be read again."""
     value = narrowed(value, x.dtype.element_ty)
     if FULL:
         tl.store(x + place, value)
     else:
         tl.store(x + place, value, mask=place < size)
+    return value.to(tl.float32)
