@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headway.tests.kernels.triton.launches import Launch
 
-OPS = ("adamw", "norm")
+OPS = ("adamw", "lamb", "muon", "norm")
 """Modules of `proofs`."""
 
 

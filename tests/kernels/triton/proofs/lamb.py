@@ -170,7 +170,8 @@ def _moments(launch: Launch) -> Cost:
 def _norms(launch: Launch) -> Cost:
     blocks = launch.arguments["partial"].shape[0]
     read = 8 * blocks + launch.programs * (16 + _scalars(launch))
-    return _skipped(launch) or Cost(read, 8 * launch.programs, once(launch), 0, 2 * blocks)
+    written = 8 * launch.programs
+    return _skipped(launch) or Cost(read, written, read + written, 0, 2 * blocks)
 
 
 def _step(launch: Launch) -> Cost:
