@@ -78,7 +78,7 @@ def adamw(
     table = table_of(lists | ({"copies": copies} if copies is not None else {}), config.tiles["N"])
     if not len(table.blocks):
         return
-    debias_T2 = corrections(state_steps, beta1, beta2, device)
+    debias_T2 = corrections(state_steps, beta1, beta2, params)
     numbers = float(lr), 1.0 - beta1, 1.0 - beta2, float(lr * weight_decay), float(eps)
     with torch.cuda.device_of(params[0]):
         adamw_step_kernel[len(table.blocks),](

@@ -72,8 +72,8 @@ def lamb(
     """
     how = {"beta1": beta1, "beta2": beta2, "weight_decay": weight_decay, "eps": eps, "found_inf": found_inf}
     states = exp_avgs, exp_avg_sqs, state_steps
-    squares_T2 = lamb_squares(params, grads, *states, grad_scale=grad_scale, **how)  # type: ignore[arg-type]
-    lamb_step(params, *states, squares_T2 if adapt else None, lr=lr, copies=copies, **how)  # type: ignore[arg-type]
+    squares_T2 = lamb_squares(params, grads, *states, grad_scale=grad_scale, **how)
+    lamb_step(params, *states, squares_T2 if adapt else None, lr=lr, copies=copies, **how)
 
 
 @torch.compiler.disable  # Triton compiles the kernels itself
@@ -103,7 +103,7 @@ def lamb_squares(
     if not len(table.blocks):
         return squares_T2
     partial_P2 = torch.empty(len(table.blocks), 2, device=device)
-    given = table.rows, table.blocks, corrections(state_steps, beta1, beta2, device), grad_scale, found_inf
+    given = table.rows, table.blocks, corrections(state_steps, beta1, beta2, params), grad_scale, found_inf
     numbers = 1.0 - beta1, 1.0 - beta2, float(weight_decay), float(eps)
     types = {"GRAD": dtype_of(grads), **_types(params, exp_avgs, exp_avg_sqs, table)}
     with torch.cuda.device_of(params[0]):
@@ -143,7 +143,7 @@ def lamb_step(
     table = table_of(lists | ({"copies": copies} if copies is not None else {}), config.tiles["N"])
     if not len(table.blocks):
         return
-    given = table.rows, table.blocks, corrections(state_steps, beta1, beta2, device), squares_T2, found_inf
+    given = table.rows, table.blocks, corrections(state_steps, beta1, beta2, params), squares_T2, found_inf
     copy = None if copies is None else dtype_of(copies)
     types = {"COPY": copy, **_types(params, exp_avgs, exp_avg_sqs, table)}
     with torch.cuda.device_of(params[0]):

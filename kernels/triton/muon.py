@@ -7,10 +7,11 @@ saved:
   twice. Of square matrices that is 4 m^3 FLOPs an iteration instead of 6 m^3, of wide ones (n = 4 m) 13 of 18.
 - a pass over what is added in the last two, as `baddbmm` first copies it into its result.
 
-So it is for a bf16 model's matrices from some hundreds wide; in fp32, which has no tensor cores here, and for small
-matrices, PyTorch is as good. Products are of X's own dtype, sums in fp32; A, b A + c A^2 and X are rounded to X's dtype
-once each. A tile row of X is read by each of A's tile columns, as programs share nothing: neighbours find it in the
-second-level cache, as programs that run together belong to one column of tiles.
+So it is for a bf16 model's matrices from some hundreds wide; in fp32, which NVIDIA's tensor cores do not take, and for
+small matrices, PyTorch is as good. Products are of X's own dtype, sums in fp32; A, b A + c A^2 and X are rounded to X's
+dtype once each. Programs share nothing, so operands are read more often than once: a row of tiles of X for each tile of
+A in that row or column; P for each column of tiles of X, and X for each row of tiles of P. Programs that run together
+belong to one row of A, or to one column of X, and find what they share in the second-level cache.
 
 Shapes: B matrices [M, N] with M <= N; in kernels tiles of R rows and C columns, K of a sum at a time.
 """
@@ -50,8 +51,8 @@ def _move_configs(target: str, itemsize: int, side: int) -> list[Config]:
         square._replace(tiles={"R": side, "C": 128, "K": depth}),
         small._replace(tiles={"R": 64, "C": 64, "K": depth}),
     ]
-    if target in ("sm_90a", "sm_100a") and itemsize == 2:
-        found.append(Config({"R": side, "C": 256, "K": depth}, 8, 3))
+    if target == "sm_90a" and itemsize == 2 and side == 128:
+        found.append(Config({"R": 128, "C": 256, "K": depth}, 8, 3))
     return found
 
 

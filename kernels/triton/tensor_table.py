@@ -108,14 +108,22 @@ def dtype_of(tensors: Sequence[Tensor]) -> Any:
     return DTYPES[tensors[0].dtype]
 
 
-def corrections(state_steps: Sequence[Tensor], beta1: float, beta2: float, device: torch.device) -> Tensor:
-    """What debiases moments: 1 - beta1^t and sqrt(1 - beta2^t), fp32 [T, 2] of fp64.
+def corrections(
+    state_steps: Sequence[Tensor], beta1: float, beta2: float, params: Sequence[Tensor]
+) -> Tensor:
+    """What debiases the moments of T parameters: 1 - beta1^t and sqrt(1 - beta2^t), fp32 [T, 2] of fp64.
 
     Kernels do not compute this: fp32 knows beta2 = 0.999 to 3e-8, hence 1 - beta2 to 3e-5 of it.
+
+    Raises:
+        ValueError: there is not one number for each parameter.
     """
-    steps_T = torch.stack(list(state_steps)).double().view(-1)
+    if len(state_steps) != len(params) or any(step.numel() != 1 for step in state_steps):
+        shapes = [tuple(step.shape) for step in state_steps]
+        raise ValueError(f"state_steps: of shapes {shapes}; one number for each of {len(params)} params")
+    steps_T = torch.stack([step.view(()) for step in state_steps]).double()
     pair = 1 - torch.pow(beta1, steps_T), (1 - torch.pow(beta2, steps_T)).sqrt()
-    return torch.stack(pair, 1).float().to(device, non_blocking=True)
+    return torch.stack(pair, 1).float().to(params[0].device, non_blocking=True)
 
 
 # -- in kernels ----------------------------------------------------------------------------------------------------
