@@ -5,8 +5,9 @@ gave for backward. Here what the products gave is read once, and once again back
 anew; sums are of fp32. Biases are read by every tile of rows: from the cache. Where nothing else but a plain
 activation is computed, compiled PyTorch is as good.
 
-With g = gate + its bias and u = up + its bias: y = f(g) u; backward d_g = dy u f'(g), d_u = dy f(g), and gradients of
-biases are their sums over rows, by strips of rows whose sums are added in a fixed order. A plain activation is y = f(g).
+With g = gate + its bias and u = up + its bias: y = f(g) u; backward d_g = dy u f'(g), d_u = dy f(g), and gradients
+of biases are their sums over rows, by strips of rows whose sums are added in a fixed order. A plain activation is
+y = f(g).
 
 Shapes: N rows, F width; in kernels R rows and C columns of a tile.
 """
@@ -43,7 +44,7 @@ def _backward_configs(target: str, width: int) -> list[Config]:
     columns = min(width, 256)
     return [
         Config({"R": 2048 // columns, "C": columns}, 4, 1),
-        Config({"R": 1024 // columns, "C": columns}, 4, 1),
+        Config({"R": 1024 // columns, "C": columns}, 2, 1),
     ]
 
 
