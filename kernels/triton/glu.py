@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from headway.kernels.glu import GATED, PLAIN
 from headway.kernels.triton.activations import GATES, activated
 from headway.kernels.triton.numbers import narrowed
+from headway.kernels.triton.targets import TARGETS
 from headway.kernels.triton.tuning import Config, Space
 
 STRIPS = 64
@@ -42,10 +43,9 @@ def _forward_configs(target: str, width: int) -> list[Config]:
 
 def _backward_configs(target: str, width: int) -> list[Config]:
     columns = min(width, 256)
-    return [
-        Config({"R": 2048 // columns, "C": columns}, 4, 1),
-        Config({"R": 1024 // columns, "C": columns}, 2, 1),
-    ]
+    # A thread has as much as it loads at once, 16 bytes of each operand: with twice that, registers run out.
+    tiles = [(8 * TARGETS[target].lanes * warps, warps) for warps in (4, 2)]
+    return [Config({"R": max(1, size // columns), "C": columns}, warps, 1) for size, warps in tiles]
 
 
 FORWARD = Space("glu_forward", _forward_configs)
