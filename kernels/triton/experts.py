@@ -200,7 +200,7 @@ def experts_combine_kernel(y, weight, row, start, out, width, C: tl.constexpr):
     column = tl.program_id(0) % blocks * C + tl.arange(0, C)
     there = column < width
     total = tl.zeros([C], tl.float32)
-    for i in range(tl.load(start + n), tl.load(start + n + 1)):
+    for i in range(tl.load(start + n).to(tl.int32), tl.load(start + n + 1).to(tl.int32)):
         r = tl.load(row + i)
         value = tl.load(y + r * width + column, mask=there, other=0.0).to(tl.float32)
         if weight is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headway.tests.kernels.triton.launches import Launch
 
-OPS = ("norm", "rotary", "glu", "dropout", "experts")
+OPS = ("norm", "rotary", "glu", "dropout", "experts", "grouped")
 """Modules of `proofs`."""
 
 
