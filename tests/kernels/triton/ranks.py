@@ -1,0 +1,46 @@
+"""Ranks in one process: what each computes between collectives is computed again until all are answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_OPS = {"sum": torch.sum, "max": torch.amax, "min": torch.amin}
+
+
+class _Unanswered(Exception):
+    """A collective whose other ranks have not been heard."""
+
+
+def over_ranks(ranks: int, of: Callable[[int, Callable[[Tensor, str], Tensor]], Any]) -> list[Any]:
+    """What every rank returns.
+
+    Args:
+        of: (rank, total) -> what that rank computes, the same at every call; `total` is (x, op) -> over all ranks.
+    """
+    answers: list[Tensor] = []
+    while True:
+        asked: list[tuple[Tensor, str]] = []
+        returned = []
+        for rank in range(ranks):
+            heard = iter(answers)
+
+            def total(x: Tensor, op: str, heard: Any = heard) -> Tensor:
+                answer = next(heard, None)
+                if answer is None:
+                    asked.append((x.clone(), op))
+                    raise _Unanswered
+                return answer.clone()
+
+            try:
+                returned.append(of(rank, total))
+            except _Unanswered:
+                continue
+        if not asked:
+            return returned
+        assert len({op for _, op in asked}) == 1
+        assert len(asked) == ranks
+        answers.append(_OPS[asked[0][1]](torch.stack([x for x, _ in asked]), dim=0))
