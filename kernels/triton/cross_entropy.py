@@ -1,25 +1,18 @@
-"""Cross-entropy of rows of logits, and its gradient in their place, in one kernel: what `kernels.cross_entropy.row_loss`
-computes, and its halves for words that are spread over ranks.
+"""Cross-entropy of rows of logits, and its gradient in their place: what `kernels.cross_entropy.row_loss` computes, and
+its halves for words that are spread over ranks. The kernels are in `cross_entropy_kernels`.
 
-PyTorch's operators pass over a chunk of logits some ten times, most of them in fp32, and cross-entropy that is a part of
-PyTorch writes a gradient beside the logits. Here a program has a row. It passes over it twice, because the gradient of
-the first word needs the sum of exponentials over all, and a row of a usual vocabulary does not fit into registers: once
-to read, once to read again, from the L2 cache while rows in flight fit into it, and to write. A row that is not scored
-is not read.
+PyTorch's operators pass over a chunk of logits some ten times, most of them in fp32, and `F.cross_entropy` writes a
+gradient beside the logits. Here a program has a row, and passes over it twice, because the gradient of the first word
+needs the sum of exponentials over all, and a row of a usual vocabulary does not fit into registers: once to read, once
+to read again, from the L2 cache while the rows in flight fit into it, and to write. Unscored rows are not read.
 
 The products with the head stay torch.mm, by chunks of rows, in `linear_cross_entropy`. A kernel that multiplies as well
-would spare writing and reading logits, 12 bytes each in bf16 (written, read twice, their gradient written and read by two
-products): 3.6 ps on an H100. But its gradients need the softmax of whole rows first, so that it multiplies once more: 2 E
-FLOPs, 8.3 ps with E = 4,096, and as much as is spared with E = 1,800, at a rate that cuBLAS alone has.
+would spare writing and reading logits, 12 bytes each in bf16 (written, read twice, their gradient written and read by
+two products): 3.6 ps on an H100. But its gradients need the softmax of whole rows first, so that it multiplies once
+more: 2 E FLOPs, 8.3 ps with E = 4,096; what is spared pays for them below E = 1,800, at a rate that cuBLAS alone has.
 
-With m the largest logit x of a row and s = sum exp(x - m): lse = m + log s, loss = lse - x[label] + z_loss lse^2, and
-gradient = exp(x - m) (1 + 2 z_loss lse) / s - [label]; of smoothing e, the target is e / V + (1 - e) [label].
-
-Shapes: N rows (tokens), V vocabulary (of this rank); in kernels W words of a tile.
+Shapes: N rows (tokens), V vocabulary (of this rank), P numbers of a row.
 """
-
-# Triton gives the arguments of kernels their types; only constants are marked.
-# mypy: allow-incomplete-defs
 
 from __future__ import annotations
 
@@ -27,12 +20,15 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from headway.kernels.cross_entropy import IGNORE, RowLoss
+from headway.kernels.cross_entropy import RowLoss
 from headway.kernels.soft_targets import Total
-from headway.kernels.triton.numbers import narrowed
+from headway.kernels.triton.cross_entropy_kernels import (
+    cross_entropy_close_kernel,
+    cross_entropy_kernel,
+    cross_entropy_own_kernel,
+)
 from headway.kernels.triton.tuning import Config, Space
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,10 +36,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _configs(target: str, vocab: int) -> list[Config]:
-    return [_row(vocab, words) for words in (4096, 8192, 2048)]
+    return [row_config(vocab, words) for words in (4096, 8192, 2048)]
 
 
-def _row(vocab: int, words: int) -> Config:
+def row_config(vocab: int, words: int) -> Config:
     """16 words of a tile to a thread of NVIDIA's, 8 to one of AMD's: loads of 16 bytes."""
     tile = min(words, max(32, vocab))
     return Config({"W": tile}, max(1, tile // 512), 1)
@@ -57,8 +53,8 @@ class Shares(NamedTuple):
 
     Attributes:
         top_N: the largest logit.
-        sums_PN: to be added over ranks: exponentials relative to top_N, the label's logit, and with smoothing the sum of
-            all logits.
+        sums_PN: to be added over ranks: exponentials relative to top_N, the label's logit, and with smoothing the
+            sum of all logits.
         place_N: int64, the first word with the largest logit, of the whole vocabulary; if asked for.
     """
 
@@ -216,197 +212,3 @@ def chosen(logits_NV: Tensor) -> Config:
 def _sums(parts_PN: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     nll, z, *correct = parts_PN.sum(1).unbind()
     return nll, z, correct[0] if correct else torch.zeros_like(nll), parts_PN[0] + parts_PN[1]
-
-
-# -- kernels -------------------------------------------------------------------------------------------------------
-
-LOWEST = tl.constexpr(-3.4028234663852886e38)
-"""Of fp32: a largest logit so far that leaves exp(-inf - it) = 0."""
-UNSCORED = tl.constexpr(IGNORE)
-
-
-@triton.jit
-def cross_entropy_kernel(
-    logits,
-    bias,
-    labels,
-    parts,
-    rows,
-    stride,
-    width,
-    z_loss,
-    smoothing,
-    GRADIENTS: tl.constexpr,
-    SMOOTHING: tl.constexpr,
-    ACCURACY: tl.constexpr,
-    W: tl.constexpr,
-):
-    """A program: a row, from its logits to its loss and their gradient."""
-    row = tl.program_id(0)
-    line = logits + row.to(tl.int64) * stride
-    label = tl.load(labels + row).to(tl.int32)
-    scored = label != UNSCORED
-    length = tl.where(scored, width, 0)
-    top, exponentials, picked, every, place = _shares(line, bias, label, length, SMOOTHING, ACCURACY, W)
-    numbers = top, exponentials, picked, every
-    slope = _loss(parts + row, rows, scored, *numbers, width, z_loss, smoothing, SMOOTHING)
-    if ACCURACY:
-        tl.store(parts + 2 * rows + row, (scored & (place == label)).to(tl.float32))
-    if GRADIENTS:
-        _slopes(line, bias, label, length, width, top, slope, smoothing / width, 1 - smoothing, W)
-
-
-@triton.jit
-def cross_entropy_own_kernel(
-    logits,
-    bias,
-    labels,
-    top,
-    sums,
-    place,
-    rows,
-    stride,
-    width,
-    first,
-    SMOOTHING: tl.constexpr,
-    W: tl.constexpr,
-):
-    """A program: a row, of this rank's words; with `place`, where the largest is."""
-    row = tl.program_id(0)
-    label = tl.load(labels + row)
-    length = tl.where(label != UNSCORED, width, 0)
-    line = logits + row.to(tl.int64) * stride
-    here = _here(label, first, width)
-    m, exponentials, picked, every, at = _shares(line, bias, here, length, SMOOTHING, place is not None, W)
-    tl.store(top + row, m)
-    tl.store(sums + row, exponentials)
-    tl.store(sums + rows + row, picked)
-    if SMOOTHING:
-        tl.store(sums + 2 * rows + row, every)
-    if place is not None:
-        tl.store(place + row, at.to(tl.int64) + first)
-
-
-@triton.jit
-def cross_entropy_close_kernel(
-    logits,
-    bias,
-    labels,
-    top,
-    sums,
-    place,
-    parts,
-    rows,
-    stride,
-    width,
-    first,
-    vocabulary,
-    z_loss,
-    smoothing,
-    GRADIENTS: tl.constexpr,
-    SMOOTHING: tl.constexpr,
-    W: tl.constexpr,
-):
-    """A program: a row's loss from what all ranks say, and the gradient by this rank's words."""
-    row = tl.program_id(0)
-    label = tl.load(labels + row)
-    scored = label != UNSCORED
-    m = tl.load(top + row)
-    every = m
-    if SMOOTHING:
-        every = tl.load(sums + 2 * rows + row)
-    numbers = m, tl.load(sums + row), tl.load(sums + rows + row), every
-    slope = _loss(parts + row, rows, scored, *numbers, vocabulary, z_loss, smoothing, SMOOTHING)
-    if place is not None:
-        tl.store(parts + 2 * rows + row, (scored & (tl.load(place + row) == label)).to(tl.float32))
-    if GRADIENTS:
-        line = logits + row.to(tl.int64) * stride
-        here = _here(label, first, width)
-        length = tl.where(scored, width, 0)
-        _slopes(line, bias, here, length, width, m, slope, smoothing / vocabulary, 1 - smoothing, W)
-
-
-@triton.jit
-def _here(label, first, width):
-    """The label's column among words [first, first + width), -1 if it is not there."""
-    here = label - first
-    return tl.where((here >= 0) & (here < width), here, -1).to(tl.int32)
-
-
-@triton.jit
-def _words(line, bias, column, inside):
-    """Logits of a tile, fp32; -inf where there is none."""
-    x = tl.load(line + column, mask=inside, other=-float("inf")).to(tl.float32)
-    if bias is not None:
-        x += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-    return x
-
-
-@triton.jit
-def _shares(line, bias, label, width, EVERY: tl.constexpr, PLACE: tl.constexpr, W: tl.constexpr):
-    """Of a row: its largest logit, the sum of exponentials relative to it, the label's logit (0 if it is not there),
-    the sum of all, and the first place of the largest.
-
-    Lanes have sums of their own, so that there is one reduction a tile, and so that rounding grows with V / W.
-    """
-    lane = tl.arange(0, W)
-    top = tl.full((), LOWEST, tl.float32)
-    exponentials = tl.zeros([W], tl.float32)
-    picked = tl.zeros([W], tl.float32)
-    every = tl.zeros([W], tl.float32)
-    best = tl.full([W], -float("inf"), tl.float32)
-    place = tl.zeros([W], tl.int32)
-    for begin in range(0, width, W):
-        column = begin + lane
-        inside = column < width
-        x = _words(line, bias, column, inside)
-        above = tl.maximum(top, tl.max(x, 0))
-        exponentials = exponentials * tl.exp(top - above) + tl.exp(x - above)
-        top = above
-        picked += tl.where(column == label, x, 0.0)
-        if EVERY:
-            every += tl.where(inside, x, 0.0)
-        if PLACE:
-            place = tl.where(x > best, column, place)
-            best = tl.maximum(x, best)
-    at = tl.min(tl.where(best == top, place, width), 0)
-    return top, tl.sum(exponentials, 0), tl.sum(picked, 0), tl.sum(every, 0), at
-
-
-@triton.jit
-def _loss(
-    parts,
-    rows,
-    scored,
-    top,
-    exponentials,
-    picked,
-    every,
-    vocabulary,
-    z_loss,
-    smoothing,
-    SMOOTHING: tl.constexpr,
-):
-    """Writes a row's cross-entropy and weighted squared log-partition; returns by what exponentials are multiplied in
-    the gradient. Differences to the largest logit are taken first: they are small where logits are not."""
-    log = tl.log(exponentials)
-    nll = (top - picked) + log
-    if SMOOTHING:
-        nll = (1 - smoothing) * nll + smoothing * ((top - every / vocabulary) + log)
-    lse = top + log
-    tl.store(parts, tl.where(scored, nll, 0.0))
-    tl.store(parts + rows, tl.where(scored, z_loss * lse * lse, 0.0))
-    return tl.where(scored, (1 + 2 * z_loss * lse) / exponentials, 0.0)
-
-
-@triton.jit
-def _slopes(line, bias, label, length, width, top, slope, everywhere, there, W: tl.constexpr):
-    """The gradient of a row in its logits' place: exponentials times `slope`, less `everywhere`, less `there` of the
-    label; 0 from `length` on, which is not read."""
-    lane = tl.arange(0, W)
-    for begin in range(0, width, W):
-        column = begin + lane
-        x = _words(line, bias, column, column < length)
-        gradient = tl.exp(x - top) * slope - tl.where(column == label, everywhere + there, everywhere)
-        gradient = tl.where(column < length, gradient, 0.0)
-        tl.store(line + column, narrowed(gradient, line.dtype.element_ty), mask=column < width)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headway.tests.kernels.triton.launches import Launch
 
-OPS = ("norm", "cross_entropy")
+OPS = ("norm", "cross_entropy", "soft_targets")
 """Modules of `proofs`."""
 
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_OPS = {"sum": torch.sum, "max": torch.amax, "min": torch.amin}
+_OPS: dict[str, Any] = {"sum": torch.sum, "max": torch.amax, "min": torch.amin}
 
 
 class _Unanswered(Exception):
     """A collective whose other ranks have not been heard."""
+
+
+def _total(heard: Iterator[Tensor], asked: list[tuple[Tensor, str]], x: Tensor, op: str) -> Tensor:
+    answer = next(heard, None)
+    if answer is None:
+        asked.append((x.clone(), op))
+        raise _Unanswered
+    return answer.clone()
 
 
 def over_ranks(ranks: int, of: Callable[[int, Callable[[Tensor, str], Tensor]], Any]) -> list[Any]:
@@ -28,15 +37,8 @@ def over_ranks(ranks: int, of: Callable[[int, Callable[[Tensor, str], Tensor]], 
         for rank in range(ranks):
             heard = iter(answers)
 
-            def total(x: Tensor, op: str, heard: Any = heard) -> Tensor:
-                answer = next(heard, None)
-                if answer is None:
-                    asked.append((x.clone(), op))
-                    raise _Unanswered
-                return answer.clone()
-
             try:
-                returned.append(of(rank, total))
+                returned.append(of(rank, partial(_total, heard, asked)))
             except _Unanswered:
                 continue
         if not asked:

@@ -216,7 +216,8 @@ def _whole(launch: Launch, passes: int, gradients: bool, least: float, kept: flo
     return Cost(read, written, least, 0, 8 * passes * rows * vocab)
 
 
-def _bytes(*given: Any) -> int:
+def bytes_of(*given: Any) -> int:
+    """Of tensors, each number once."""
     return sum(x.numel() * x.element_size() for x in given if isinstance(x, Tensor))
 
 
@@ -225,14 +226,14 @@ def _one(launch: Launch) -> Cost:
     given = launch.arguments
     gradients = bool(given["GRADIENTS"])
     logits = given["logits"]
-    least = _bytes(logits, given["bias"], given["labels"], given["parts"]) + gradients * _bytes(logits)
+    least = bytes_of(logits, given["bias"], given["labels"], given["parts"]) + gradients * bytes_of(logits)
     return _whole(launch, 1 + gradients, gradients, least, 12 if given["ACCURACY"] else 8, 0)
 
 
 def _own(launch: Launch) -> Cost:
     given = launch.arguments
     kept = 4 * (3 + given["SMOOTHING"]) + 8 * (given["place"] is not None)
-    return _whole(launch, 1, False, _bytes(*given.values()), kept, 0)
+    return _whole(launch, 1, False, bytes_of(*given.values()), kept, 0)
 
 
 def _close(launch: Launch) -> Cost:
@@ -240,7 +241,7 @@ def _close(launch: Launch) -> Cost:
     gradients, place = bool(given["GRADIENTS"]), given["place"] is not None
     logits = given["logits"]
     others = [x for name, x in given.items() if name != "logits"]
-    least = _bytes(*others) + 2 * gradients * _bytes(logits)
+    least = bytes_of(*others) + 2 * gradients * bytes_of(logits)
     said = 4 * (3 + given["SMOOTHING"]) + 8 * place
     return _whole(launch, int(gradients), gradients, least, 8 + 4 * place, said)
 
