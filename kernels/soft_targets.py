@@ -142,7 +142,7 @@ def over_outcomes(
     outcomes.
 
     Args:
-        own_NO: this rank's logits / τ of the k words, -inf of words that others have, and the log-sum-exp of its others.
+        own_NO: this rank's logits / τ of the k words, -inf of words that others have, and its others' log-sum-exp.
     """
     dtype = own_NO.dtype
     lowest, epsilon = torch.finfo(dtype).min, torch.finfo(dtype).eps

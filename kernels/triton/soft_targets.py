@@ -1,21 +1,21 @@
-"""A teacher's soft targets: what `kernels.soft_targets.soft_row_loss` computes, of all its words or of k, also where words
-are spread over ranks. The kernels are in `soft_targets_kernels`.
+"""A teacher's soft targets: what `kernels.soft_targets.soft_row_loss` computes, of all its words or of k, also where
+words are spread over ranks. The kernels are in `soft_targets_kernels`.
 
 PyTorch's operators pass some twenty times over two chunks of logits in fp32, of which they make copies. Here a program
 has a row of both. It passes over them once for the divergence, as far as that is forward or reverse, and again for the
-gradient, which needs the sums over all words first; js, whose sum is of logarithms of normalized sums, takes one pass
-more. A row of a usual vocabulary does not fit into registers; the L2 cache answers later passes while the rows in flight
-fit into it. Unscored rows are not read.
+gradient, which needs the sums over all words first; js, whose sum is of logarithms of normalized sums, takes a pass
+more. A row of a usual vocabulary does not fit into registers; the L2 cache answers later passes while the rows in
+flight fit into it. Unscored rows are not read.
 
-The gradient takes the place of the teacher's logits, which `linear_cross_entropy` computes anew for every chunk; those of
-the student stay, for cross-entropy is computed from them too. It has their dtype, fp32 in the reference: of bf16 it is
-rounded once more before it is added to that of cross-entropy.
+The gradient takes the place of the teacher's logits, which `linear_cross_entropy` computes anew for every chunk; those
+of the student stay, for cross-entropy is computed from them too. It has their dtype, fp32 in the reference: of bf16 it
+is rounded once more before it is added to that of cross-entropy.
 
 Of a teacher of k words, kernels pass over V words, once for the outcomes and once for the gradient; k + 1 numbers a row
 are PyTorch's between them, by the reference's own lines, as they are where words are spread over ranks.
 
-Shapes: N rows (tokens), V vocabulary (of this rank), k words of the teacher that are kept, O = k + 1 outcomes, P numbers
-of a row.
+Shapes: N rows (tokens), V vocabulary (of this rank), k words of the teacher that are kept, O = k + 1 outcomes, P
+numbers of a row.
 """
 
 from __future__ import annotations
@@ -62,11 +62,12 @@ def soft_row_loss(
     total: Total = alone,
     first: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The sum of τ² D over rows, that of every row [N], fp32, and with `gradients` the gradient of weight x sum, [N, V].
+    """The sum of τ² D over rows, that of every row [N], both fp32, and with `gradients` the gradient of weight x sum,
+    [N, V].
 
     Args:
-        teacher: its logits [N, V], whose memory the gradient takes, or these rows of its k words, with which the gradient
-            has the dtype of the student's logits.
+        teacher: its logits [N, V], whose memory the gradient takes, or these rows of its k words, with which the
+            gradient has the dtype of the student's logits.
         valid_N: bool; other rows count as 0, and are not read.
         total: (x, "sum" or "max") -> that over all ranks, where each has some words.
         first: words [first, first + V) are this rank's.
@@ -145,6 +146,7 @@ def _of_top(logits_NV, teacher, valid_N, soft, gradients, total, first):
     tile = min(WORDS, triton.next_power_of_2(words))
     options = {"K": tile, **_chosen(ONE, logits_NV)}
     soft_targets_outcomes_kernel[rows,](logits_NV, indices_Nk, valid_N, own_NO, *size, **options)
+    own_NO[:, :-1] *= size[-1]
     scale_N1 = valid_N.unsqueeze(1) * (soft.temperature * soft.weight)
     each_N, slope_NO, rest_N1 = over_outcomes(own_NO, teacher, scale_N1, soft, gradients, total)
     each_N = torch.where(valid_N, each_N * soft.temperature**2, 0)

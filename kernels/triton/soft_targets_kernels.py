@@ -1,8 +1,9 @@
 """Kernels of `soft_targets`: a program has a row, and a teacher beside it.
 
-With z / τ of a student and a teacher, m their largest and s = sum exp(z / τ - m): log q = (z_q / τ - m_q) - log s_q, and
-log p alike. The mean of log p - log q by p, or of log q - log p by q, is that of the differences to the largest, summed
-with the exponentials and corrected where a largest grows, and log s_q - log s_p. So it is known after one pass.
+With z / τ of a student and a teacher, m their largest and s = sum exp(z / τ - m): log q = (z_q / τ - m_q) - log s_q,
+and log p alike. The mean of log p - log q by p is that of the differences (z_p / τ - m_p) - (z_q / τ - m_q), summed
+with the exponentials and corrected where a largest grows, and log s_q - log s_p; that of log q - log p by q is alike.
+So either is known after one pass.
 
 Shapes: W words of a tile, K of the teacher's words of a tile.
 """
@@ -170,7 +171,7 @@ def soft_targets_outcomes_kernel(
     K: tl.constexpr,
     W: tl.constexpr,
 ):
-    """A program: a row's logits / τ of the teacher's words and the log-sum-exp of all others.
+    """A program: a row's logits of the teacher's words, and the log-sum-exp of all others' logits / τ.
 
     What is left of a mass after a subtraction would have no digit that holds where words have most of it. So the words
     are taken out of the row, which belongs to this program, while it is read, and put back.
@@ -188,6 +189,7 @@ def soft_targets_outcomes_kernel(
         here, mine = _here(theirs, word, words, first, length)
         x = tl.load(line + here, mask=mine, other=-float("inf")).to(tl.float32)
         tl.store(said + word, tl.where(word < count, x, 0.0), mask=word < words)
+        tl.debug_barrier()  # a number may be loaded by several threads, and stored by another
         tl.store(line + here, narrowed(tl.full([K], -float("inf"), tl.float32), like), mask=mine)
     tl.debug_barrier()
     lane = tl.arange(0, W)
@@ -205,7 +207,6 @@ def soft_targets_outcomes_kernel(
         here, mine = _here(theirs, word, words, first, length)
         x = tl.load(said + word, mask=word < words, other=0.0)
         tl.store(line + here, narrowed(x, like), mask=mine)
-        tl.store(said + word, x * inverse, mask=word < words)
 
 
 @triton.jit

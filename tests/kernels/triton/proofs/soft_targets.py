@@ -208,6 +208,7 @@ for _kind in DIVERGENCES:
     }
 CASES["words that the teacher cannot say"] = _case(6, 4300, _F32, Soft(2.0), change=_silent)
 CASES["words that the teacher cannot say, 2 ranks"] = _case(6, 4200, _F32, Soft(2.0), ranks=2, change=_silent)
+CASES["1,500 words of 2,000"] = _case(4, 2000, _F32, Soft(2.0), 1500)
 CASES["no gradients, 7 words"] = _case(6, 300, _F32, Soft(2.0), 7, gradients=False)
 CASES["the head, bf16, 5 words"] = _head(_BF16, "forward", 5)
 
@@ -284,7 +285,7 @@ def _outcomes(launch: Launch) -> Cost:
     scored, mine, item = scored_rows(given["valid"]), _mine(given), logits.element_size()
     read = rows + (rows + scored) * k * indices.element_size() + mine * item
     read += scored * (logits.shape[1] * item + 4 * k)
-    written = rows * (k + 1) * 4 + scored * k * 4 + 2 * mine * item
+    written = rows * (k + 1) * 4 + 2 * mine * item
     return Cost(read, written, bytes_of(*given.values()), 0, 6 * logits.numel())
 
 
