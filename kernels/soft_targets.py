@@ -117,19 +117,35 @@ def soft_row_loss(
 
 
 def _over_top(scaled_NV, teacher, scale_N1, soft, gradients, total, first):
-    """D of every row, over the k words and any other, and the gradient by all words' logits.
-
-    `total` is asked twice, for the student's logits of the k words and its mass elsewhere: then every rank has all
-    outcomes. Overwrites the logits.
-    """
-    dtype = scaled_NV.dtype
-    lowest, epsilon = torch.finfo(dtype).min, torch.finfo(dtype).eps
+    """D of every row, over the k words and any other, and the gradient by all words' logits. Overwrites the logits."""
     here_Nk = teacher.indices_Nk.long() - first
     mine_Nk = (here_Nk >= 0) & (here_Nk < scaled_NV.shape[1])
     here_Nk = torch.where(mine_Nk, here_Nk, 0)
     top_Nk = torch.where(mine_Nk, scaled_NV.gather(1, here_Nk), -math.inf)
     scaled_NV.scatter_add_(1, here_Nk, torch.where(mine_Nk, -math.inf, torch.zeros_like(top_Nk)))
     own_NO = torch.cat([top_Nk, scaled_NV.logsumexp(1, keepdim=True)], 1)
+    each, slope_NO, rest_N1 = over_outcomes(own_NO, teacher, scale_N1, soft, gradients, total)
+    if slope_NO is None:
+        return each, None
+    # Other words share the slope of their sum as they share its mass; those taken out have exp(-inf) = 0.
+    gradient = scaled_NV.sub_(rest_N1).exp_().mul_(slope_NO[:, -1:])
+    return each, gradient.scatter_add_(1, here_Nk, torch.where(mine_Nk, slope_NO[:, :-1], 0))
+
+
+def over_outcomes(
+    own_NO: Tensor, teacher: TopTeacher, scale_N1: Tensor, soft: Soft, gradients: bool, total: Total
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """D of every row [N], over the k words and any other; with `gradients` scale x its slope by the student's outcomes
+    [N, O], unnormalized logarithms; and of these that of any other [N, 1].
+
+    `total` is asked twice, for the student's logits of the k words and its mass elsewhere: then every rank has all
+    outcomes.
+
+    Args:
+        own_NO: this rank's logits / τ of the k words, -inf of words that others have, and its others' log-sum-exp.
+    """
+    dtype = own_NO.dtype
+    lowest, epsilon = torch.finfo(dtype).min, torch.finfo(dtype).eps
     most_NO = total(own_NO, "max")
     most_N1 = most_NO[:, -1:].clamp(min=lowest)  # finite where there is no other word
     # From own_NO, not from the part: Inductor of PyTorch 2.13 lets the all-reduce overwrite parts of what it gets.
@@ -140,15 +156,11 @@ def _over_top(scaled_NV, teacher, scale_N1, soft, gradients, total, first):
     log_p_Nk = teacher.values_Nk.to(dtype) / soft.temperature - teacher.lse_N.to(dtype).unsqueeze(1)
     tail_N1 = torch.log1p(-log_p_Nk.exp().sum(1, keepdim=True).clamp(max=1 - epsilon))
     log_p_NO = torch.cat([log_p_Nk, tail_N1], 1)
-    nothing_else = torch.cat([torch.zeros_like(mine_Nk), rest_N1 == lowest], 1)
+    nothing_else = torch.cat([torch.zeros_like(log_p_Nk, dtype=torch.bool), rest_N1 == lowest], 1)
     log_q_NO = torch.where(nothing_else, log_p_NO, log_q_NO)
 
     each, slope_NO = _divergence(log_p_NO, log_q_NO, scale_N1, soft.divergence, gradients, alone)
-    if slope_NO is None:
-        return each, None
-    # Other words share the slope of their sum as they share its mass; those taken out have exp(-inf) = 0.
-    gradient = scaled_NV.sub_(rest_N1).exp_().mul_(slope_NO[:, -1:])
-    return each, gradient.scatter_add_(1, here_Nk, torch.where(mine_Nk, slope_NO[:, :-1], 0))
+    return each, slope_NO, rest_N1
 
 
 def _log_sum(own: Tensor, total: Total) -> Tensor:
