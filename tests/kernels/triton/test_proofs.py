@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -17,60 +18,58 @@ from headway.tests.kernels.triton.interpret import deviation
 from headway.tests.kernels.triton.proof import OPS
 from headway.tests.kernels.triton.table import PAGE, broken, compiled, table
 
-ALWAYS = 4
-"""Cases of an op that are always interpreted; the others in the matrix."""
+MATRIX = 6
+"""Cases of an op in the matrix; the first is always interpreted, and all of them in `make long`."""
 
 pytestmark = pytest.mark.skipif(not find_triton(), reason="Triton is neither installed nor among the oracles")
-
-
-def cases() -> list[Any]:
-    """Of all ops; the first are always run, evenly over what they vary."""
-    if not find_triton():
-        return []
-    found = []
-    for op in OPS:
-        names = names_of(op)
-        few = names[:: -(-len(names) // ALWAYS)]
-        found += [pytest.param(op, n, marks=() if n in few else pytest.mark.matrix) for n in names]
-    return found
 
 
 def names_of(op: str) -> list[str]:
     return list(importlib.import_module(f"headway.tests.kernels.triton.proofs.{op}").CASES)
 
 
+def chosen(op: str) -> dict[str, list[str]]:
+    """Names of an op's cases by the mark of where they are run; those of the matrix evenly over what cases vary."""
+    first, *others = names_of(op)
+    matrix = others[:: -(-len(others) // MATRIX)] if others else []
+    return {"": [first], "matrix": matrix, "long": [name for name in others if name not in matrix]}
+
+
+def cases() -> Iterator[Any]:
+    """Mark, op and name of all cases; those of an op in one process of the tests."""
+    for op in OPS if find_triton() else ():
+        for where, names in chosen(op).items():
+            marks = [pytest.mark.xdist_group(f"kernel {op}"), getattr(pytest.mark, where)] if where else []
+            yield from (pytest.param(where, op, name, marks=marks) for name in names)
+
+
 @cache
-def interpreted(op: str, few: bool) -> dict[str, Any]:
-    names = names_of(op)
-    always = names[:: -(-len(names) // ALWAYS)]
-    chosen = [name for name in names if (name in always) == few]
-    command = [sys.executable, "-m", "headway.tests.kernels.triton.interpret", op, *chosen]
+def interpreted(*asked: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "headway.tests.kernels.triton.interpret", *asked]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
-def answer(op: str, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    few = interpreted(op, True)
-    found = few if name in few["apart"] else interpreted(op, False)
-    return found, found["apart"][name]
+def answer(where: str, op: str, name: str) -> tuple[int, dict[str, Any]]:
+    """The seed and what was computed of a case; one process computes all that are always run, or those of an op."""
+    together = OPS if not where else (op,)
+    found = interpreted(*(word for o in together for n in chosen(o)[where] for word in (o, n)))
+    return found["seed"], next(x for x in found["cases"] if (x["op"], x["name"]) == (op, name))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("op", "name"), cases())
-def test_numbers_are_those_of_the_reference(op: str, name: str) -> None:
-    found, outputs = answer(op, name)
-    far = {what: pair for what, pair in outputs.items() if not pair[0] <= pair[1]}
-    assert not far, f"HEADWAY_TEST_SEED={found['seed']}: apart, and tolerance"
+@pytest.mark.parametrize(("where", "op", "name"), cases())
+def test_numbers_are_those_of_the_reference(where: str, op: str, name: str) -> None:
+    seed, found = answer(where, op, name)
+    far = {what: pair for what, pair in found["apart"].items() if not pair[0] <= pair[1]}
+    assert not far, f"HEADWAY_TEST_SEED={seed}: apart, and tolerance"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("op", "name"), cases())
-def test_loops_move_and_multiply_what_their_formulas_say(op: str, name: str) -> None:
-    found, _ = answer(op, name)
-    counted, expected = found["counted"][name]
-    assert counted == expected, "bytes read, bytes written, FLOPs of products"
+@pytest.mark.parametrize(("where", "op", "name"), cases())
+def test_loops_move_and_multiply_what_their_formulas_say(where: str, op: str, name: str) -> None:
+    _, found = answer(where, op, name)
+    assert found["counted"] == found["expected"], "bytes read, bytes written, FLOPs of products"
 
 
 @pytest.mark.matrix
