@@ -1,9 +1,9 @@
 """AdamW of many tensors in one launch, from gradients of 16 bits, with the 16-bit copy written in the same pass.
 
-Where parameters, gradients and moments have one dtype and no copy is kept, PyTorch's fused AdamW is as good: one pass,
-28 bytes an element in fp32. It takes no other dtypes, so that fp32 masters of a bf16 model cost two passes more: the
-gradient is widened first (6 bytes), the master narrowed afterwards (6), in all 40 bytes an element; here it is 28:
-2 + 12 read, 12 + 2 written. That is what this is for.
+Where parameters and gradients have one dtype and no copy is kept, PyTorch's fused AdamW is as good: one pass, 28 bytes
+an element in fp32. It takes no gradients of another dtype than the parameters', so that fp32 masters of a bf16 model
+cost two passes more: the gradient is widened first (6 bytes), the master narrowed afterwards (6), in all 40 bytes an
+element. Here it is 28, 2 + 12 read and 12 + 2 written; that is what this is for.
 
 AdamW of Loshchilov & Hutter 2019 (arXiv:1711.05101), as `torch.optim.AdamW` has it:
 
