@@ -43,6 +43,7 @@ def rows(op: str, target: str, most: int) -> list[dict[str, Any]]:
                 known[key] = resources(compiled(launch, TARGETS[target]), TARGETS[target])._asdict()
             row = {"op": op, "kernel": launch.name, "target": target, "size": size, "default": number == 0}
             row["itemsize"] = min(x.element_size() for x in launch.tensors if x.is_floating_point())
+            row["narrow"] = getattr(module, "NARROW", {}).get(launch.name, "")
             how = {k: v for k, v in launch.options.items() if isinstance(v, int)}
             cost = module.COSTS[launch.name](launch)._asdict()
             found.setdefault((key, size), row | {"how": how} | known[key] | cost)

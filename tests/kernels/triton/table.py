@@ -43,7 +43,7 @@ def broken(row: Row) -> list[str]:
         f"spills {row['spilled']}": row["spilled"] == 0,
         f"takes {row['shared']} bytes of shared memory of {target.shared}": row["shared"] <= target.shared,
         "multiplies without tensor cores": row["tensor"] > 0 or not row["products"] or row["itemsize"] > 2,
-        "has no loads of 16 bytes": row["wide"] > 0,
+        "has no loads of 16 bytes": row["wide"] > 0 or bool(row["narrow"]),
     }
     return [
         f"{row['kernel']} on {row['target']}, {row['how']}: {rule}"

@@ -185,3 +185,5 @@ def _step(launch: Launch) -> Cost:
 
 
 COSTS = {"lamb_moments_kernel": _moments, "lamb_norms_kernel": _norms, "lamb_step_kernel": _step}
+
+NARROW = {"lamb_norms_kernel": "a tensor's partial sums begin anywhere in their list, and are few"}
