@@ -50,7 +50,9 @@ class Layout(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def block_layout(causal: bool, scope: Scope, length: int, tile: tuple[int, int], device: torch.device) -> Layout:
+def block_layout(
+    causal: bool, scope: Scope, length: int, tile: tuple[int, int], device: torch.device
+) -> Layout:
     """The tiles of a scope over a sequence, on a device.
 
     Built once, on the host, from the blocks of keys that `Scope.ranges` names.
@@ -69,8 +71,9 @@ def block_layout(causal: bool, scope: Scope, length: int, tile: tuple[int, int],
         edge = (torch.arange(tile[1]) < beyond).expand(1, tile[0], tile[1])
         patterns = torch.cat([patterns, edge])
     bits = (patterns.long() << torch.arange(tile[1])).sum(-1)
-    sides = _tiles(rows, columns, kinds, bits, -(-length // tile[0])), _tiles(
-        columns, rows, kinds, bits, -(-length // tile[1])
+    sides = (
+        _tiles(rows, columns, kinds, bits, -(-length // tile[0])),
+        _tiles(columns, rows, kinds, bits, -(-length // tile[1])),
     )
     return Layout(*(Tiles(*(x.to(device) for x in side)) for side in sides))
 

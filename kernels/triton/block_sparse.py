@@ -32,18 +32,27 @@ WIDEST = 256
 """D at most."""
 
 
-def _configs(target: str, width: int, itemsize: int) -> list[Config]:
-    stages = 1 if target == "gfx942" else 2
+def _query_configs(target: str, width: int, itemsize: int) -> list[Config]:
+    if itemsize == 4:
+        return [Config({"M": 32, "N": 32}, 4, 1)]
+    if target == "gfx942":
+        return [Config({"M": 64, "N": 64 if width <= 128 else 32}, 4, 1)]
+    if width > 128:
+        return [Config({"M": 64, "N": 32}, 8, 2)]
+    return [Config({"M": 64, "N": 64}, 8 if target == "sm_80" else 4, 2), Config({"M": 128, "N": 64}, 8, 2)]
+
+
+def _key_configs(target: str, width: int, itemsize: int) -> list[Config]:
     if itemsize == 4:
         return [Config({"M": 32, "N": 32}, 4, 1)]
     if width > 128:
-        return [Config({"M": 64, "N": 32}, 8, 1), Config({"M": 64, "N": 64}, 8, 1)]
-    return [Config({"M": 64, "N": 64}, 4, stages), Config({"M": 128, "N": 64}, 8, stages)]
+        return [Config({"M": 16, "N": 64}, 8, 1)]
+    return [Config({"M": 32, "N": 64}, 8, 1 if target == "gfx942" else 2)]
 
 
-FORWARD = Space("block_sparse_forward", _configs)
-QUERIES = Space("block_sparse_query", _configs)
-KEYS = Space("block_sparse_key", _configs)
+FORWARD = Space("block_sparse_forward", _query_configs)
+QUERIES = Space("block_sparse_query", _query_configs)
+KEYS = Space("block_sparse_key", _key_configs)
 
 
 @torch.compiler.disable  # Triton compiles the kernels itself

@@ -57,7 +57,9 @@ def other(tiles, at, PARTIAL: tl.constexpr):
 
 
 @triton.jit
-def masked(s, tiles, at, documents, b, first, first_key, rows, cols, sizes, M: tl.constexpr, PARTIAL: tl.constexpr):
+def masked(
+    s, tiles, at, documents, b, first, first_key, rows, cols, sizes, M: tl.constexpr, PARTIAL: tl.constexpr
+):
     """Scores, -inf where a pair is not seen; `rows` and `cols` count from the tile's own first ones."""
     if PARTIAL:
         seen = tl.load(tiles.bits + tl.load(tiles.patterns + at).to(tl.int64) * M + rows)
@@ -89,7 +91,9 @@ def block_sparse_forward_kernel(
             key = other(tiles, at, PARTIAL) * N
             right = operand(tile(k, b, h // group, key, sizes.queries, N, D, W))
             s = tl.dot(left, tl.trans(right), input_precision="ieee") * (scale * LOG2_E)
-            s = masked(s, tiles, at, documents, b, first, key, rows[:, None], cols[None, :], sizes, M, PARTIAL)
+            s = masked(
+                s, tiles, at, documents, b, first, key, rows[:, None], cols[None, :], sizes, M, PARTIAL
+            )
             higher = tl.maximum(top, tl.max(s, 1))
             base = tl.where(higher == float("-inf"), 0.0, higher)
             p = tl.exp2(s - base[:, None])
@@ -130,7 +134,9 @@ def block_sparse_query_kernel(
             key = other(tiles, at, PARTIAL) * N
             right = operand(tile(k, b, h // group, key, sizes.queries, N, D, W))
             s = tl.dot(left, tl.trans(right), input_precision="ieee") * (scale * LOG2_E)
-            s = masked(s, tiles, at, documents, b, first, key, rows[:, None], cols[None, :], sizes, M, PARTIAL)
+            s = masked(
+                s, tiles, at, documents, b, first, key, rows[:, None], cols[None, :], sizes, M, PARTIAL
+            )
             p = tl.exp2(s - log_sum[:, None])
             value = operand(tile(v, b, h // group, key, sizes.queries, N, D, W))
             d_p = tl.dot(slope, tl.trans(value), input_precision="ieee")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headway.tests.kernels.triton.launches import Launch
 
-OPS = ("norm", "block_sparse")
+OPS = ("norm", "block_sparse", "sparse_weights")
 """Modules of `proofs`."""
 
 

@@ -65,7 +65,9 @@ def _numbered(lengths: list[list[int]], total: int) -> Tensor:
 
 
 def _dropout(batch: int, length: int, p: float) -> WeightDropout:
-    return WeightDropout(p, torch.tensor(random.key(3, "weights")), torch.arange(batch) + 5, torch.arange(length) + 7, 2)
+    return WeightDropout(
+        p, torch.tensor(random.key(3, "weights")), torch.arange(batch) + 5, torch.arange(length) + 7, 2
+    )
 
 
 def _moved(drop: WeightDropout, device: torch.device) -> WeightDropout:
@@ -92,9 +94,7 @@ def _tolerances(
     apart = 4 * q.shape[-1] ** 0.5 * 2.0**-24 * (size + 1)
     weights = dense.attention_weights(q, k, mask)
     grows = 1.0 if drop is None else random.kept_scale(drop.p)
-    d_scores = weights * (
-        grows * slope.abs() @ values.mT + (slope * out).abs().sum(-1, keepdim=True)
-    )
+    d_scores = weights * (grows * slope.abs() @ values.mT + (slope * out).abs().sum(-1, keepdim=True))
 
     def summed(x: Tensor) -> Tensor:
         return x.unflatten(1, (-1, group)).sum(2)
@@ -136,7 +136,9 @@ def _call(scope: scopes.Scope, length: int, width: int, drops: bool) -> None:
     shapes = (1, 8, length, width), (1, 2, length, width)
     q, k = (torch.empty(*s, dtype=_BF16, device="meta", requires_grad=True) for s in shapes)
     drop = _moved(_dropout(1, length, 0.1), torch.device("meta")) if drops else None
-    mask = Mask(True, torch.empty(1, length, dtype=torch.int64, device="meta") if drops else None, scope=scope)
+    mask = Mask(
+        True, torch.empty(1, length, dtype=torch.int64, device="meta") if drops else None, scope=scope
+    )
     out = attention(q, k, k, mask, drop)
     torch.autograd.grad(out, [q, k], out)
 
@@ -198,7 +200,9 @@ def _forward(launch: Launch) -> Cost:
     given = launch.arguments
     read, product = _walking(launch, False, 2, 0)
     written = _bytes(given["out"].data) + _bytes(given["lse"])
-    return Cost(read + _bytes(given["q"].data), written, once(launch), 2 * product, 2.5 * product / given["W"])
+    return Cost(
+        read + _bytes(given["q"].data), written, once(launch), 2 * product, 2.5 * product / given["W"]
+    )
 
 
 def _query(launch: Launch) -> Cost:
