@@ -1,7 +1,7 @@
 """Which tiles of queries and keys a scope leaves, as kernels that skip the others walk through them.
 
 Tiles that are seen wholly and tiles that are seen in part are listed apart, so that kernels check pairs in the latter
-alone. What is seen of a tile is a pattern of bits; tiles that look alike share one, so that memory grows with the tiles.
+alone. What is seen of a tile is a pattern of bits; tiles that look alike share one: memory grows with the tiles.
 
 Shapes: M queries and N keys of a tile, P patterns, T tiles; I blocks of whoever walks: queries, or keys.
 """

@@ -1,7 +1,7 @@
 """Triton kernels of sparsemax and 1.5-entmax attention, forward and backward, in O(S) memory.
 
-With z = scale q k^T of the keys that are seen (of 1.5-entmax half of it), a row's weights are w = max(z - tau, 0)^POWER,
-tau such that they sum to 1, POWER 1 or 2 (Martins and Astudillo 2016; Peters et al. 2019). The gradient of a score is
+With z = scale q k^T of the keys that are seen (of 1.5-entmax half of it), a row's weights are w = max(z - tau, 0)^POWER
+with tau such that they sum to 1, POWER 1 or 2 (Martins and Astudillo 2016; Peters et al. 2019). A score's gradient is
 g (dw - delta), g = w^(1 - 1/POWER) (of sparsemax 1 on the support) and delta = sum g dw / sum g, dw = do v^T.
 
 Softmax's running sums can be rescaled when a larger score comes; a threshold cannot, for it says which keys count. So
@@ -9,9 +9,9 @@ the forward goes over the keys, computing their scores anew, once for the larges
 for the output; the queries' gradient goes over them once for delta and once more; keys' gradients go over the queries
 once. Kept is tau, and delta: two numbers a row.
 
-A pass has tau in [low, high], at first [max - 1, max], and sums at `low` and at the middle. The sum is convex and falls,
-so Newton's step from a place below the root stays below: from the middle where that is below, else from `low`. So the
-bracket halves at least, what is left after n passes is at most 2^-n, and the steps converge quadratically.
+A pass has tau in [low, high], at first [max - 1, max], and sums at `low` and at the middle. The sum is convex and
+falls, so Newton's step from a place below the root stays below: from the middle where that is below, else from `low`.
+So the bracket halves at least, what is left after n passes is at most 2^-n, and the steps converge quadratically.
 
 Shapes, `rows` and `cols`: see `map_tiles`; scores are [M, N], in the keys' kernel [N, M].
 """
@@ -104,7 +104,7 @@ def sparse_weights_forward_kernel(
     for key in range(start, stop, N):
         right = operand(tile(k, b, h // group, key, sizes.keys, N, D, W))
         z = seen_scores(left, right, scale, seen, b, rows[:, None], key + cols[None, :], sizes, CAUSAL)
-        w, _ = weighed(z, low[:, None], POWER)
+        w, g = weighed(z, low[:, None], POWER)
         if drop.key is not None:
             w = tl.where(kept(drop, b, h, first, key, sizes.queries, M, N), w * drop.scale, 0.0)
         value_tile = operand(tile(v, b, h // group, key, sizes.keys, N, D, W))

@@ -1,7 +1,7 @@
 """Sparsemax and 1.5-entmax attention by Triton kernels: `weights.Sparsemax` and `weights.Entmax15` in O(S) memory.
 
-No fused kernel of others computes these without a matrix of scores. `sparse_weight_kernels` has the mathematics, and why
-keys are read more often than once.
+No fused kernel of others computes these without a matrix of scores. `sparse_weight_kernels` has the mathematics, and
+why keys are read more often than once.
 
 Shapes: B batch, H query heads, K key heads, Q queries, S keys, D head dimension; M queries and N keys of a tile.
 """

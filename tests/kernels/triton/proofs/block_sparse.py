@@ -85,13 +85,14 @@ def _tolerances(
     out: Tensor,
     dtype: torch.dtype,
 ) -> tuple[float, float, float, float]:
-    """Scores, sums of D products of absolute values A in all, are off by some 4 sqrt(D) 2^-24 (A + 1), powers and
-    weights relatively as much. Weights or their gradients, the outputs that delta is made of, and results are each
+    """Scores are sums of D products, of absolute values A in all and of either sign: partial sums are of some
+    A / sqrt(D), and D roundings of them make 2^-24 A, here four times that of A + 1. Powers and weights are relatively
+    off by as much. Weights or their gradients, the outputs that delta is made of, and results are each
     rounded once: by one roundoff of the sum of absolute values."""
     group, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
     keys, values = (x.abs().repeat_interleave(group, 1) for x in (k, v))
     size = float((q.abs() @ keys.mT).max()) * scale
-    apart = 4 * q.shape[-1] ** 0.5 * 2.0**-24 * (size + 1)
+    apart = 4 * 2.0**-24 * (size + 1)
     weights = dense.attention_weights(q, k, mask)
     grows = 1.0 if drop is None else random.kept_scale(drop.p)
     d_scores = weights * (grows * slope.abs() @ values.mT + (slope * out).abs().sum(-1, keepdim=True))
