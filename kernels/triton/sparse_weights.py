@@ -34,9 +34,9 @@ PASSES = 8
 def _query_configs(target: str, width: int, itemsize: int) -> list[Config]:
     if itemsize == 4:
         return [Config({"M": 32, "N": 32}, 4, 1)]
-    if width > 128:
-        return [Config({"M": 64, "N": 32}, 4 if target == "gfx942" else 8, 1)]
     stages = 1 if target == "gfx942" else 2
+    if width > 128:
+        return [Config({"M": 64, "N": 32}, 4 if target == "gfx942" else 8, stages)]
     return [Config({"M": 64, "N": 32}, 4, stages), Config({"M": 64, "N": 64}, 8, stages)]
 
 

@@ -159,6 +159,7 @@ CASES: dict[str, Case] = {
     "entmax, scores of 10,000": _case(2, size=40.0, width=64),
     "sparsemax, scores near 0": _case(1, Mask(False), size=0.1, lengths=(40, 500)),
     "entmax, scores near 0": _case(2, Mask(False), size=0.1, lengths=(40, 500)),
+    "sparsemax, 2,000 keys of like scores": _case(1, Mask(False), size=0.4, lengths=(3, 2000), width=64),
     "entmax, fp16": _case(2, dtype=torch.float16, width=64),
 }
 
