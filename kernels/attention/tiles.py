@@ -43,15 +43,18 @@ class BlockMask(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def block_mask(causal: bool, scope: Scope | None, queries: int, keys: int) -> BlockMask:
+def block_mask(
+    causal: bool, scope: Scope | None, queries: int, keys: int, tile: tuple[int, int] | None = None
+) -> BlockMask:
     """The tiles of a mask of places alone.
 
     Args:
         causal: whether no query sees a key after it.
         scope: what else bounds what is seen.
         queries, keys: how many there are.
+        tile: queries and keys of a tile; by how many there are, if not given.
     """
-    tile = _side(queries), _side(keys)
+    tile = tile or (_side(queries), _side(keys))
     mask, cpu = Mask(causal, scope=scope), torch.device("cpu")
     starts, columns, kinds = [0], list[int](), list[int]()
     patterns, numbers = list[Tensor](), dict[bytes, int]()

@@ -1,0 +1,168 @@
+"""Softmax attention over the blocks that a scope leaves, by Triton kernels: what `dense.reference` gives under a mask
+with a scope (Longformer, BigBird, strided, fixed, dilated; see `scopes`), without the empty tiles.
+
+FlexAttention skips empty blocks as well, and is as good for a scope alone: prefer it where it compiles. This one drops
+weights by global coordinates, so that masks are equal at any layout, needs no compilation by torch, and writes
+gradients without atomics. `block_sparse_kernels` has the mathematics, `block_layout` the tiles.
+
+Shapes: B batch, H query heads, K key heads, S places, D head dimension; M queries and N keys of a tile.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from headway.kernels.attention.choose import KernelUnavailable
+from headway.kernels.attention.dense import WeightDropout, score_scale
+from headway.kernels.attention.masks import Mask
+from headway.kernels.attention.scopes import Scope
+from headway.kernels.triton import block_sparse_kernels as kernels
+from headway.kernels.triton.block_layout import Tiles, block_layout
+from headway.kernels.triton.map_tiles import Heads, Sizes
+from headway.kernels.triton.tuning import Config, Space
+from headway.kernels.triton.weight_dropout import Drop, drop_of
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST = 256
+"""D at most."""
+
+
+def _query_configs(target: str, width: int, itemsize: int) -> list[Config]:
+    if itemsize == 4:
+        return [Config({"M": 32, "N": 32}, 4, 1)]
+    if target == "gfx942":
+        return [Config({"M": 64, "N": 64 if width <= 128 else 32}, 4, 1)]
+    if width > 128:
+        return [Config({"M": 64, "N": 32}, 8, 2)]
+    return [Config({"M": 64, "N": 64}, 8 if target == "sm_80" else 4, 2), Config({"M": 128, "N": 64}, 8, 2)]
+
+
+def _key_configs(target: str, width: int, itemsize: int) -> list[Config]:
+    if itemsize == 4:
+        return [Config({"M": 32, "N": 32}, 4, 1)]
+    if width > 128:
+        return [Config({"M": 16, "N": 64}, 8, 1)]
+    return [Config({"M": 32, "N": 64}, 8, 1 if target == "gfx942" else 2)]
+
+
+FORWARD = Space("block_sparse_forward", _query_configs)
+QUERIES = Space("block_sparse_query", _query_configs)
+KEYS = Space("block_sparse_key", _key_configs)
+
+
+@torch.compiler.disable  # Triton compiles the kernels itself
+def attention(
+    q_BHSD: Tensor,
+    k_BKSD: Tensor,
+    v_BKSD: Tensor,
+    mask: Mask,
+    dropout: WeightDropout | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(scale Q K^T) V under a mask with a scope, [B, H, S, D]; see `dense.reference`, its specification.
+
+    Rows that see nothing are 0. Gradients for queries, keys and values.
+
+    Args:
+        mask: of whole sequences: a scope, with or without causality and documents.
+        dropout: of the weights, after the softmax.
+        scale: factor of the products; 1 / sqrt(D) if None.
+
+    Raises:
+        KernelUnavailable: the mask, shapes or dtypes are not for these kernels.
+    """
+    _check(q_BHSD, k_BKSD, v_BKSD, mask)
+    drop = drop_of(dropout, "block_sparse")
+    documents = mask.documents
+    if documents is not None:
+        documents = documents.expand(len(q_BHSD), -1).to(torch.int32).contiguous()
+    how = _How(mask.causal, mask.scope, score_scale(scale, q_BHSD), drop)
+    found: Tensor = _Attention.apply(q_BHSD, k_BKSD, v_BKSD, documents, how)
+    return found
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
+    rule = None
+    if mask.scope is None:
+        rule = "mask.scope is None: it computes blocks that a scope leaves"
+    elif mask.prefix is not None or mask.shift is not None or mask.key_documents is not None or mask.split:
+        rule = "it takes masks of whole sequences, without prefix, shift, split and key_documents"
+    elif k.shape != v.shape or k.shape[2:] != q.shape[2:] or q.shape[1] % k.shape[1]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        rule = f"it takes keys and values as long and wide as queries, whose heads they divide, not {shapes}"
+    elif q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        rule = f"it takes fp32, bf16 and fp16, the same for all, not {q.dtype}, {k.dtype}, {v.dtype}"
+    elif q.shape[-1] > WIDEST:
+        rule = f"it takes heads of at most {WIDEST}, not {q.shape[-1]}"
+    if rule is not None:
+        raise KernelUnavailable("block_sparse", rule, "reference")
+
+
+class _How(NamedTuple):
+    """What an attention is about, beside its operands."""
+
+    causal: bool
+    scope: Scope | None
+    scale: float
+    drop: Drop
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, documents, how):
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        out = torch.empty_like(q)
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        tiles, _, grid, options = _launch(FORWARD, q, q.shape[1], how)
+        given = *map(_heads, (q, k, v, out)), lse, tiles, documents, *_shared(q, k, how)
+        with torch.cuda.device_of(q):
+            kernels.block_sparse_forward_kernel[grid](*given, **options)
+        ctx.save_for_backward(q, k, v, documents, out, lse)
+        ctx.how = how
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        q, k, v, documents, out, lse = ctx.saved_tensors
+        how = ctx.how
+        d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
+        delta, d_q, d_k, d_v = (torch.empty_like(x) for x in (lse, q, k, v))
+        with torch.cuda.device_of(q):
+            tiles, _, grid, options = _launch(QUERIES, q, q.shape[1], how)
+            operands = *map(_heads, (q, k, v, out)), lse, _heads(d_out), delta, _heads(d_q)
+            given = *operands, tiles, documents, *_shared(q, k, how)
+            kernels.block_sparse_query_kernel[grid](*given, **options)
+            _, tiles, grid, options = _launch(KEYS, q, k.shape[1], how, by_keys=True)
+            operands = *map(_heads, (q, k, v)), lse, _heads(d_out), delta, _heads(d_k), _heads(d_v)
+            given = *operands, tiles, documents, *_shared(q, k, how)
+            kernels.block_sparse_key_kernel[grid](*given, **options)
+        return d_q, d_k, d_v, None, None
+
+
+def _launch(
+    space: Space, q: Tensor, heads: int, how: _How, by_keys: bool = False
+) -> tuple[Tiles, Tiles, tuple[int], dict[str, Any]]:
+    """Tiles by queries and by keys, grid, and constants of a kernel whose programs own blocks of so many heads."""
+    batch, _, length, width = q.shape
+    padded = max(16, triton.next_power_of_2(width))
+    config = space.choose(q.device, width=padded, itemsize=q.element_size())
+    tile = config.tiles["M"], config.tiles["N"]
+    assert how.scope is not None
+    layout = block_layout(how.causal, how.scope, length, tile, q.device)
+    programs = batch * heads * triton.cdiv(length, tile[by_keys])
+    return *layout, (programs,), {"D": width, "W": padded, **config.options}
+
+
+def _shared(q: Tensor, k: Tensor, how: _How) -> tuple[Drop, Sizes, float, int]:
+    batch, heads, length, _ = q.shape
+    return how.drop, Sizes(batch, heads, length, length), how.scale, heads // k.shape[1]
+
+
+def _heads(x_BHSD: Tensor) -> Heads:
+    return Heads(x_BHSD, *x_BHSD.stride()[:3])

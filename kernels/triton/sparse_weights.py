@@ -1,0 +1,175 @@
+"""Sparsemax and 1.5-entmax attention by Triton kernels: `weights.Sparsemax` and `weights.Entmax15` in O(S) memory.
+
+No fused kernel of others computes these without a matrix of scores. `sparse_weight_kernels` has the mathematics, and
+why keys are read more often than once.
+
+Shapes: B batch, H query heads, K key heads, Q queries, S keys, D head dimension; M queries and N keys of a tile.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from headway.kernels.attention.choose import KernelUnavailable
+from headway.kernels.attention.dense import WeightDropout, score_scale
+from headway.kernels.attention.masks import Mask
+from headway.kernels.attention.weights import Entmax15, Sparsemax, Weighting
+from headway.kernels.triton import sparse_weight_kernels as kernels
+from headway.kernels.triton.map_tiles import Heads, Seen, Sizes
+from headway.kernels.triton.tuning import Config, Space
+from headway.kernels.triton.weight_dropout import Drop, drop_of
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST = 256
+"""D at most."""
+PASSES = 8
+"""Over the keys, for a threshold: it is off by 2^-8 at most, and by a few roundings of a score in practice."""
+
+
+def _query_configs(target: str, width: int, itemsize: int) -> list[Config]:
+    if itemsize == 4:
+        return [Config({"M": 32, "N": 32}, 4, 1)]
+    stages = 1 if target == "gfx942" else 2
+    if width > 128:
+        return [Config({"M": 64, "N": 32}, 4 if target == "gfx942" else 8, stages)]
+    return [Config({"M": 64, "N": 32}, 4, stages), Config({"M": 64, "N": 64}, 8, stages)]
+
+
+def _key_configs(target: str, width: int, itemsize: int) -> list[Config]:
+    if itemsize == 4:
+        return [Config({"M": 32, "N": 32}, 4, 1)]
+    if width > 128:
+        return [Config({"M": 16, "N": 64}, 8, 1)]
+    stages = 1 if target == "gfx942" else 2
+    return [Config({"M": 32, "N": 64}, 8, stages), Config({"M": 16, "N": 64}, 4, stages)]
+
+
+FORWARD = Space("sparse_weights_forward", _query_configs)
+QUERIES = Space("sparse_weights_query", _query_configs)
+KEYS = Space("sparse_weights_key", _key_configs)
+
+
+@torch.compiler.disable  # Triton compiles the kernels itself
+def attention(
+    q_BHQD: Tensor,
+    k_BKSD: Tensor,
+    v_BKSD: Tensor,
+    mask: Mask,
+    weighting: Weighting,
+    dropout: WeightDropout | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention with sparse weights of scale Q K^T, [B, H, Q, D]; see `weights`, their specification.
+
+    Rows that see nothing are 0. Gradients for queries, keys and values.
+
+    Args:
+        mask: of whole sequences: causality, documents, a prefix, a window.
+        weighting: `Sparsemax` or `Entmax15`.
+        dropout: of the weights.
+        scale: factor of the products; 1 / sqrt(D) if None.
+
+    Raises:
+        KernelUnavailable: the weighting, mask, shapes or dtypes are not for these kernels.
+    """
+    _check(q_BHQD, k_BKSD, v_BKSD, mask, weighting)
+    power = 1 if type(weighting) is Sparsemax else 2
+    drop = drop_of(dropout, "sparse_weights")
+    how = _How(mask.causal, power, score_scale(scale, q_BHQD) / power, drop)
+    found: Tensor = _Attention.apply(q_BHQD, k_BKSD, v_BKSD, _seen(mask, len(q_BHQD)), how)
+    return found
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask, weighting: Weighting) -> None:
+    rule = None
+    if type(weighting) not in (Sparsemax, Entmax15):
+        rule = f"it takes the weightings Sparsemax and Entmax15, not {type(weighting).__name__}"
+    elif mask.shift is not None or mask.split or (mask.scope is not None and mask.window is None):
+        rule = "it takes masks of whole sequences, without shift and split, whose scope is a window or None"
+    elif mask.causal and q.shape[2] != k.shape[2]:
+        rule = f"mask.causal needs as many queries as keys, not {q.shape[2]} and {k.shape[2]}"
+    elif k.shape != v.shape or k.shape[3] != q.shape[3] or q.shape[1] % k.shape[1]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        rule = f"it takes keys and values as wide as queries, whose heads they divide, not {shapes}"
+    elif q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        rule = f"it takes fp32, bf16 and fp16, the same for all, not {q.dtype}, {k.dtype}, {v.dtype}"
+    elif q.shape[-1] > WIDEST:
+        rule = f"it takes heads of at most {WIDEST}, not {q.shape[-1]}"
+    if rule is not None:
+        raise KernelUnavailable("sparse_weights", rule, "reference")
+
+
+def _seen(mask: Mask, batch: int) -> Seen:
+    theirs = mask.documents if mask.key_documents is None else mask.key_documents
+    numbers = (
+        None if x is None else x.expand(batch, *x.shape[1:]).to(torch.int32).contiguous()
+        for x in (mask.documents, theirs, mask.prefix)
+    )  # fmt: skip
+    return Seen(None, *numbers, mask.window, None, 0, 0, 0)
+
+
+class _How(NamedTuple):
+    """What an attention is about, beside its operands; `scale`: of z."""
+
+    causal: bool
+    power: int
+    scale: float
+    drop: Drop
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, seen, how):
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        out = torch.empty_like(q)
+        taus = q.new_empty(q.shape[:3], dtype=torch.float32)
+        tiles, options = _options(FORWARD, q, how)
+        grid = (q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], tiles["M"]),)
+        given = *map(_heads, (q, k, v, out)), taus, seen, *_shared(q, k, how)
+        with torch.cuda.device_of(q):
+            kernels.sparse_weights_forward_kernel[grid](*given, PASSES=PASSES, **options)
+        ctx.save_for_backward(q, k, v, taus)
+        ctx.seen, ctx.how = seen, how
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        q, k, v, taus = ctx.saved_tensors
+        seen, how = ctx.seen, ctx.how
+        d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
+        delta, d_q, d_k, d_v = (torch.empty_like(x) for x in (taus, q, k, v))
+        operands = *map(_heads, (q, k, v)), taus, _heads(d_out), delta
+        with torch.cuda.device_of(q):
+            tiles, options = _options(QUERIES, q, how)
+            grid = (q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], tiles["M"]),)
+            given = *operands, _heads(d_q), seen, *_shared(q, k, how)
+            kernels.sparse_weights_query_kernel[grid](*given, **options)
+            tiles, options = _options(KEYS, q, how)
+            grid = (k.shape[0] * k.shape[1] * triton.cdiv(k.shape[2], tiles["N"]),)
+            given = *operands, _heads(d_k), _heads(d_v), seen, *_shared(q, k, how)
+            kernels.sparse_weights_key_kernel[grid](*given, **options)
+        return d_q, d_k, d_v, None, None
+
+
+def _options(space: Space, q: Tensor, how: _How) -> tuple[Any, dict[str, Any]]:
+    """Sizes of tiles, and all constants that the three kernels share."""
+    width = q.shape[-1]
+    padded = max(16, triton.next_power_of_2(width))
+    config = space.choose(q.device, width=padded, itemsize=q.element_size())
+    constants = {"POWER": how.power, "CAUSAL": how.causal, "D": width, "W": padded}
+    return config.tiles, {**constants, **config.options}
+
+
+def _shared(q: Tensor, k: Tensor, how: _How) -> tuple[Drop, Sizes, float, int]:
+    batch, heads, queries, _ = q.shape
+    return how.drop, Sizes(batch, heads, queries, k.shape[2]), how.scale, heads // k.shape[1]
+
+
+def _heads(x_BHSD: Tensor) -> Heads:
+    return Heads(x_BHSD, *x_BHSD.stride()[:3])

@@ -1,0 +1,229 @@
+"""Softmax attention over the blocks of a scope.
+
+Shapes: B batch, H query heads, K key heads, S places, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from headway.kernels import random
+from headway.kernels.attention import dense, scopes
+from headway.kernels.attention.dense import WeightDropout
+from headway.kernels.attention.masks import Mask
+from headway.kernels.triton.block_sparse import attention
+from headway.tests.kernels.triton.launches import Launch
+from headway.tests.kernels.triton.proof import Case, Cost, Result, drawn, once, seed
+
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def _case(
+    scope: scopes.Scope,
+    causal: bool = True,
+    dtype: torch.dtype = torch.float32,
+    width: int = 40,
+    length: int = 100,
+    heads: tuple[int, int] = (1, 1),
+    batch: int = 1,
+    documents: list[list[int]] | None = None,
+    p: float = 0.0,
+    size: float = 1.0,
+) -> Case:
+    """Operands are [B, S, H, D] in memory, as projections give. `documents`: their lengths, padding after them; `size`:
+    of queries and keys."""
+
+    def compute(device: torch.device) -> Mapping[str, Result]:
+        draw = torch.Generator().manual_seed(seed())
+        shapes = [(batch, length, n, width) for n in (heads[0], heads[1], heads[1], heads[0])]
+        q, k, v, slope = (drawn(draw, *shape).detach().transpose(1, 2) for shape in shapes)
+        q, k, v, slope = (x.to(dtype) for x in (q * size, k * size, v, slope))
+        mask = Mask(causal, None if documents is None else _numbered(documents, length), scope=scope)
+        drop = _dropout(batch, length, p) if p else None
+        given = [x.to(device).requires_grad_() for x in (q, k, v)]
+        there = mask if documents is None else mask._replace(documents=mask.documents.to(device))
+        out = attention(*given, there, None if drop is None else _moved(drop, device))
+        found = (out, *torch.autograd.grad(out, given, slope.to(device)))
+        wide = [x.double().requires_grad_() for x in (q, k, v)]
+        out_64 = dense.reference(*wide, mask, drop)
+        wanted = (out_64.detach(), *torch.autograd.grad(out_64, wide, slope.double()))
+        tolerances = _tolerances(*(x.detach() for x in wide), slope.double(), mask, drop, wanted[0], dtype)
+        names = ("out", "d_q", "d_k", "d_v")
+        rows = zip(names, found, wanted, tolerances, strict=True)
+        return {name: Result(f, w, t) for name, f, w, t in rows}
+
+    return compute
+
+
+def _numbered(lengths: list[list[int]], total: int) -> Tensor:
+    rows = [[i for i, length in enumerate(row) for _ in range(length)] for row in lengths]
+    return torch.tensor([row + [-1] * (total - len(row)) for row in rows])
+
+
+def _dropout(batch: int, length: int, p: float) -> WeightDropout:
+    return WeightDropout(
+        p, torch.tensor(random.key(3, "weights")), torch.arange(batch) + 5, torch.arange(length) + 7, 2
+    )
+
+
+def _moved(drop: WeightDropout, device: torch.device) -> WeightDropout:
+    moved = {name: getattr(drop, name).to(device) for name in ("key", "slots", "positions")}
+    return drop._replace(**moved)
+
+
+def _tolerances(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slope: Tensor,
+    mask: Mask,
+    drop: WeightDropout | None,
+    out: Tensor,
+    dtype: torch.dtype,
+) -> tuple[float, float, float, float]:
+    """Scores are sums of D products, of absolute values A in all and of either sign: partial sums are of some
+    A / sqrt(D), and D roundings of them make 2^-24 A, here four times that of A + 1. Powers and weights are relatively
+    off by as much. Weights or their gradients, the outputs that delta is made of, and results are each
+    rounded once: by one roundoff of the sum of absolute values."""
+    group, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
+    keys, values = (x.abs().repeat_interleave(group, 1) for x in (k, v))
+    size = float((q.abs() @ keys.mT).max()) * scale
+    apart = 4 * 2.0**-24 * (size + 1)
+    weights = dense.attention_weights(q, k, mask)
+    grows = 1.0 if drop is None else random.kept_scale(drop.p)
+    d_scores = weights * (grows * slope.abs() @ values.mT + (slope * out).abs().sum(-1, keepdim=True))
+
+    def summed(x: Tensor) -> Tensor:
+        return x.unflatten(1, (-1, group)).sum(2)
+
+    relative = 3 * ROUNDING[dtype] + 2 * apart
+    sums = (
+        grows * weights @ values,
+        scale * d_scores @ keys,
+        summed(scale * d_scores.mT @ q.abs()),
+        summed(grows * weights.mT @ slope.abs()),
+    )
+    return tuple(relative * float(x.max()) for x in sums)  # type: ignore[return-value]
+
+
+_BIGBIRD = scopes.BigBird(16, 1, 1, random.key(0, "bigbird"))
+_BF16 = torch.bfloat16
+CASES: dict[str, Case] = {
+    "window, grouped keys, documents": _case(
+        scopes.Window(20), heads=(4, 2), batch=2, documents=[[40, 33, 20], [100]], width=64
+    ),
+    "longformer": _case(scopes.Global(20, 3, True), False, heads=(2, 2), batch=2),
+    "longformer, causal, bf16": _case(scopes.Global(20, 3, True), dtype=_BF16, width=64, length=200),
+    "bigbird, dropout, grouped keys": _case(_BIGBIRD, heads=(2, 1), batch=2, p=0.25, length=90),
+    "bigbird, full, bf16": _case(_BIGBIRD, False, _BF16, width=80, length=130),
+    "strided": _case(scopes.Strided(12), width=80),
+    "strided, full, bf16": _case(scopes.Strided(12), False, _BF16, width=128, length=128),
+    "dilated, bf16, dropout": _case(scopes.Dilated(6, 4), dtype=_BF16, p=0.1, length=90),
+    "fixed, width 128": _case(scopes.Fixed(16, 2), width=128, length=70),
+    "a comb, whose first rows see nothing": _case(scopes.Comb(8), width=40),
+    "local, width 256, bf16": _case(scopes.Local(16, 1), False, _BF16, width=256, length=70),
+    "width 256, padding": _case(scopes.Window(40), False, width=256, length=50, documents=[[30]]),
+    "one row": _case(scopes.Window(4), length=1, heads=(1, 1), width=64),
+    "scores of 10,000": _case(scopes.Global(20, 3, False), size=40.0, width=64),
+    "fp16": _case(scopes.Global(20, 3, True), False, torch.float16, width=64),
+}
+
+
+def _call(scope: scopes.Scope, length: int, width: int, drops: bool) -> None:
+    shapes = (1, 8, length, width), (1, 2, length, width)
+    q, k = (torch.empty(*s, dtype=_BF16, device="meta", requires_grad=True) for s in shapes)
+    drop = _moved(_dropout(1, length, 0.1), torch.device("meta")) if drops else None
+    mask = Mask(
+        True, torch.empty(1, length, dtype=torch.int64, device="meta") if drops else None, scope=scope
+    )
+    out = attention(q, k, k, mask, drop)
+    torch.autograd.grad(out, [q, k], out)
+
+
+SIZES = {
+    "longformer, 8,192 x 64, documents, dropout": lambda: _call(scopes.Global(512, 64, True), 8192, 64, True),
+    "bigbird, 8,192 x 128": lambda: _call(
+        scopes.BigBird(64, 2, 3, random.key(0, "bigbird")), 8192, 128, False
+    ),
+    "strided, 4,096 x 256": lambda: _call(scopes.Strided(128), 4096, 256, False),
+}
+
+
+class _Walk(NamedTuple):
+    """Of all tiles of a layout: how many there are, how many of them in part, and how many places that exist lie in
+    their walkers' blocks and in those on the other side."""
+
+    tiles: int
+    partial: int
+    own: int
+    other: int
+
+
+def _walk(launch: Launch, mine: int, theirs: int) -> _Walk:
+    given = launch.arguments
+    tiles, length = given["tiles"], given["sizes"].queries
+    partial = tiles.partial.numel()
+    count = tiles.full.numel() + partial
+    if tiles.full.is_meta:  # sizes that tiles divide
+        return _Walk(count, partial, count * mine, count * theirs)
+    own = 0
+    for starts in (tiles.full_starts, tiles.partial_starts):
+        own += sum(n * min(mine, length - i * mine) for i, n in enumerate(starts.diff().tolist()))
+    others = torch.cat([tiles.full, tiles.partial]).tolist()
+    return _Walk(count, partial, own, sum(min(theirs, length - j * theirs) for j in others))
+
+
+def _walking(launch: Launch, by_keys: bool, tensors: int, rows: int) -> tuple[float, float]:
+    """Bytes that all programs read as they walk, and products of one kind. A tile costs two tensors of the other side
+    with so many numbers a row, its block, its pattern, documents, and what dropout's mask depends on."""
+    given = launch.arguments
+    m, n, item = given["M"], given["N"], given["q"].data.element_size()
+    walk = _walk(launch, n, m) if by_keys else _walk(launch, m, n)
+    read = walk.other * (tensors * given["D"] * item + rows * 4) + walk.tiles * 4 + walk.partial * (4 + 8 * m)
+    if given["documents"] is not None:
+        read += 4 * (walk.own + walk.other)
+    if given["drop"].key is not None:
+        read += 16 * walk.tiles + 8 * (walk.other if by_keys else walk.own)
+    heads = given["sizes"].batch * given["sizes"].heads
+    lists = 4 * launch.programs + 16 * launch.programs * (given["group"] if by_keys else 1)
+    return heads * read + lists, heads * walk.tiles * 2 * m * n * given["W"]
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _forward(launch: Launch) -> Cost:
+    given = launch.arguments
+    read, product = _walking(launch, False, 2, 0)
+    written = _bytes(given["out"].data) + _bytes(given["lse"])
+    return Cost(
+        read + _bytes(given["q"].data), written, once(launch), 2 * product, 2.5 * product / given["W"]
+    )
+
+
+def _query(launch: Launch) -> Cost:
+    given = launch.arguments
+    read, product = _walking(launch, False, 2, 0)
+    read += sum(_bytes(given[name].data) for name in ("q", "out", "d_out")) + _bytes(given["lse"])
+    written = _bytes(given["d_q"].data) + _bytes(given["delta"])
+    return Cost(read, written, once(launch), 3 * product, 3 * product / given["W"])
+
+
+def _key(launch: Launch) -> Cost:
+    given = launch.arguments
+    read, product = _walking(launch, True, 2, 2)
+    read += sum(_bytes(given[name].data) for name in ("k", "v"))
+    written = sum(_bytes(given[name].data) for name in ("d_k", "d_v"))
+    return Cost(read, written, once(launch), 4 * product, 3 * product / given["W"])
+
+
+COSTS = {
+    "block_sparse_forward_kernel": _forward,
+    "block_sparse_query_kernel": _query,
+    "block_sparse_key_kernel": _key,
+}
