@@ -144,30 +144,33 @@ def _shares(line, bias, label, width, EVERY: tl.constexpr, PLACE: tl.constexpr, 
     """Of a row: its largest logit, the sum of exponentials relative to it, the label's logit (0 if it is not there),
     the sum of all, and the first place of the largest.
 
-    Lanes have sums of their own, so that there is one reduction a tile, and so that rounding grows with V / W.
+    Lanes have sums of their own, so that there is one reduction a tile, and so that rounding grows with V / W; the
+    place is looked for in tiles that have a larger logit than all before, of which there are few. The label's logit is
+    read before the last reduction, at which threads wait for each other: then none has written its gradient.
     """
     lane = tl.arange(0, W)
     top = tl.full((), LOWEST, tl.float32)
     exponentials = tl.zeros([W], tl.float32)
-    picked = tl.zeros([W], tl.float32)
     every = tl.zeros([W], tl.float32)
-    best = tl.full([W], -float("inf"), tl.float32)
-    place = tl.zeros([W], tl.int32)
+    place = tl.full((), 0, tl.int32) + width
     for begin in range(0, width, W):
         column = begin + lane
         inside = column < width
         x = _words(line, bias, column, inside)
-        above = tl.maximum(top, tl.max(x, 0))
+        highest = tl.max(x, 0)
+        if PLACE:  # noqa: SIM102  # known when compiled, unlike what is within
+            if highest > top:
+                place = tl.min(tl.where(x == highest, column, width), 0)
+        above = tl.maximum(top, highest)
         exponentials = exponentials * tl.exp(top - above) + tl.exp(x - above)
         top = above
-        picked += tl.where(column == label, x, 0.0)
         if EVERY:
             every += tl.where(inside, x, 0.0)
-        if PLACE:
-            place = tl.where(x > best, column, place)
-            best = tl.maximum(x, best)
-    at = tl.min(tl.where(best == top, place, width), 0)
-    return top, tl.sum(exponentials, 0), tl.sum(picked, 0), tl.sum(every, 0), at
+    known = (label >= 0) & (label < width)
+    picked = tl.load(line + tl.where(known, label, 0)).to(tl.float32)
+    if bias is not None:
+        picked += tl.load(bias + tl.where(known, label, 0)).to(tl.float32)
+    return top, tl.sum(exponentials, 0), tl.where(known, picked, 0.0), tl.sum(every, 0), place
 
 
 @triton.jit

@@ -206,12 +206,16 @@ def scored_rows(valid: Tensor) -> int:
 
 
 def _whole(launch: Launch, passes: int, gradients: bool, least: float, kept: float, said: float) -> Cost:
-    """Rows that are scored are read as often as they are passed over, with the bias; all are written."""
+    """Rows that are scored are read as often as they are passed over, with the bias, and before the first time one
+    word of each row; all are written."""
     given = launch.arguments
     logits, bias, labels = given["logits"], given["bias"], given["labels"]
     rows, vocab = logits.shape
     item = logits.element_size() + (0 if bias is None else bias.element_size())
-    read = passes * scored_rows(labels != IGNORE) * vocab * item + rows * (labels.element_size() + said)
+    picked = item if launch.name != "cross_entropy_close_kernel" else 0
+    read = passes * scored_rows(labels != IGNORE) * vocab * item + rows * (
+        labels.element_size() + picked + said
+    )
     written = rows * (vocab * logits.element_size() * gradients + kept)
     return Cost(read, written, least, 0, 8 * passes * rows * vocab)
 

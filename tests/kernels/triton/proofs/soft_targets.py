@@ -95,17 +95,24 @@ def _tolerances(
 
     With L the width of logits / τ, D has terms p u, |u| <= 2 L. p is off by its x = log p, and p |x| adds up to at most
     log V < 12, by the roundings of a lane's sum, some eight, and four more; u by 4 L: in all, 2^-24 (64 + 64 L).
-    What a teacher's k words leave is off by that of their sum, and its logarithm by the ratio.
+    What a teacher's k words leave is off by as much as their sum, so that the student's log q / p of it, which counts
+    by q, is off by q / p of that. A word's gradient has its p or q for a factor.
     """
     theirs = said[0] if isinstance(said, TopTeacher) else said
     both = torch.cat([student.double().flatten(), theirs.double().flatten()])
     width = 2 * float(both[both.isfinite()].abs().max()) / soft.temperature
     off = UNIT * (64 + 64 * width)
-    if isinstance(said, TopTeacher) and said[0].shape[1] < student.shape[1]:
-        kept = (said.values_Nk.double() / soft.temperature - said.lse_N.double()[:, None]).exp().sum(1)
-        off *= 1 + 1 / float((1 - kept).min())
+    q = (student.double() / soft.temperature).softmax(1)
+    if isinstance(said, TopTeacher):
+        p = (said.values_Nk.double() / soft.temperature - said.lse_N.double()[:, None]).exp()
+        if p.shape[1] < q.shape[1]:
+            off *= 1 + float(((1 - q.gather(1, said.indices_Nk.long()).sum(1)) / (1 - p.sum(1))).max())
+    else:
+        p = (said.double() / soft.temperature).softmax(1)
+    likeliest = float(torch.maximum(q.max(), p.max()))
     largest = 0.0 if wanted[2] is None else float(wanted[2].abs().max())
-    return off * soft.temperature**2, off * soft.temperature * soft.weight + largest * ROUNDING[dtype]
+    slope = off * likeliest * soft.temperature * soft.weight + largest * ROUNDING[dtype]
+    return off * soft.temperature**2, slope
 
 
 def _by_ranks(
