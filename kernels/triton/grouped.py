@@ -39,7 +39,7 @@ def _product_configs(target: str, itemsize: int) -> list[Config]:
     stages = 2 if target == "gfx942" else 3
     return [
         Config({"M": 128, "N": 128, "K": depth}, 8, stages),
-        Config({"M": 64, "N": 128, "K": depth}, 4, stages),
+        Config({"M": 64, "N": 64 if target == "sm_80" else 128, "K": depth}, 4, stages),
     ]
 
 
