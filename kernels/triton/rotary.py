@@ -69,7 +69,8 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_q, d_k):
-        return *_turned(d_q, d_k, *ctx.saved_tensors, back=True), None, None
+        cos, sin = ctx.saved_tensors
+        return *_turned(d_q, d_k, cos, sin, back=True), None, None
 
 
 def _turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
