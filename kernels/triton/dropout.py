@@ -26,10 +26,8 @@ from headway.kernels import random
 from headway.kernels.triton import philox
 from headway.kernels.triton.map_tiles import wide
 from headway.kernels.triton.numbers import narrowed
+from headway.kernels.triton.strips import strips
 from headway.kernels.triton.tuning import Config, Space
-
-STRIPS = 64
-"""Strips of rows, each with sums of its own, where the bias has a gradient; the same on every GPU, so that sums are."""
 
 
 def _configs(target: str, width: int) -> list[Config]:
@@ -107,11 +105,12 @@ class _Dropout(torch.autograd.Function):
         d_y = d_y.contiguous()
         kind, bias, residual = ctx.dtypes
         d_x = torch.empty_like(d_y, dtype=kind)
-        width = d_y.shape[-1]
+        rows, width = slot.numel(), d_y.shape[-1]
         config = BACKWARD.choose(d_y.device, width=triton.next_power_of_2(width))
-        strips = STRIPS if bias is not None else triton.cdiv(slot.numel(), config.tiles["R"])
-        parts = None if bias is None else d_y.new_empty(strips, width, dtype=torch.float32)
-        grid = (strips * triton.cdiv(width, config.tiles["C"]),)
+        tiles = config.tiles
+        count = triton.cdiv(rows, tiles["R"]) if bias is None else strips(rows, width, tiles["C"])
+        parts = None if bias is None else d_y.new_empty(count, width, dtype=torch.float32)
+        grid = (count * triton.cdiv(width, tiles["C"]),)
         given = d_y, d_x, parts, key, slot, position
         with torch.cuda.device_of(d_y):
             dropout_backward_kernel[grid](*given, *_numbers(d_y, slot, position), *ctx.mask, **config.options)

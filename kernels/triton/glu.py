@@ -26,11 +26,9 @@ from torch.autograd.function import once_differentiable
 from headway.kernels.glu import GATED, PLAIN
 from headway.kernels.triton.activations import GATES, activated
 from headway.kernels.triton.numbers import narrowed
+from headway.kernels.triton.strips import strips
 from headway.kernels.triton.targets import TARGETS
 from headway.kernels.triton.tuning import Config, Space
-
-STRIPS = 64
-"""Strips of rows, each with sums of its own, where biases have gradients; the same on every GPU, so that sums are."""
 
 
 def _forward_configs(target: str, width: int) -> list[Config]:
@@ -121,10 +119,11 @@ class _Activate(torch.autograd.Function):
         config = BACKWARD.choose(gate.device, width=triton.next_power_of_2(width))
         biases = gate_bias, up_bias
         summed = any(bias is not None for bias in biases)
-        strips = STRIPS if summed else triton.cdiv(rows, config.tiles["R"])
-        parts = [None if b is None else gate.new_empty(strips, width, dtype=torch.float32) for b in biases]
+        tiles = config.tiles
+        count = strips(rows, width, tiles["C"]) if summed else triton.cdiv(rows, tiles["R"])
+        parts = [None if b is None else gate.new_empty(count, width, dtype=torch.float32) for b in biases]
         given = d_y.contiguous(), gate_NF, up_NF, *biases, d_gate, d_up, *parts
-        grid = (strips * triton.cdiv(width, config.tiles["C"]),)
+        grid = (count * triton.cdiv(width, tiles["C"]),)
         with torch.cuda.device_of(gate):
             glu_backward_kernel[grid](
                 *given, rows, width, *_steps(gate_NF, up_NF), NAME=ctx.name, **config.options

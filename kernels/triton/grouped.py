@@ -39,7 +39,7 @@ def _product_configs(target: str, itemsize: int) -> list[Config]:
     stages = 2 if target == "gfx942" else 3
     return [
         Config({"M": 128, "N": 128, "K": depth}, 8, stages),
-        Config({"M": 64, "N": 128, "K": depth}, 4, stages),
+        Config({"M": 64, "N": 64 if target == "sm_80" else 128, "K": depth}, 4, stages),
     ]
 
 
@@ -165,11 +165,11 @@ def grouped_product_kernel(
     """A program: M rows of a group and N columns of y."""
     t, block = _banded(tl.cdiv(outer, N))
     group, start, stop = _tile(t, ends, rows, groups, M, XP)
-    row = wide(start + tl.arange(0, M))
+    row = start + tl.arange(0, M)
     column = block * N + tl.arange(0, N)
     step = tl.arange(0, K)
     known, there = row < stop, column < outer
-    x_at = x + row[:, None] * inner + step[None, :]
+    x_at = x + wide(row)[:, None] * inner + step[None, :]
     w_at = w + wide(group) * w_group + wide(column)[:, None] * w_outer + wide(step)[None, :] * w_inner
     total = tl.zeros([M, N], tl.float32)
     for first in range(0, tl.where(group < groups, inner, 0), K):
@@ -181,7 +181,7 @@ def grouped_product_kernel(
         limit = tl.where(group < groups, outer, 0)
         shift = tl.load(bias + wide(group) * outer + column, mask=column < limit, other=0.0)
         total += shift.to(tl.float32)[None, :]
-    place = row[:, None] * outer + column[None, :]
+    place = wide(row)[:, None] * outer + column[None, :]
     tl.store(y + place, narrowed(total, y.dtype.element_ty), mask=known[:, None] & there[None, :])
 
 
@@ -241,9 +241,9 @@ def _tile(t, ends, rows, groups, M: tl.constexpr, XP: tl.constexpr):
     The rows after the last group are a group too, number `groups`; beyond all tiles, a number above, and no rows.
     """
     index = tl.arange(0, XP)
-    end = tl.load(ends + index, mask=index < groups, other=0)
+    end = tl.load(ends + index, mask=index < groups, other=0).to(tl.int32)
     end = tl.where(index < groups, end, rows)
-    begin = tl.load(ends + index - 1, mask=(index > 0) & (index <= groups), other=0)
+    begin = tl.load(ends + index - 1, mask=(index > 0) & (index <= groups), other=0).to(tl.int32)
     begin = tl.where(index > groups, rows, begin)
     tiles = (end - begin + M - 1) // M
     last = tl.cumsum(tiles, 0)
