@@ -12,11 +12,7 @@ LABELS = torch.zeros(4, dtype=torch.int64)
 def test_logits_of_64_bits_are_refused() -> None:
     from headway.kernels.triton.cross_entropy import row_loss
 
-<<<<<<< HEAD
-    with pytest.raises(ValueError, match=r"logits of torch.float64: must be one of torch.float32"):
-=======
     with pytest.raises(ValueError, match=r"logits of torch\.float64: must be one of torch\.float32"):
->>>>>>> k-loss
         row_loss(torch.zeros(4, 8, dtype=torch.float64), LABELS, 0.0, True)
 
 
@@ -32,9 +28,5 @@ def test_a_teacher_of_64_bits_is_refused() -> None:
     from headway.kernels.triton.soft_targets import soft_row_loss
 
     student, teacher = torch.zeros(4, 8), torch.zeros(4, 8, dtype=torch.float64)
-<<<<<<< HEAD
-    with pytest.raises(ValueError, match=r"teacher's logits of torch.float64: must be one of"):
-=======
     with pytest.raises(ValueError, match=r"teacher's logits of torch\.float64: must be one of"):
->>>>>>> k-loss
         soft_row_loss(student, teacher, torch.ones(4, dtype=torch.bool), Soft(), True)
