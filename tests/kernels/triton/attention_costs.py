@@ -1,0 +1,177 @@
+"""What launches of attention's kernels move and multiply, by going through their loops: tile by tile of places, once for
+all samples and heads where these are alike.
+
+Shapes: B batch, H query heads, Q queries, K keys; M queries and N keys of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from headway.tests.kernels.triton.launches import Launch
+from headway.tests.kernels.triton.proof import Cost, once
+
+
+class Walk(NamedTuple):
+    """What a launch goes through.
+
+    Attributes:
+        given: its arguments.
+        m, n: sizes of tiles.
+        batch, heads, queries, keys: how many there are.
+        prefixes: of the samples, or None.
+    """
+
+    given: dict[str, Any]
+    m: int
+    n: int
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    prefixes: list[int] | None
+
+    @staticmethod
+    def of(launch: Launch) -> Walk:
+        given = launch.arguments
+        prefix = given["seen"].prefix if given["CAUSAL"] else None
+        prefixes = None if prefix is None else prefix.tolist()
+        return Walk(given, given["M"], given["N"], *given["sizes"], prefixes)
+
+    def samples(self) -> list[tuple[int, int | None]]:
+        """How many samples there are of every prefix."""
+        if self.prefixes is None:
+            return [(self.batch, None)]
+        return [(1, prefix) for prefix in self.prefixes]
+
+    def key_tiles(self, first: int, prefix: int | None) -> range:
+        """First keys of the tiles that M queries go through."""
+        start, stop = 0, self.keys
+        if self.given["CAUSAL"]:
+            stop = max(min(stop, first + self.m), min(self.keys, prefix or 0))
+        window = self.given["seen"].window
+        if window is not None:
+            start = max(0, first - window + 1) // self.n * self.n
+            stop = min(stop, first + self.m + window - 1)
+        return range(start, stop, self.n)
+
+    def query_tiles(self, first: int, prefix: int | None) -> range:
+        """First queries of the tiles that N keys go through."""
+        start, stop = 0, self.queries
+        if self.given["CAUSAL"]:
+            start = 0 if first < (prefix or 0) else first
+        window = self.given["seen"].window
+        if window is not None:
+            start = max(start, first - window + 1)
+            stop = min(stop, first + self.n + window - 1)
+        return range(start // self.m * self.m, stop, self.m)
+
+    def by_queries(self) -> Iterator[tuple[int, int, int, int]]:
+        """Blocks of queries: how many are alike, queries, tiles, keys of them all."""
+        for count, prefix in self.samples():
+            for first in range(0, self.queries, self.m):
+                tiles = self.key_tiles(first, prefix)
+                keys = sum(min(self.n, self.keys - key) for key in tiles)
+                yield count * self.heads, min(self.m, self.queries - first), len(tiles), keys
+
+    @property
+    def item(self) -> int:
+        return int(self.given["model"].q.data.element_size())
+
+    @property
+    def widths(self) -> tuple[int, int, int, int]:
+        return tuple(self.given[name] for name in ("D", "D_V", "W", "W_V"))  # type: ignore[return-value]
+
+    def numbers(self, rows: int, cols: int, tiles: int, pairs: int) -> int:
+        """Bytes beside operands that tiles read: rows and columns of them all, and pairs of both."""
+        seen, drop, bias = self.given["seen"], self.given["drop"], self.given["model"].bias
+        found = 0
+        if bias.dense is not None:
+            found += pairs * bias.dense.element_size()
+        if bias.slopes is not None:
+            found += (rows + cols) * 8 + tiles * bias.slopes.element_size()
+        if self.prefixes is not None:
+            found += tiles * 4
+        if seen.documents is not None:
+            found += (rows + cols) * 4
+        if seen.allowed is not None:
+            found += pairs
+        if drop is not None:
+            found += rows * 8 + tiles * 16
+        return found
+
+
+def forward(launch: Launch) -> Cost:
+    """Of `attention_forward_kernel`."""
+    walk = Walk.of(launch)
+    d, d_v, w, w_v = walk.widths
+    sink = walk.given["sink"]
+    read = products = 0
+    for count, rows, tiles, keys in walk.by_queries():
+        each = rows * d * walk.item + keys * (d + d_v) * walk.item
+        each += walk.numbers(rows * tiles, keys, tiles, rows * keys)
+        each += (4 if walk.prefixes is not None else 0) + (0 if sink is None else sink.element_size())
+        read += count * each
+        products += count * tiles * 2 * walk.m * walk.n * (w + w_v)
+    rows = walk.batch * walk.heads * walk.queries
+    return Cost(read, rows * (d_v * walk.item + 4), once(launch), products, _others(walk, products))
+
+
+def queries(launch: Launch) -> Cost:
+    """Of `attention_queries_kernel`."""
+    walk = Walk.of(launch)
+    d, d_v, w, w_v = walk.widths
+    read = products = 0
+    for count, rows, tiles, keys in walk.by_queries():
+        each = rows * ((d + 2 * d_v) * walk.item + 4) + keys * (d + d_v) * walk.item
+        each += walk.numbers(rows * tiles, keys, tiles, rows * keys)
+        read += count * (each + (4 if walk.prefixes is not None else 0))
+        products += count * tiles * 2 * walk.m * walk.n * (2 * w + w_v)
+    rows = walk.batch * walk.heads * walk.queries
+    return Cost(read, rows * (d * walk.item + 4), once(launch), products, _others(walk, products))
+
+
+def keys(launch: Launch) -> Cost:
+    """Of `attention_keys_kernel`."""
+    walk = Walk.of(launch)
+    d, d_v, w, w_v = walk.widths
+    group = walk.given["model"].group
+    read = products = 0
+    for count, prefix in walk.samples():
+        for first in range(0, walk.keys, walk.n):
+            here, tiles = min(walk.n, walk.keys - first), walk.query_tiles(first, prefix)
+            rows = sum(min(walk.m, walk.queries - query) for query in tiles)
+            each = rows * ((d + d_v) * walk.item + 8)
+            each += walk.numbers(rows, here * len(tiles), len(tiles), rows * here)
+            own = here * (d + d_v) * walk.item + (4 if walk.prefixes is not None else 0)
+            read += count * (walk.heads // group) * (own + group * each)
+            products += count * walk.heads * len(tiles) * 2 * walk.m * walk.n * 2 * (w + w_v)
+    written = walk.batch * walk.heads // group * walk.keys * (d + d_v) * walk.item
+    return Cost(read, written, once(launch), products, _others(walk, products))
+
+
+def bias(launch: Launch) -> Cost:
+    """Of `attention_bias_kernel`."""
+    walk = Walk.of(launch)
+    d, d_v, w, w_v = walk.widths
+    read = products = 0
+    for first in range(0, walk.queries, walk.m):
+        rows = min(walk.m, walk.queries - first)
+        seen = walk.key_tiles(first, None)
+        for key in range(0, walk.keys, walk.n):
+            cols = min(walk.n, walk.keys - key)
+            hidden = not (key < seen.stop and key + walk.n > seen.start)
+            if walk.prefixes is None and hidden:
+                continue
+            each = (rows + cols) * (d + d_v) * walk.item + rows * 8 + walk.numbers(rows, cols, 1, rows * cols)
+            read += walk.heads * walk.batch * each
+            products += walk.heads * walk.batch * 2 * walk.m * walk.n * (w + w_v)
+    written = walk.heads * walk.queries * walk.keys * 4
+    return Cost(read, written, once(launch), products, _others(walk, products))
+
+
+def _others(walk: Walk, products: float) -> float:
+    """Some ten operations a pair, and as many again for dropout's numbers."""
+    pairs = products / 2 / (walk.given["W"] + walk.given["W_V"])
+    return pairs * (10 if walk.given["drop"] is None else 20)
