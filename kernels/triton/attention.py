@@ -130,7 +130,7 @@ class _Attention(torch.autograd.Function):
         size = call.sizes
         programs = size.batch * size.heads * triton.cdiv(size.queries, config.tiles["M"])
         own = None if sink is None else sink.contiguous()
-        given = call.model, call.v, own, place.cap, place.mask.seen, place.drop, size, heads(out), lse
+        given = call.model, call.v, own, place.cap, *place.mask[:2], place.drop, size, heads(out), lse
         with torch.cuda.device_of(q):
             kernels.attention_forward_kernel[programs,](*given, **call.constants, **config.options)
         ctx.save_for_backward(q, k, v, bias, sink, out, lse)
@@ -158,7 +158,7 @@ def _of_queries(call: _Call, q: Tensor, out: Tensor, lse: Tensor, d_out: Tensor)
     delta, dq = torch.empty_like(lse), _by_place(q, q.shape[-1])
     config, size, place = call.config(QUERIES), call.sizes, call.place
     programs = size.batch * size.heads * triton.cdiv(size.queries, config.tiles["M"])
-    given = call.model, call.v, place.cap, place.mask.seen, place.drop, size
+    given = call.model, call.v, place.cap, *place.mask[:2], place.drop, size
     more = heads(out), lse, heads(d_out), delta, heads(dq)
     kernels.attention_queries_kernel[programs,](*given, *more, **call.constants, **config.options)
     return delta, dq
@@ -169,7 +169,7 @@ def _of_keys(call: _Call, k: Tensor, v: Tensor, kept: tuple[Any, ...]) -> tuple[
     dk, dv = (_by_place(x, x.shape[-1]) for x in (k, v))
     config, size, place = call.config(KEYS), call.sizes, call.place
     programs = size.batch * k.shape[1] * triton.cdiv(size.keys, config.tiles["N"])
-    given = call.model, call.v, place.cap, place.mask.seen, place.drop, size
+    given = call.model, call.v, place.cap, *place.mask[:2], place.drop, size
     kernels.attention_keys_kernel[programs,](
         *given, *kept, heads(dk), heads(dv), **call.constants, **config.options
     )

@@ -22,14 +22,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from headway.kernels.triton.attention_tiles import capped_scores, kept, pulled
+from headway.kernels.triton.attention_tiles import capped_scores, kept, keys_seen, pulled, queries_seen
 from headway.kernels.triton.map_kernels import more
 from headway.kernels.triton.map_tiles import (
     key_range,
     place_of,
     put,
     put_row,
-    query_range,
     row,
     sees,
     tile,
@@ -40,7 +39,7 @@ from headway.kernels.triton.numbers import as_operand, narrowed, operand
 
 @triton.jit
 def attention_forward_kernel(
-    model, v, sink, cap, seen, drop, sizes, out, lse,
+    model, v, sink, cap, seen, spans, drop, sizes, out, lse,
     CAUSAL: tl.constexpr, D: tl.constexpr, W: tl.constexpr, D_V: tl.constexpr, W_V: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -52,7 +51,7 @@ def attention_forward_kernel(
     top = tl.full([M], -1e38, tl.float32)
     total = tl.zeros([M], tl.float32)
     found = tl.zeros([M, W_V], tl.float32)
-    start, stop = key_range(seen, b, first, sizes, CAUSAL, M, N)
+    start, stop = keys_seen(seen, spans, b, first, sizes, CAUSAL, M, N)
     for key in range(start, stop, N):
         cols = key + tl.arange(0, N)
         k_tile = operand(tile(model.k, b, h // model.group, key, sizes.keys, N, D, W))
@@ -80,7 +79,7 @@ def attention_forward_kernel(
 
 @triton.jit
 def attention_queries_kernel(
-    model, v, cap, seen, drop, sizes, out, lse, d_out, delta, dq,
+    model, v, cap, seen, spans, drop, sizes, out, lse, d_out, delta, dq,
     CAUSAL: tl.constexpr, D: tl.constexpr, W: tl.constexpr, D_V: tl.constexpr, W_V: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -95,7 +94,7 @@ def attention_queries_kernel(
     q = operand(tile(model.q, b, h, first, sizes.queries, M, D, W))
     like = model.q.data.dtype.element_ty
     total = tl.zeros([M, W], tl.float32)
-    start, stop = key_range(seen, b, first, sizes, CAUSAL, M, N)
+    start, stop = keys_seen(seen, spans, b, first, sizes, CAUSAL, M, N)
     for key in range(start, stop, N):
         k_tile = operand(tile(model.k, b, h // model.group, key, sizes.keys, N, D, W))
         v_tile = operand(tile(v, b, h // model.group, key, sizes.keys, N, D_V, W_V))
@@ -109,7 +108,7 @@ def attention_queries_kernel(
 
 @triton.jit
 def attention_keys_kernel(
-    model, v, cap, seen, drop, sizes, lse, d_out, delta, dk, dv,
+    model, v, cap, seen, spans, drop, sizes, lse, d_out, delta, dk, dv,
     CAUSAL: tl.constexpr, D: tl.constexpr, W: tl.constexpr, D_V: tl.constexpr, W_V: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -120,7 +119,7 @@ def attention_keys_kernel(
     like = v.data.dtype.element_ty
     d_key = tl.zeros([N, W], tl.float32)
     d_value = tl.zeros([N, W_V], tl.float32)
-    start, stop = query_range(seen, b, first, sizes, CAUSAL, M, N)
+    start, stop = queries_seen(seen, spans, b, first, sizes, CAUSAL, M, N)
     for member in range(model.group):
         h = key_head * model.group + member
         for query in range(start, stop, M):

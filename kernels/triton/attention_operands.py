@@ -16,7 +16,7 @@ from headway.kernels.attention.choose import KernelUnavailable
 from headway.kernels.attention.dense import WeightDropout
 from headway.kernels.attention.masks import Mask, lower
 from headway.kernels.attention.slopes import Distances, Fixed, Slopes
-from headway.kernels.triton.attention_tiles import Dropped
+from headway.kernels.triton.attention_tiles import Dropped, Spans
 from headway.kernels.triton.map_tiles import Biases, Heads, Seen
 
 
@@ -24,6 +24,7 @@ class Lowered(NamedTuple):
     """A mask: conditions that kernels check tile by tile, and a tensor of what they do not know."""
 
     seen: Seen
+    spans: Spans | None
     causal: bool
 
 
@@ -59,22 +60,37 @@ def lowered(mask: Mask, q_BHQD: Tensor, k_BKSD: Tensor) -> Lowered:
         window=mask.window,
         allowed=None, allowed_batch=0, allowed_query=0, allowed_key=0,
     )  # fmt: skip
+    spans = None
+    if seen.documents is not None:
+        spans = Spans(*_span(seen.documents, seen.key_documents), *_span(seen.key_documents, seen.documents))
     if not mask.shift and (mask.scope is None or mask.window is not None):
-        return Lowered(seen, mask.causal)
+        return Lowered(seen, spans, mask.causal)
     if mask.shift:
         seen = seen._replace(prefix=None, window=None)
     places = mask._replace(documents=None, key_documents=None)
     written = lower(places, queries, keys, q_BHQD.device)
     if written is None:
-        return Lowered(seen, False)
+        return Lowered(seen, spans, False)
     allowed = written[:, 0].expand(batch, queries, keys).view(torch.uint8)
     seen = seen._replace(
         allowed=allowed, **dict(zip(_ALLOWED, allowed.stride(), strict=True))
     )
-    return Lowered(seen, mask.causal and not mask.shift)
+    return Lowered(seen, spans, mask.causal and not mask.shift)
 
 
 _ALLOWED = "allowed_batch", "allowed_query", "allowed_key"
+
+
+def _span(documents_BX: Tensor, others_BY: Tensor) -> tuple[Tensor, Tensor]:
+    """The first and the last place of a document's number among others; sizes depend on no number, so that nothing
+    waits for the GPU."""
+    ordered, places = torch.sort(others_BY, dim=1, stable=True)  # hence of a number the first comes first
+    begin = torch.searchsorted(ordered, documents_BX)
+    end = torch.searchsorted(ordered, documents_BX, right=True)
+    some, most = end > begin, others_BY.shape[1] - 1
+    first = torch.where(some, places.gather(1, begin.clamp(max=most)), others_BY.shape[1])
+    last = torch.where(some, places.gather(1, (end - 1).clamp(min=0)), -1)
+    return first.to(torch.int32), last.to(torch.int32)
 
 
 def _of_samples(x: Tensor | None, batch: int) -> Tensor | None:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from headway.kernels.triton import philox
-from headway.kernels.triton.map_tiles import sees, wide
+from headway.kernels.triton.map_tiles import key_range, query_range, sees, wide
 
 
 class Dropped(NamedTuple):
@@ -36,6 +36,48 @@ class Dropped(NamedTuple):
     positions: Any
     first_head: int
     first_key: int
+
+
+class Spans(NamedTuple):
+    """The first and the last key of every query's document, int32 [B, Q], and the same of a key's queries, [B, K]: an
+    end before the beginning where there is none."""
+
+    first_key: Any
+    last_key: Any
+    first_query: Any
+    last_query: Any
+
+
+@triton.jit
+def keys_seen(seen, spans, b, first, sizes, CAUSAL: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """`map_tiles.key_range`, narrowed to documents."""
+    start, stop = key_range(seen, b, first, sizes, CAUSAL, M, N)
+    if spans is not None:
+        least, most = _span(spans.first_key, spans.last_key, b, first, sizes.queries, sizes.keys, M)
+        start = tl.maximum(start, least // N * N)
+        stop = tl.minimum(stop, most + 1)
+    return start, stop
+
+
+@triton.jit
+def queries_seen(seen, spans, b, first, sizes, CAUSAL: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """`map_tiles.query_range`, narrowed to documents."""
+    start, stop = query_range(seen, b, first, sizes, CAUSAL, M, N)
+    if spans is not None:
+        least, most = _span(spans.first_query, spans.last_query, b, first, sizes.keys, sizes.queries, N)
+        start = tl.maximum(start, least // M * M)
+        stop = tl.minimum(stop, most + 1)
+    return start, stop
+
+
+@triton.jit
+def _span(firsts, lasts, b, first, length, others, BLOCK: tl.constexpr):
+    """The least and the most of a block's spans."""
+    place = first + tl.arange(0, BLOCK)
+    start = wide(b) * length
+    least = tl.min(tl.load(firsts + start + place, mask=place < length, other=others), 0)
+    most = tl.max(tl.load(lasts + start + place, mask=place < length, other=-1), 0)
+    return least, most
 
 
 @triton.jit
@@ -101,7 +143,7 @@ def pulled(
     cols = _along(key + tl.arange(0, N), not TURNED)
     s, bent = capped_scores(left, right, model, cap, head, rows, cols, sizes)
     ok = sees(seen, b, rows, cols, sizes, CAUSAL)
-    weights = tl.where(ok, tl.exp(s - _along(lse, TURNED)), 0.0)
+    weights = tl.exp(tl.where(ok, s - _along(lse, TURNED), float("-inf")))
     d_weights = tl.dot(d_left, tl.trans(d_right), input_precision="ieee")
     used = weights
     if drop is not None:

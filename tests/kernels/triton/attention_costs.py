@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from headway.kernels.triton.attention_tiles import Spans
 from headway.tests.kernels.triton.launches import Launch
 from headway.tests.kernels.triton.proof import Cost, once
 
@@ -21,6 +22,7 @@ class Walk(NamedTuple):
         m, n: sizes of tiles.
         batch, heads, queries, keys: how many there are.
         prefixes: of the samples, or None.
+        spans: of the samples' documents, or None.
     """
 
     given: dict[str, Any]
@@ -31,47 +33,62 @@ class Walk(NamedTuple):
     queries: int
     keys: int
     prefixes: list[int] | None
+    spans: Spans | None
 
     @staticmethod
     def of(launch: Launch) -> Walk:
         given = launch.arguments
         prefix = given["seen"].prefix if given["CAUSAL"] else None
         prefixes = None if prefix is None else prefix.tolist()
-        return Walk(given, given["M"], given["N"], *given["sizes"], prefixes)
+        return Walk(given, given["M"], given["N"], *given["sizes"], prefixes, given.get("spans"))
 
-    def samples(self) -> list[tuple[int, int | None]]:
-        """How many samples there are of every prefix."""
-        if self.prefixes is None:
-            return [(self.batch, None)]
-        return [(1, prefix) for prefix in self.prefixes]
+    def samples(self) -> list[tuple[int, int]]:
+        """How many samples are alike, and the first of them."""
+        if self.prefixes is None and self.spans is None:
+            return [(self.batch, 0)]
+        return [(1, b) for b in range(self.batch)]
 
-    def key_tiles(self, first: int, prefix: int | None) -> range:
+    def span(self, firsts: Any, lasts: Any, b: int, first: int, block: int) -> tuple[int, int]:
+        """The least and the most of a block's spans."""
+        here = slice(first, first + block)
+        return int(firsts[b, here].min()), int(lasts[b, here].max())
+
+    def key_tiles(self, first: int, b: int) -> range:
         """First keys of the tiles that M queries go through."""
         start, stop = 0, self.keys
+        prefix = 0 if self.prefixes is None else self.prefixes[b]
         if self.given["CAUSAL"]:
-            stop = max(min(stop, first + self.m), min(self.keys, prefix or 0))
+            stop = max(min(stop, first + self.m), min(self.keys, prefix))
         window = self.given["seen"].window
         if window is not None:
             start = max(0, first - window + 1) // self.n * self.n
             stop = min(stop, first + self.m + window - 1)
+        if self.spans is not None:
+            least, most = self.span(*self.spans[:2], b, first, self.m)
+            start, stop = max(start, least // self.n * self.n), min(stop, most + 1)
         return range(start, stop, self.n)
 
-    def query_tiles(self, first: int, prefix: int | None) -> range:
+    def query_tiles(self, first: int, b: int) -> range:
         """First queries of the tiles that N keys go through."""
         start, stop = 0, self.queries
+        prefix = 0 if self.prefixes is None else self.prefixes[b]
         if self.given["CAUSAL"]:
-            start = 0 if first < (prefix or 0) else first
+            start = 0 if first < prefix else first
         window = self.given["seen"].window
         if window is not None:
             start = max(start, first - window + 1)
             stop = min(stop, first + self.n + window - 1)
-        return range(start // self.m * self.m, stop, self.m)
+        start = start // self.m * self.m
+        if self.spans is not None:
+            least, most = self.span(*self.spans[2:], b, first, self.n)
+            start, stop = max(start, least // self.m * self.m), min(stop, most + 1)
+        return range(start, stop, self.m)
 
     def by_queries(self) -> Iterator[tuple[int, int, int, int]]:
         """Blocks of queries: how many are alike, queries, tiles, keys of them all."""
-        for count, prefix in self.samples():
+        for count, b in self.samples():
             for first in range(0, self.queries, self.m):
-                tiles = self.key_tiles(first, prefix)
+                tiles = self.key_tiles(first, b)
                 keys = sum(min(self.n, self.keys - key) for key in tiles)
                 yield count * self.heads, min(self.m, self.queries - first), len(tiles), keys
 
@@ -82,6 +99,10 @@ class Walk(NamedTuple):
     @property
     def widths(self) -> tuple[int, int, int, int]:
         return tuple(self.given[name] for name in ("D", "D_V", "W", "W_V"))  # type: ignore[return-value]
+
+    def ranges(self, block: int) -> int:
+        """Bytes that a program reads to know its tiles."""
+        return (4 if self.prefixes is not None else 0) + (8 * block if self.spans is not None else 0)
 
     def numbers(self, rows: int, cols: int, tiles: int, pairs: int) -> int:
         """Bytes beside operands that tiles read: rows and columns of them all, and pairs of both."""
@@ -111,7 +132,7 @@ def forward(launch: Launch) -> Cost:
     for count, rows, tiles, keys in walk.by_queries():
         each = rows * d * walk.item + keys * (d + d_v) * walk.item
         each += walk.numbers(rows * tiles, keys, tiles, rows * keys)
-        each += (4 if walk.prefixes is not None else 0) + (0 if sink is None else sink.element_size())
+        each += walk.ranges(rows) + (0 if sink is None else sink.element_size())
         read += count * each
         products += count * tiles * 2 * walk.m * walk.n * (w + w_v)
     rows = walk.batch * walk.heads * walk.queries
@@ -126,7 +147,7 @@ def queries(launch: Launch) -> Cost:
     for count, rows, tiles, keys in walk.by_queries():
         each = rows * ((d + 2 * d_v) * walk.item + 4) + keys * (d + d_v) * walk.item
         each += walk.numbers(rows * tiles, keys, tiles, rows * keys)
-        read += count * (each + (4 if walk.prefixes is not None else 0))
+        read += count * (each + walk.ranges(rows))
         products += count * tiles * 2 * walk.m * walk.n * (2 * w + w_v)
     rows = walk.batch * walk.heads * walk.queries
     return Cost(read, rows * (d * walk.item + 4), once(launch), products, _others(walk, products))
@@ -138,13 +159,13 @@ def keys(launch: Launch) -> Cost:
     d, d_v, w, w_v = walk.widths
     group = walk.given["model"].group
     read = products = 0
-    for count, prefix in walk.samples():
+    for count, b in walk.samples():
         for first in range(0, walk.keys, walk.n):
-            here, tiles = min(walk.n, walk.keys - first), walk.query_tiles(first, prefix)
+            here, tiles = min(walk.n, walk.keys - first), walk.query_tiles(first, b)
             rows = sum(min(walk.m, walk.queries - query) for query in tiles)
             each = rows * ((d + d_v) * walk.item + 8)
             each += walk.numbers(rows, here * len(tiles), len(tiles), rows * here)
-            own = here * (d + d_v) * walk.item + (4 if walk.prefixes is not None else 0)
+            own = here * (d + d_v) * walk.item + walk.ranges(here)
             read += count * (walk.heads // group) * (own + group * each)
             products += count * walk.heads * len(tiles) * 2 * walk.m * walk.n * 2 * (w + w_v)
     written = walk.batch * walk.heads // group * walk.keys * (d + d_v) * walk.item
@@ -158,7 +179,7 @@ def bias(launch: Launch) -> Cost:
     read = products = 0
     for first in range(0, walk.queries, walk.m):
         rows = min(walk.m, walk.queries - first)
-        seen = walk.key_tiles(first, None)
+        seen = walk.key_tiles(first, 0)
         for key in range(0, walk.keys, walk.n):
             cols = min(walk.n, walk.keys - key)
             hidden = not (key < seen.stop and key + walk.n > seen.start)

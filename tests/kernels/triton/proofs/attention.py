@@ -259,8 +259,8 @@ CASES: dict[str, Case] = {
     "head dimension 256, bf16": _case(Sizes(1, 1, 1, 50, 50, 256, 256), _B, _causal),
     "head dimension 256, fp32": _case(Sizes(1, 1, 1, 20, 20, 256, 256), _F, _causal),
     "fp16": _case(Sizes(1, 2, 1, 66, 66, 64, 64), torch.float16, _causal, Extra("learned")),
-    "large logits, fp32": _case(Sizes(1, 2, 2, 40, 40, 40, 40), _F, _causal, Extra(sink=True, scale=1e4)),
-    "large logits, bf16, cap": _case(Sizes(1, 2, 2, 40, 40, 40, 40), _B, _causal, Extra(cap=30.0, scale=1e4)),
+    "large logits, fp32": _case(Sizes(1, 2, 2, 40, 40, 40, 40), _F, _causal, Extra(sink=True, scale=1e3)),
+    "large logits, bf16, cap": _case(Sizes(1, 2, 2, 40, 40, 40, 40), _B, _causal, Extra(cap=30.0, scale=1e3)),
 }  # fmt: skip
 
 
