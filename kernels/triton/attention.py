@@ -32,6 +32,8 @@ from headway.kernels.triton.map_tiles import Model, Sizes
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 256
 """Head dimension at most, of keys and of values."""
+TOGETHER = 128
+"""Head dimension up to which gradients of keys and of values are computed together."""
 
 
 @torch.compiler.disable  # Triton compiles the kernels itself
@@ -116,8 +118,12 @@ class _Call(NamedTuple):
 
     def config(self, space: Any) -> Any:
         """The configuration of a kernel of this call."""
-        width = max(self.constants["W"], self.constants["W_V"])
-        return space.choose(self.device, width=width, itemsize=self.itemsize)
+        return space.choose(self.device, width=self.width, itemsize=self.itemsize)
+
+    @property
+    def width(self) -> int:
+        """By which tiles are chosen."""
+        return max(self.constants["W"], self.constants["W_V"])
 
 
 class _Attention(torch.autograd.Function):
@@ -145,7 +151,7 @@ class _Attention(torch.autograd.Function):
         with torch.cuda.device_of(q):
             delta, dq = _of_queries(call, q, out, lse, d_out)
             kept = lse, heads(d_out), delta
-            dk, dv = _of_keys(call, k, v, kept) if any(ctx.needs_input_grad[1:3]) else (None, None)
+            dk, dv = _of_keys(call, k, v, kept, ctx.needs_input_grad[1:3])
             d_bias = _of_bias(call, bias, kept) if ctx.needs_input_grad[3] else None
         d_sink = None
         if sink is not None and ctx.needs_input_grad[4]:  # it takes what the weights leave
@@ -164,15 +170,21 @@ def _of_queries(call: _Call, q: Tensor, out: Tensor, lse: Tensor, d_out: Tensor)
     return delta, dq
 
 
-def _of_keys(call: _Call, k: Tensor, v: Tensor, kept: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    """Gradients of keys and values; `kept`: log-sum-exps, the output's gradient, and sums of both."""
-    dk, dv = (_by_place(x, x.shape[-1]) for x in (k, v))
+def _of_keys(
+    call: _Call, k: Tensor, v: Tensor, kept: tuple[Any, ...], wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of keys and values, those that are wanted; `kept`: log-sum-exps, the output's gradient, and sums of
+    outputs times it. Of wide heads a launch computes one of them: sums of both do not fit into registers."""
+    dk, dv = (_by_place(x, x.shape[-1]) if want else None for x, want in zip((k, v), wanted, strict=True))
     config, size, place = call.config(KEYS), call.sizes, call.place
     programs = size.batch * k.shape[1] * triton.cdiv(size.keys, config.tiles["N"])
     given = call.model, call.v, place.cap, *place.mask[:2], place.drop, size
-    kernels.attention_keys_kernel[programs,](
-        *given, *kept, heads(dk), heads(dv), **call.constants, **config.options
-    )
+    for pair in ((dk, None), (None, dv)) if call.width > TOGETHER else ((dk, dv),):
+        if any(x is not None for x in pair):
+            into = (None if x is None else heads(x) for x in pair)
+            kernels.attention_keys_kernel[programs,](
+                *given, *kept, *into, **call.constants, **config.options
+            )
     return dk, dv
 
 

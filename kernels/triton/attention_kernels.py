@@ -112,30 +112,41 @@ def attention_keys_kernel(
     CAUSAL: tl.constexpr, D: tl.constexpr, W: tl.constexpr, D_V: tl.constexpr, W_V: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """A program: gradients of N keys and values of a head, summed over the query heads that read them."""
+    """A program: gradients of N keys and values of a head, summed over the query heads that read them; of either alone
+    where `dk` or `dv` is None."""
     b, key_head, first = place_of(sizes.heads // model.group, sizes.keys, N)
     k_tile = operand(tile(model.k, b, key_head, first, sizes.keys, N, D, W))
-    v_tile = operand(tile(v, b, key_head, first, sizes.keys, N, D_V, W_V))
+    v_tile = None
+    if dk is not None:
+        v_tile = operand(tile(v, b, key_head, first, sizes.keys, N, D_V, W_V))
     like = v.data.dtype.element_ty
-    d_key = tl.zeros([N, W], tl.float32)
-    d_value = tl.zeros([N, W_V], tl.float32)
+    if dk is not None:
+        d_key = tl.zeros([N, W], tl.float32)
+    if dv is not None:
+        d_value = tl.zeros([N, W_V], tl.float32)
     start, stop = queries_seen(seen, spans, b, first, sizes, CAUSAL, M, N)
     for member in range(model.group):
         h = key_head * model.group + member
         for query in range(start, stop, M):
+            rows = query + tl.arange(0, M)
             q = operand(tile(model.q, b, h, query, sizes.queries, M, D, W))
             slope = operand(tile(d_out, b, h, query, sizes.queries, M, D_V, W_V))
-            rows = query + tl.arange(0, M)
             sums = row(lse, b, sizes.heads, h, rows, sizes)
-            both = row(delta, b, sizes.heads, h, rows, sizes)
+            both = sums
+            if dk is not None:
+                both = row(delta, b, sizes.heads, h, rows, sizes)
             used, _, ds = pulled(
                 k_tile, q, v_tile, slope, sums, both, model, cap, seen, drop, sizes, b, h, query, first,
                 CAUSAL, True, M, N,
             )  # fmt: skip
-            d_value = tl.dot(as_operand(used, like), slope, d_value, input_precision="ieee")
-            d_key = tl.dot(as_operand(ds, like), q, d_key, input_precision="ieee")
-    put(dk, b, key_head, first, sizes.keys, narrowed(d_key * model.scale, like), N, D, W)
-    put(dv, b, key_head, first, sizes.keys, narrowed(d_value, like), N, D_V, W_V)
+            if dv is not None:
+                d_value = tl.dot(as_operand(used, like), slope, d_value, input_precision="ieee")
+            if dk is not None:
+                d_key = tl.dot(as_operand(ds, like), q, d_key, input_precision="ieee")
+    if dk is not None:
+        put(dk, b, key_head, first, sizes.keys, narrowed(d_key * model.scale, like), N, D, W)
+    if dv is not None:
+        put(dv, b, key_head, first, sizes.keys, narrowed(d_value, like), N, D_V, W_V)
 
 
 @triton.jit

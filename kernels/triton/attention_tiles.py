@@ -137,23 +137,28 @@ def pulled(
     """Weights as values met them, and the gradients of scores and of products (before cap and bias), without `scale`.
 
     `left`, `right`: tiles of queries and keys; `d_left`, `d_right`: of the output's gradient and values; if `TURNED`
-    keys (and values) come first, and what is found is [N, M]. `lse`, `delta`: of the queries, [M].
+    keys (and values) come first, and what is found is [N, M]; without
+    `d_left`, weights alone are found. `lse`, `delta`: of the queries, [M].
     """
     rows = _along(query + tl.arange(0, M), TURNED)
     cols = _along(key + tl.arange(0, N), not TURNED)
     s, bent = capped_scores(left, right, model, cap, head, rows, cols, sizes)
     ok = sees(seen, b, rows, cols, sizes, CAUSAL)
     weights = tl.exp(tl.where(ok, s - _along(lse, TURNED), float("-inf")))
-    d_weights = tl.dot(d_left, tl.trans(d_right), input_precision="ieee")
     used = weights
     if drop is not None:
         stays = kept(drop, b, head, query, key, sizes, M, N)
         if TURNED:
             stays = tl.trans(stays)
         used = tl.where(stays, weights * drop.factor, 0.0)
-        d_weights = tl.where(stays, d_weights * drop.factor, 0.0)
-    d_scores = weights * (d_weights - _along(delta, TURNED))
-    d_products = d_scores
-    if cap is not None:
-        d_products = d_scores * (1 - bent * bent)
+    d_scores = weights
+    d_products = weights
+    if d_left is not None:
+        d_weights = tl.dot(d_left, tl.trans(d_right), input_precision="ieee")
+        if drop is not None:
+            d_weights = tl.where(stays, d_weights * drop.factor, 0.0)
+        d_scores = weights * (d_weights - _along(delta, TURNED))
+        d_products = d_scores
+        if cap is not None:
+            d_products = d_scores * (1 - bent * bent)
     return used, d_scores, d_products

@@ -158,17 +158,20 @@ def keys(launch: Launch) -> Cost:
     walk = Walk.of(launch)
     d, d_v, w, w_v = walk.widths
     group = walk.given["model"].group
+    of_keys, of_values = (walk.given[name] is not None for name in ("dk", "dv"))
+    dots = (w + w_v if of_keys else 0) + (w_v if of_values else 0) + w
     read = products = 0
     for count, b in walk.samples():
         for first in range(0, walk.keys, walk.n):
             here, tiles = min(walk.n, walk.keys - first), walk.query_tiles(first, b)
             rows = sum(min(walk.m, walk.queries - query) for query in tiles)
-            each = rows * ((d + d_v) * walk.item + 8)
+            each = rows * ((d + d_v) * walk.item + (8 if of_keys else 4))
             each += walk.numbers(rows, here * len(tiles), len(tiles), rows * here)
-            own = here * (d + d_v) * walk.item + walk.ranges(here)
+            own = here * (d + (d_v if of_keys else 0)) * walk.item + walk.ranges(here)
             read += count * (walk.heads // group) * (own + group * each)
-            products += count * walk.heads * len(tiles) * 2 * walk.m * walk.n * 2 * (w + w_v)
-    written = walk.batch * walk.heads // group * walk.keys * (d + d_v) * walk.item
+            products += count * walk.heads * len(tiles) * 2 * walk.m * walk.n * dots
+    wide = (d if of_keys else 0) + (d_v if of_values else 0)
+    written = walk.batch * walk.heads // group * walk.keys * wide * walk.item
     return Cost(read, written, once(launch), products, _others(walk, products))
 
 
