@@ -63,7 +63,9 @@ def attention(
         ValueError: heads, lengths or a mask do not fit together.
     """
     _check(q_BHQD, k_BKSD, v_BKSD, mask)
-    place = _Place(score_scale(scale, q_BHQD), softcap, lowered(mask, q_BHQD, k_BKSD), dropped(dropout), bias_HQK)
+    place = _Place(
+        score_scale(scale, q_BHQD), softcap, lowered(mask, q_BHQD, k_BKSD), dropped(dropout), bias_HQK
+    )
     out: Tensor = _Attention.apply(q_BHQD, k_BKSD, v_BKSD, learned(bias_HQK), sink, place)
     return out
 
@@ -74,7 +76,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
             rule = f"it takes fp32, bf16 or fp16, the same of all, and {name} is {x.dtype}"
             raise KernelUnavailable("triton", rule, "reference")
         if x.shape[-1] > WIDEST:
-            raise KernelUnavailable("triton", f"it takes heads up to {WIDEST} wide, not {name} of {x.shape[-1]}", "flex")
+            raise KernelUnavailable(
+                "triton", f"it takes heads up to {WIDEST} wide, not {name} of {x.shape[-1]}", "flex"
+            )
     if q.shape[1] % k.shape[1] or k.shape[:3] != v.shape[:3] or len(q) != len(k):
         found = ", ".join(str(list(x.shape)) for x in (q, k, v))
         rule = "[B, H, Q, D], [B, K, S, D] and [B, K, S, any], H a multiple of K"
@@ -109,7 +113,11 @@ class _Call(NamedTuple):
     @staticmethod
     def of(place: _Place, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> _Call:
         model = Model(
-            heads(q), heads(k), biases(place.bias if bias is None else bias), place.scale, q.shape[1] // k.shape[1]
+            heads(q),
+            heads(k),
+            biases(place.bias if bias is None else bias),
+            place.scale,
+            q.shape[1] // k.shape[1],
         )
         sizes = Sizes(*q.shape[:3], k.shape[2])
         widths = {"D": q.shape[-1], "W": padded(q.shape[-1]), "D_V": v.shape[-1], "W_V": padded(v.shape[-1])}
@@ -182,9 +190,7 @@ def _of_keys(
     for pair in ((dk, None), (None, dv)) if call.width > TOGETHER else ((dk, dv),):
         if any(x is not None for x in pair):
             into = (None if x is None else heads(x) for x in pair)
-            kernels.attention_keys_kernel[programs,](
-                *given, *kept, *into, **call.constants, **config.options
-            )
+            kernels.attention_keys_kernel[programs,](*given, *kept, *into, **call.constants, **config.options)
     return dk, dv
 
 

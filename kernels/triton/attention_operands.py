@@ -72,9 +72,7 @@ def lowered(mask: Mask, q_BHQD: Tensor, k_BKSD: Tensor) -> Lowered:
     if written is None:
         return Lowered(seen, spans, False)
     allowed = written[:, 0].expand(batch, queries, keys).view(torch.uint8)
-    seen = seen._replace(
-        allowed=allowed, **dict(zip(_ALLOWED, allowed.stride(), strict=True))
-    )
+    seen = seen._replace(allowed=allowed, **dict(zip(_ALLOWED, allowed.stride(), strict=True)))
     return Lowered(seen, spans, mask.causal and not mask.shift)
 
 

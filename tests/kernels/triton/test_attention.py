@@ -15,7 +15,9 @@ from headway.tests.kernels.triton.finding import find_triton
 pytestmark = pytest.mark.skipif(not find_triton(), reason="Triton is neither installed nor among the oracles")
 
 
-def call(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, mask: Mask | None = None, **x: Any) -> Any:
+def call(
+    *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, mask: Mask | None = None, **x: Any
+) -> Any:
     from headway.kernels.triton.attention import attention
 
     q, k, v = (torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
@@ -28,7 +30,11 @@ FITTING = (1, 2, 8, 40), (1, 2, 8, 40), (1, 2, 8, 40)
 @pytest.mark.parametrize(
     ("shapes", "given", "rule"),
     [
-        (FITTING, {"dtype": torch.float64}, "takes fp32, bf16 or fp16, the same of all, and q is torch.float64"),
+        (
+            FITTING,
+            {"dtype": torch.float64},
+            "takes fp32, bf16 or fp16, the same of all, and q is torch.float64",
+        ),
         (((1, 2, 8, 320),) * 3, {}, "heads up to 256 wide, not q of 320"),
     ],
 )

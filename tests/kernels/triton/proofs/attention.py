@@ -112,7 +112,11 @@ def _on(x: Any, device: torch.device) -> Any:
 def _reference(
     x: dict[str, Tensor], mask: Mask, dropout: WeightDropout | None, slopes: Slopes | None, extra: Extra
 ) -> Tensor:
-    form = Form(SoftCap() if extra.cap else DOT_PRODUCT, Sink() if extra.sink else SOFTMAX, "sink" if extra.sink else None)
+    form = Form(
+        SoftCap() if extra.cap else DOT_PRODUCT,
+        Sink() if extra.sink else SOFTMAX,
+        "sink" if extra.sink else None,
+    )
     own = ({"sink": x["sink"]} if extra.sink else {}) | ({"softcap": extra.cap} if extra.cap else {})
     return form.reference(x["q"], x["k"], x["v"], mask, dropout, None, x.get("bias", slopes), **own)
 
