@@ -3,8 +3,8 @@
 With scores s_ij = cap tanh(scale q_i k_j / cap) + bias_ij and a sink's score t: lse_i = log(e^t + sum_j e^s_ij),
 p_ij = e^(s_ij - lse_i), o_i = sum_j p_ij m_ij v_j, m dropout's mask over the chance of being kept. Backward (Dao et
 al. 2022, algorithm 4), with delta_i = do_i o_i: dp_ij = m_ij do_i v_j, ds_ij = p_ij (dp_ij - delta_i), dv_j = sum_i
-p_ij m_ij do_i, dbias_ij = ds_ij, and of products ds_ij (1 - tanh^2). A program owns what it writes: gradients of queries,
-of keys with values, and of a bias are kernels of their own, which compute the scores again, and none adds by atomics.
+p_ij m_ij do_i, dbias_ij = ds_ij, and of products ds_ij (1 - tanh^2). A program owns what it writes, none adds by
+atomics: gradients of queries, of keys with values, and of a bias have a kernel each, which computes scores again.
 
 Queries are read once; keys and values once by every block of queries that may see them, as nothing smaller than a
 sequence fits into a multiprocessor, and numbers of documents, places and log-sum-exps once a tile: they are some

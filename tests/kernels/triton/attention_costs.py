@@ -1,5 +1,5 @@
-"""What launches of attention's kernels move and multiply, by going through their loops: tile by tile of places, once for
-all samples and heads where these are alike.
+"""What launches of attention's kernels move and multiply, by going through their loops, tile by tile, once for all
+samples and heads that are alike.
 
 Shapes: B batch, H query heads, Q queries, K keys; M queries and N keys of a tile.
 """

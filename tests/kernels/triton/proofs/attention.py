@@ -17,7 +17,7 @@ from headway.kernels.attention.dense import WeightDropout, per_query_head
 from headway.kernels.attention.masks import Mask, lower
 from headway.kernels.attention.scopes import Window
 from headway.kernels.attention.scores import DOT_PRODUCT, SoftCap
-from headway.kernels.attention.slopes import Slopes, block_of, geometric
+from headway.kernels.attention.slopes import Distances, Slopes, block_of, geometric
 from headway.kernels.attention.weights import SOFTMAX, Sink
 from headway.kernels.triton.attention import attention
 from headway.tests.kernels.triton import attention_costs as costs
@@ -45,7 +45,7 @@ class Extra(NamedTuple):
     """What is beside queries, keys and values.
 
     Attributes:
-        bias: `learned`, `slopes` or none.
+        bias: `learned`, `slopes`, `distances` or none.
         sink: whether there is one.
         cap: of the scores.
         p: chance that a weight is dropped.
@@ -73,9 +73,7 @@ def _case(sizes: Sizes, dtype: torch.dtype, masks: Masks, extra: Extra = Extra()
         if extra.sink:
             given["sink"] = drawn(draw, h)
         d_out = drawn(draw, b, h, q, d_v, dtype=dtype).detach()
-        mask, dropout, slopes = masks(sizes), _dropout(sizes, extra.p), None
-        if extra.bias == "slopes":
-            slopes = Slopes(torch.tensor(geometric(h)), torch.arange(q), torch.arange(s))
+        mask, dropout, slopes = masks(sizes), _dropout(sizes, extra.p), _described(sizes, extra.bias, draw)
         ours = {name: x.detach().to(device).requires_grad_() for name, x in given.items()}
         out = attention(
             *(ours[name] for name in "qkv"), _on(mask, device), _on(dropout, device),
@@ -102,6 +100,17 @@ def _dropout(sizes: Sizes, p: float) -> WeightDropout | None:
     return WeightDropout(p, torch.tensor(random.key(seed(), "weights")), slots, positions, 2, 16)
 
 
+def _described(sizes: Sizes, bias: str, draw: torch.Generator) -> Slopes | Distances | None:
+    if bias == "slopes":
+        return Slopes(
+            torch.tensor(geometric(sizes.heads)), torch.arange(sizes.queries), torch.arange(sizes.keys)
+        )
+    if bias == "distances":
+        table = torch.randn(sizes.heads, 2 * sizes.keys - 1, generator=draw)
+        return Distances.whole(table, sizes.keys)
+    return None
+
+
 def _on(x: Any, device: torch.device) -> Any:
     """A description with its tensors on a device."""
     if isinstance(x, tuple):
@@ -110,19 +119,20 @@ def _on(x: Any, device: torch.device) -> Any:
 
 
 def _reference(
-    x: dict[str, Tensor], mask: Mask, dropout: WeightDropout | None, slopes: Slopes | None, extra: Extra
+    x: dict[str, Tensor],
+    mask: Mask,
+    dropout: WeightDropout | None,
+    slopes: Slopes | Distances | None,
+    extra: Extra,
 ) -> Tensor:
-    form = Form(
-        SoftCap() if extra.cap else DOT_PRODUCT,
-        Sink() if extra.sink else SOFTMAX,
-        "sink" if extra.sink else None,
-    )
+    weighting, own_name = (Sink(), "sink") if extra.sink else (SOFTMAX, None)
+    form = Form(SoftCap() if extra.cap else DOT_PRODUCT, weighting, own_name)
     own = ({"sink": x["sink"]} if extra.sink else {}) | ({"softcap": extra.cap} if extra.cap else {})
     return form.reference(x["q"], x["k"], x["v"], mask, dropout, None, x.get("bias", slopes), **own)
 
 
 def _bounds(
-    x: dict[str, Tensor], mask: Mask, dropout: WeightDropout | None, slopes: Slopes | None, extra: Extra,
+    x: dict[str, Tensor], mask: Mask, dropout: WeightDropout | None, slopes: Slopes | Distances | None, extra: Extra,
     d_out: Tensor, u: float,
 ) -> dict[str, float]:  # fmt: skip
     """How far rounding may carry results, to first order, the largest of every tensor.
@@ -239,12 +249,13 @@ def _later(sizes: Sizes) -> Mask:
 
 
 _F, _B = torch.float32, torch.bfloat16
+EVERYTHING = Extra("learned", True, 5.0, 0.1)
 CASES: dict[str, Case] = {
     "causal, fp32, learned bias, dropout": _case(Sizes(2, 2, 2, 67, 67, 40, 40), _F, _causal, Extra("learned", p=0.2)),
     "causal, bf16": _case(Sizes(1, 2, 1, 131, 131, 64, 64), _B, _causal),
     "full, bf16, learned bias": _case(Sizes(2, 2, 2, 50, 70, 64, 64), _B, _full, Extra("learned")),
     "full, fp32, values narrower": _case(Sizes(1, 2, 2, 33, 50, 128, 80), _F, _full),
-    "documents, bf16, everything": _case(Sizes(2, 4, 2, 71, 71, 80, 40), _B, _packed, Extra("learned", True, 5.0, 0.1)),
+    "documents, bf16, everything": _case(Sizes(2, 4, 2, 71, 71, 80, 40), _B, _packed, EVERYTHING),
     "documents, fp32": _case(Sizes(2, 2, 1, 70, 70, 64, 64), _F, _packed),
     "padding, fp32, sink": _case(Sizes(2, 2, 2, 41, 60, 40, 40), _F, _padded, Extra(sink=True)),
     "padding, bf16, dropout": _case(Sizes(2, 2, 2, 41, 60, 64, 64), _B, _padded, Extra(p=0.5)),
@@ -252,10 +263,11 @@ CASES: dict[str, Case] = {
     "prefix, bf16, cap": _case(Sizes(2, 1, 1, 70, 70, 64, 64), _B, _prefixed, Extra(cap=2.0)),
     "window, fp32, slopes": _case(Sizes(1, 2, 2, 101, 101, 40, 40), _F, _windowed, Extra("slopes")),
     "window, bf16, learned bias": _case(Sizes(1, 2, 1, 150, 150, 64, 64), _B, _windowed, Extra("learned")),
+    "distances, fp32, sink": _case(Sizes(1, 2, 2, 66, 66, 40, 40), _F, _full, Extra("distances", True)),
     "window both ways, fp32": _case(Sizes(1, 1, 1, 70, 70, 64, 64), _F, _near),
     "dilated scope, fp32": _case(Sizes(1, 2, 2, 70, 70, 40, 40), _F, _strided),
     "part of a sequence, fp32, sink": _case(Sizes(1, 2, 2, 40, 30, 40, 40), _F, _later, Extra(sink=True)),
-    "nothing seen, bf16, everything": _case(Sizes(1, 2, 2, 20, 30, 40, 40), _B, _hidden, Extra("learned", True, 5.0, 0.1)),
+    "nothing seen, bf16, everything": _case(Sizes(1, 2, 2, 20, 30, 40, 40), _B, _hidden, EVERYTHING),
     "nothing seen, fp32": _case(Sizes(1, 2, 2, 20, 30, 40, 40), _F, _hidden),
     "one row, fp32": _case(Sizes(1, 1, 1, 1, 1, 40, 40), _F, _causal),
     "one query, bf16": _case(Sizes(1, 1, 1, 1, 65, 128, 128), _B, _full, Extra(sink=True)),
@@ -286,7 +298,9 @@ def _call(batch: int, heads: int, kv_heads: int, length: int, dim: int, extra: E
 
 
 SIZES = {
-    "8 x 12 x 1,024 x 64, learned bias, dropout": lambda: _call(8, 12, 12, 1024, 64, Extra("learned", p=0.1), Mask(False)),
+    "8 x 12 x 1,024 x 64, learned bias, dropout": lambda: _call(
+        8, 12, 12, 1024, 64, Extra("learned", p=0.1), Mask(False)
+    ),
     "4 x 32 over 8 x 4,096 x 128, causal, sink": lambda: _call(4, 32, 8, 4096, 128, Extra(sink=True), Mask()),
     "2 x 8 over 4 x 4,096 x 256, window, cap": lambda: _call(
         2, 8, 4, 4096, 256, Extra(cap=50.0), Mask(scope=Window(1024))
