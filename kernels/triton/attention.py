@@ -119,7 +119,8 @@ class _Call(NamedTuple):
             place.scale,
             q.shape[1] // k.shape[1],
         )
-        sizes = Sizes(*q.shape[:3], k.shape[2])
+        batch, count, length, _ = q.shape
+        sizes = Sizes(batch, count, length, k.shape[2])
         widths = {"D": q.shape[-1], "W": padded(q.shape[-1]), "D_V": v.shape[-1], "W_V": padded(v.shape[-1])}
         constants = {"CAUSAL": place.mask.causal, **widths}
         return _Call(place, model, heads(v), sizes, q.device, q.element_size(), constants)

@@ -43,7 +43,8 @@ def biases(bias_HQK: Fixed | None) -> Biases:
     if isinstance(bias_HQK, Distances):
         table = bias_HQK.table.contiguous()
         return Biases(table.view(-1)[bias_HQK.zero :], table.shape[1], -1, 1, None, None, None)
-    return Biases(bias_HQK, *bias_HQK.stride(), None, None, None)
+    head, query, key = bias_HQK.stride()
+    return Biases(bias_HQK, head, query, key, None, None, None)
 
 
 def lowered(mask: Mask, q_BHQD: Tensor, k_BKSD: Tensor) -> Lowered:
