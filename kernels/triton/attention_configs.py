@@ -42,10 +42,13 @@ _TILES: dict[str, dict[str, _Choices]] = {
 
 _WIDE: _Choices = {64: [(32, 32, 4, 1)], 256: [(16, 16, 4, 1)]}
 """Of fp32, whose products are of vector units, everywhere."""
+_WIDE_QUERIES: _Choices = {64: [(32, 32, 8, 1)], 256: [(16, 16, 8, 1)]}
 
 
 def _choices(kernel: str, target: str, width: int, itemsize: int) -> list[tuple[int, int, int, int]]:
-    table = _WIDE if itemsize == 4 else _TILES[target][kernel]
+    table = _TILES[target][kernel]
+    if itemsize == 4:
+        table = _WIDE_QUERIES if kernel == "queries" else _WIDE
     return table[min(most for most in table if most >= width)]
 
 
