@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headway.tests.kernels.triton.launches import Launch
 
-OPS = ("norm",)
+OPS = ("norm", "linear_attention")
 """Modules of `proofs`."""
 
 
