@@ -57,7 +57,8 @@ def _walk_configs(target: str, features: int, width: int) -> list[Config]:
 
 
 def _chunk_configs(target: str, summed: int, columns: int) -> list[Config]:
-    return [Config({"X": block(summed, 64), "Z": block(columns, z)}, 4, 2) for z in (64, 32)]
+    wide = 32 if target == "sm_80" else 64  # more spills there
+    return [Config({"X": block(summed, x), "Z": block(columns, z)}, 4, 2) for x, z in ((64, wide), (32, 32))]
 
 
 STATES = Space("linear_attention_states", _walk_configs)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headway.tests.kernels.triton.launches import Launch
 
-OPS = ("norm", "linear_attention")
+OPS = ("norm", "linear_attention", "gated_linear")
 """Modules of `proofs`."""
 
 

@@ -16,7 +16,7 @@ from headway.tests.kernels.triton.launches import Launch
 from headway.tests.kernels.triton.proof import Case, Cost, Result, once, seed
 
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
-FLOOR = 1.0
+FLOOR = 0.3
 
 
 def _case(
@@ -106,9 +106,9 @@ def _magnitudes(
 
 
 def _roundings(dtype: torch.dtype, terms: int) -> float:
-    """Sums of so many terms in fp32, three one after another; in 16 bits besides operands, states and results, six
-    roundings at most one after another."""
-    return 3 * terms * 2.0**-24 + (6 * ROUNDING[dtype] if dtype == torch.bfloat16 else 0)
+    """Sums of so many terms in fp32, three one after another, whose roundings err as independent ones (Higham and Mary
+    2019, with lambda = 4); in 16 bits besides operands, states and results, six roundings at most one after another."""
+    return 3 * 4 * terms**0.5 * 2.0**-24 + (6 * ROUNDING[dtype] if dtype == torch.bfloat16 else 0)
 
 
 _WIDTHS = ((40, 40), (64, 80), (80, 128), (128, 256), (256, 64))
@@ -125,29 +125,30 @@ CASES: dict[str, Case] = (
     | {f"{dtype}, lessened": _case((2, 2, 2, 200, 40, 64), dtype, True, "lessened") for dtype in ROUNDING}
     | {
         "lessened, key heads": _case((1, 4, 2, 140, 32, 32), torch.float32, False, "lessened"),
-        "signed": _case((1, 2, 2, 140, 40, 40), torch.float32, True, "signed"),
+        "signed": _case((1, 2, 2, 140, 40, 40), torch.float32, True, "signed", 0.1),
         "large numbers": _case((1, 2, 2, 130, 40, 40), torch.float32, True, scale=1e4),
     }
 )
 
 
-def _call(heads: int, key_heads: int, length: int, features: int, width: int) -> None:
+def _call(heads: int, key_heads: int, length: int, features: int, width: int, joined: bool) -> None:
     def empty(count: int, size: int) -> Tensor:
         x = torch.empty(8, count, length, size, dtype=torch.bfloat16, device="meta")
         return x.requires_grad_()
 
     given = empty(heads, features), empty(key_heads, features), empty(key_heads, width)
-    documents = torch.empty(8, length, dtype=torch.int32, device="meta")
-    levels = torch.empty(8, key_heads, length, device="meta")
-    for mask, level in ((Mask(), None), (Mask(documents=documents), levels)):
-        out = linear_attention(*given, mask, level)
-        torch.autograd.grad(out, given, torch.empty_like(out))
+    mask, level = Mask(), None
+    if joined:
+        mask = Mask(documents=torch.empty(8, length, dtype=torch.int32, device="meta"))
+        level = torch.empty(8, key_heads, length, device="meta")
+    out = linear_attention(*given, mask, level)
+    torch.autograd.grad(out, given, torch.empty_like(out))
 
 
 SIZES = {
-    "8 x 12 heads x 1,024, 64 features": lambda: _call(12, 12, 1024, 64, 64),
-    "8 x 32 heads, 8 of keys, x 4,096, 128 features": lambda: _call(32, 8, 4096, 128, 128),
-    "8 x 16 heads x 8,192, 256 features": lambda: _call(16, 16, 8192, 256, 64),
+    "8 x 12 heads x 1,024, 64 features": lambda: _call(12, 12, 1024, 64, 64, False),
+    "8 x 32 heads, 8 of keys, x 4,096, 128 features": lambda: _call(32, 8, 4096, 128, 128, False),
+    "8 x 16 heads x 8,192, 256 features, documents": lambda: _call(16, 16, 8192, 256, 64, True),
 }
 
 
