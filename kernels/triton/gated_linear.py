@@ -42,11 +42,14 @@ from headway.kernels.triton.state_tiles import (
     block,
     border,
     check,
+    chunk_of,
     documents_of,
     heads_of,
     last_of,
     part,
-    put_part,
+    products_of,
+    put_products,
+    rows_of,
     state_at,
     through,
     within,
@@ -220,8 +223,8 @@ def _of_key_heads(d_BHSD: Tensor, like_BKSD: Tensor) -> Tensor:
 @triton.jit
 def gated_linear_totals_kernel(logs, totals, length, keys, X: tl.constexpr, C: tl.constexpr):
     """A program: X dimensions of a chunk."""
-    line, first, column = _place(length, keys, C, X)
-    place, inside = _rows(line, first, length, column, keys, C, X)
+    line, first, column = chunk_of(length, keys, C, X)
+    place, inside = rows_of(line, first, length, column, keys, C, X)
     tl.store(totals + place, tl.cumsum(tl.load(logs + place, mask=inside, other=0.0), 0), mask=inside)
 
 
@@ -269,7 +272,7 @@ def gated_linear_weights_kernel(
     LEVELS: tl.constexpr, X: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """A program: scale sum_d q_td k_jd exp(total_td - total_jd) of a chunk, 0 where t sees j not."""
-    line, first, _ = _place(length, 1, C, 1)
+    line, first, _ = chunk_of(length, 1, C, 1)
     b = line // heads
     head = line % heads
     place = tl.arange(0, C)
@@ -289,7 +292,7 @@ def gated_linear_weights_kernel(
             products += tl.where(_paired(level, C), found, 0.0)
     products += tl.where(place[:, None] == place[None, :], own[:, None], 0.0)
     products *= within(None, documents, b, line, first, length, False, C) * scale
-    _put_weights(weights, line, first, length, products, C)
+    put_products(weights, line, first, length, products, C)
 
 
 @triton.jit
@@ -299,7 +302,7 @@ def gated_linear_outputs_kernel(
 ):  # fmt: skip
     """A program: Z columns of a chunk's outputs, a being queries and y values; `BACK`: of gradients of values, a being
     keys and y gradients of outputs."""
-    line, first, column = _place(length, values, C, Z)
+    line, first, column = chunk_of(length, values, C, Z)
     b = line // heads
     head = line % heads
     number = wide(line) * tl.cdiv(length, C) + first // C
@@ -318,10 +321,10 @@ def gated_linear_outputs_kernel(
         places, inside = state_at(states, number, keys, values, x, column, False, X, Z)
         state = tl.load(places, mask=inside, other=0.0).to(tl.float32)
         found = tl.dot(as_operand(left, like), as_operand(state, like), found, input_precision="ieee")
-    products = _weights(weights, line, first, length, BACK, C)
+    products = products_of(weights, line, first, length, BACK, C)
     others = part(y, b, y_head, first, length, column, values, C, Z)
     found = tl.dot(as_operand(products.to(tl.float32), like), others, found, input_precision="ieee")
-    place, inside = _rows(line, first, length, column, values, C, Z)
+    place, inside = rows_of(line, first, length, column, values, C, Z)
     tl.store(result + place, narrowed(found, result.dtype.element_ty), mask=inside)
 
 
@@ -331,7 +334,7 @@ def gated_linear_gradients_kernel(
     LEVELS: tl.constexpr, X: tl.constexpr, Z: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """A program: X dimensions of a chunk's queries, keys and gates."""
-    line, first, column = _place(length, keys, C, X)
+    line, first, column = chunk_of(length, keys, C, X)
     b = line // heads
     head = line % heads
     number = wide(line) * tl.cdiv(length, C) + first // C
@@ -371,7 +374,7 @@ def gated_linear_gradients_kernel(
         asked += tl.dot(corner, early, input_precision="ieee") * decayed
         later = as_operand(tl.where(late[:, None], queries * decayed, 0.0), like)
         handed += tl.dot(tl.trans(corner), later, input_precision="ieee") * decayed
-    place, inside = _rows(line, first, length, column, keys, C, X)
+    place, inside = rows_of(line, first, length, column, keys, C, X)
     tl.store(dq + place, narrowed(asked, dq.dtype.element_ty), mask=inside)
     tl.store(dk + place, narrowed(handed, dk.dtype.element_ty), mask=inside)
     d_total = tl.where(inside, queries * asked - key * handed, 0.0)
@@ -382,26 +385,8 @@ def gated_linear_gradients_kernel(
 
 
 @triton.jit
-def _place(length, width, C: tl.constexpr, W: tl.constexpr):
-    """Line, first token and first column of a program that has W columns of a chunk."""
-    blocks = tl.cdiv(width, W)
-    chunks = tl.cdiv(length, C)
-    chunk = tl.program_id(0) // blocks
-    return chunk // chunks, chunk % chunks * C, tl.program_id(0) % blocks * W
-
-
-@triton.jit
-def _rows(line, first, length, column, width, C: tl.constexpr, W: tl.constexpr):
-    """Where numbers of a contiguous [lines, S, width] are, [C, W], and which there are."""
-    row = tl.arange(0, C)[:, None]
-    place = column + tl.arange(0, W)[None, :]
-    inside = (row < length - first) & (place < width)
-    return (wide(line) * length + first) * width + row * width + place, inside
-
-
-@triton.jit
 def _totals(totals, line, first, length, column, width, C: tl.constexpr, W: tl.constexpr):
-    place, inside = _rows(line, first, length, column, width, C, W)
+    place, inside = rows_of(line, first, length, column, width, C, W)
     return tl.load(totals + place, mask=inside, other=0.0)
 
 
@@ -433,22 +418,3 @@ def _paired(level, C: tl.constexpr):
     """Whether two tokens are of one pair of halves of size 2^level, [C, C]."""
     pair = tl.arange(0, C) // (2 << level)
     return pair[:, None] == pair[None, :]
-
-
-@triton.jit
-def _weights(weights, line, first, length, BACK: tl.constexpr, C: tl.constexpr):
-    """A chunk's, [C, C]; transposed if `BACK`."""
-    row = tl.arange(0, C)[:, None]
-    column = tl.arange(0, C)[None, :]
-    start = weights + (wide(line) * length + first) * C
-    if BACK:
-        return tl.load(start + column * C + row, mask=(column < length - first) & (row < C), other=0.0)
-    return tl.load(start + row * C + column, mask=(row < length - first) & (column < C), other=0.0)
-
-
-@triton.jit
-def _put_weights(weights, line, first, length, value, C: tl.constexpr):
-    row = tl.arange(0, C)[:, None]
-    column = tl.arange(0, C)[None, :]
-    start = weights + (wide(line) * length + first) * C
-    tl.store(start + row * C + column, narrowed(value, weights.dtype.element_ty), mask=(row < length - first) & (column < C))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from headway.kernels.attention.choose import KernelUnavailable
 from headway.kernels.attention.masks import Mask
-from headway.kernels.triton.map_tiles import Heads, start_of
+from headway.kernels.triton.map_tiles import Heads, start_of, wide
 from headway.kernels.triton.numbers import narrowed, operand
 
 CHUNK = 64
@@ -89,7 +89,7 @@ def put_part(x, b, head, first, length, column, width, value, N: tl.constexpr, W
 def state_at(states, number, rows, columns, row, column, ACROSS: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
     """Where numbers of a state are, [R, W], and which there are: of state `number` of many [rows, columns]; `ACROSS`
     gives the transposed one's, of [columns, rows]."""
-    start = states + tl.cast(number, tl.int64) * rows * columns
+    start = states + wide(number) * rows * columns
     left = row + tl.arange(0, R)[:, None]
     right = column + tl.arange(0, W)[None, :]
     if ACROSS:
@@ -105,20 +105,58 @@ def state_at(states, number, rows, columns, row, column, ACROSS: tl.constexpr, R
 def of_tokens(x, line, first, length, C: tl.constexpr):
     """A number of each token of a chunk, from x [lines, S]; 0 beyond the end; [C]."""
     place = tl.arange(0, C)
-    return tl.load(x + tl.cast(line, tl.int64) * length + first + place, mask=place < length - first, other=0)
+    return tl.load(x + wide(line) * length + first + place, mask=place < length - first, other=0)
 
 
 @triton.jit
 def of_token(x, line, place, length):
     """The number of one token."""
-    return tl.load(x + tl.cast(line, tl.int64) * length + place)
+    return tl.load(x + wide(line) * length + place)
 
 
 @triton.jit
 def put_tokens(x, line, first, length, value, C: tl.constexpr):
     """Writes what `of_tokens` reads."""
     place = tl.arange(0, C)
-    tl.store(x + tl.cast(line, tl.int64) * length + first + place, value, mask=place < length - first)
+    tl.store(x + wide(line) * length + first + place, value, mask=place < length - first)
+
+
+@triton.jit
+def chunk_of(length, width, C: tl.constexpr, W: tl.constexpr):
+    """Line, first token and first column of a program that has W columns of a chunk."""
+    blocks = tl.cdiv(width, W)
+    chunks = tl.cdiv(length, C)
+    chunk = tl.program_id(0) // blocks
+    return chunk // chunks, chunk % chunks * C, tl.program_id(0) % blocks * W
+
+
+@triton.jit
+def rows_of(line, first, length, column, width, C: tl.constexpr, W: tl.constexpr):
+    """Where numbers of a contiguous [lines, S, width] are, [C, W], and which there are."""
+    row = tl.arange(0, C)[:, None]
+    place = column + tl.arange(0, W)[None, :]
+    inside = (row < length - first) & (place < width)
+    return (wide(line) * length + first) * width + row * width + place, inside
+
+
+@triton.jit
+def products_of(weights, line, first, length, BACK: tl.constexpr, C: tl.constexpr):
+    """A chunk's rows of [lines, S, C], [C, C]; transposed if `BACK`."""
+    row = tl.arange(0, C)[:, None]
+    column = tl.arange(0, C)[None, :]
+    start = weights + (wide(line) * length + first) * C
+    if BACK:
+        return tl.load(start + column * C + row, mask=(column < length - first) & (row < C), other=0.0)
+    return tl.load(start + row * C + column, mask=(row < length - first) & (column < C), other=0.0)
+
+
+@triton.jit
+def put_products(weights, line, first, length, value, C: tl.constexpr):
+    """Writes what `products_of` reads."""
+    row = tl.arange(0, C)[:, None]
+    column = tl.arange(0, C)[None, :]
+    start = weights + (wide(line) * length + first) * C
+    tl.store(start + row * C + column, narrowed(value, weights.dtype.element_ty), mask=(row < length - first) & (column < C))
 
 
 # -- joints --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headway.tests.kernels.triton.launches import Launch
 
-OPS = ("norm", "linear_attention", "gated_linear")
+OPS = ("norm", "linear_attention", "gated_linear", "delta_rule")
 """Modules of `proofs`."""
 
 
