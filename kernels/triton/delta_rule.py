@@ -60,7 +60,8 @@ WIDEST = 256
 
 
 def _walk_configs(target: str, keys: int, values: int) -> list[Config]:
-    return [Config({"X": block(keys, WIDEST), "Z": block(values, z)}, 4, 1) for z in (32, 16)]
+    warps = 8 if keys > 128 and target != "gfx942" else 4
+    return [Config({"X": block(keys, WIDEST), "Z": block(values, z)}, warps, 1) for z in (32, 16)]
 
 
 def _output_configs(target: str, keys: int, values: int) -> list[Config]:
@@ -72,7 +73,8 @@ def _system_configs(target: str, keys: int) -> list[Config]:
 
 
 def _gradient_configs(target: str, keys: int, values: int) -> list[Config]:
-    return [Config({"X": block(keys, x), "Z": block(values, 32)}, 8, 1) for x in (32, 16)]
+    warps = 4 if target == "gfx942" else 8  # of 64 lanes there
+    return [Config({"X": block(keys, x), "Z": block(values, 32)}, warps, 1) for x in (32, 16)]
 
 
 SYSTEMS = Space("delta_rule_systems", _system_configs)
@@ -303,8 +305,8 @@ def delta_rule_states_kernel(
         writes = tl.dot(solver, as_operand(right, like), input_precision="ieee")
         place, there = rows_of(line, first, length, column, values, C, Z)
         tl.store(written + place, narrowed(writes, written.dtype.element_ty), mask=there)
-        gives = as_operand(key.to(tl.float32) * leave[:, None], like)
-        state = tl.dot(tl.trans(gives), as_operand(writes, like), state * kept, input_precision="ieee")
+        left = as_operand(writes * leave[:, None], like)
+        state = tl.dot(tl.trans(key), left, state * kept, input_precision="ieee")
 
 
 @triton.jit
@@ -360,11 +362,11 @@ def delta_rule_back_kernel(
         found = tl.dot(solver, as_operand(d_written, like), input_precision="ieee")
         place, there = rows_of(line, first, length, column, values, C, Z)
         tl.store(d_right + place, narrowed(found, like), mask=there)
-        reads = enter * of_tokens(beta, line, first, length, C)
-        took = as_operand(key.to(tl.float32) * -reads[:, None], like)
-        d_state = tl.dot(tl.trans(took), as_operand(found, like), d_state * kept, input_precision="ieee")
-        asked = part(q, b, head, first, length, 0, keys, C, X).to(tl.float32) * enter[:, None]
-        d_state = tl.dot(tl.trans(as_operand(asked, like)), slope, d_state, input_precision="ieee")
+        took = as_operand(found * -(enter * of_tokens(beta, line, first, length, C))[:, None], like)
+        d_state = tl.dot(tl.trans(key), took, d_state * kept, input_precision="ieee")
+        asked = as_operand(slope.to(tl.float32) * enter[:, None], like)
+        query = part(q, b, head, first, length, 0, keys, C, X)
+        d_state = tl.dot(tl.trans(query), asked, d_state, input_precision="ieee")
 
 
 @triton.jit
@@ -404,7 +406,9 @@ def delta_rule_gradients_kernel(
     d_system = tl.where(earlier, -d_system, 0.0)
     d_fraction += tl.sum(d_system * overlaps, 1)
     d_system *= fraction[:, None]
-    d_between = d_system * overlaps + slopes * products_of(weights, line, first, length, False, C).to(tl.float32)
+    d_between = d_system * overlaps + slopes * products_of(weights, line, first, length, False, C).to(
+        tl.float32
+    )
     d_system *= decays
     by_keys = as_operand(d_system + tl.trans(d_system), like)
     by_queries = as_operand(slopes * decays, like)
@@ -416,9 +420,9 @@ def delta_rule_gradients_kernel(
         handed = tl.zeros([C, X], tl.float32)
         took = tl.zeros([C, X], tl.float32)
         for z in range(0, values, Z):
-            places, inside = state_at(states, number, values, keys, z, x, True, Z, X)
+            places, inside = state_at(states, number, keys, values, z, x, True, Z, X)
             state = tl.load(places, mask=inside, other=0.0).to(tl.float32)
-            places, inside = state_at(d_states, number, values, keys, z, x, True, Z, X)
+            places, inside = state_at(d_states, number, keys, values, z, x, True, Z, X)
             d_state = tl.load(places, mask=inside, other=0.0).to(tl.float32)
             passed += tl.sum(state * d_state, 0)
             place, inside = rows_of(line, first, length, z, values, C, Z)

@@ -62,7 +62,8 @@ def _tile_configs(target: str, keys: int, values: int) -> list[Config]:
 
 
 def _gradient_configs(target: str, keys: int, values: int) -> list[Config]:
-    return [Config({"X": block(keys, 32), "Z": block(values, z)}, 4, 1) for z in (64, 32)]
+    warps = 4 if target == "gfx942" else 8  # of 64 lanes there
+    return [Config({"X": block(keys, x), "Z": block(values, 32)}, warps, 1) for x in (32, 16)]
 
 
 def _weight_configs(target: str, keys: int) -> list[Config]:
@@ -263,7 +264,9 @@ def gated_linear_states_kernel(
             factor = tl.exp(end[None, :] - total)
         given = part(x, b, x_head, first, length, row, keys, C, X).to(tl.float32) * factor * gives[:, None]
         others = part(y, b, y_head, first, length, column, values, C, Z)
-        state = tl.dot(tl.trans(as_operand(given, y.data.dtype.element_ty)), others, state, input_precision="ieee")
+        state = tl.dot(
+            tl.trans(as_operand(given, y.data.dtype.element_ty)), others, state, input_precision="ieee"
+        )
 
 
 @triton.jit
@@ -314,7 +317,9 @@ def gated_linear_outputs_kernel(
     for x in range(0, keys, X):
         total = _totals(totals, line, first, length, x, keys, C, X)
         if BACK:
-            factor = tl.exp(_totals_at(totals, line, last_of(first, length, C), length, x, keys, X)[None, :] - total)
+            factor = tl.exp(
+                _totals_at(totals, line, last_of(first, length, C), length, x, keys, X)[None, :] - total
+            )
         else:
             factor = tl.exp(total) * scale
         left = part(a, b, a_head, first, length, x, keys, C, X).to(tl.float32) * factor * reads
@@ -347,10 +352,10 @@ def gated_linear_gradients_kernel(
         slope = part(d, b, head, first, length, z, values, C, Z)
         value = part(v, b, head // group, first, length, z, values, C, Z)
         slopes = tl.dot(slope, tl.trans(value), slopes, input_precision="ieee")
-        places, inside = state_at(states, number, values, keys, z, column, True, Z, X)
+        places, inside = state_at(states, number, keys, values, z, column, True, Z, X)
         state = tl.load(places, mask=inside, other=0.0).to(tl.float32)
         asked = tl.dot(slope, as_operand(state, like), asked, input_precision="ieee")
-        places, inside = state_at(d_states, number, values, keys, z, column, True, Z, X)
+        places, inside = state_at(d_states, number, keys, values, z, column, True, Z, X)
         d_state = tl.load(places, mask=inside, other=0.0).to(tl.float32)
         handed = tl.dot(value, as_operand(d_state, like), handed, input_precision="ieee")
         passed += tl.sum(state * d_state, 0)

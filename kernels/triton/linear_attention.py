@@ -32,7 +32,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from headway.kernels.attention.masks import Mask
-from headway.kernels.triton.map_tiles import Heads
 from headway.kernels.triton.numbers import as_operand, narrowed
 from headway.kernels.triton.state_tiles import (
     CHUNK,
@@ -223,12 +222,18 @@ def linear_attention_states_kernel(
                 wide *= (gives * of_tokens(inverse, own, first, length, C))[:, None]
                 total += tl.sum(wide * of_tokens(lean, own, first, length, C)[:, None], 0)
                 values = part(y, b, head, first, length, column, width, C, Z)
-                state = tl.dot(tl.trans(as_operand(wide, y.data.dtype.element_ty)), values, state, input_precision="ieee")
+                state = tl.dot(
+                    tl.trans(as_operand(wide, y.data.dtype.element_ty)), values, state, input_precision="ieee"
+                )
         else:
-            wide = part(x, b, line % heads, first, length, row, features, C, X).to(tl.float32) * gives[:, None]
+            wide = (
+                part(x, b, line % heads, first, length, row, features, C, X).to(tl.float32) * gives[:, None]
+            )
             total += tl.sum(wide, 0)
             values = part(y, b, line % heads, first, length, column, width, C, Z)
-            state = tl.dot(tl.trans(as_operand(wide, y.data.dtype.element_ty)), values, state, input_precision="ieee")
+            state = tl.dot(
+                tl.trans(as_operand(wide, y.data.dtype.element_ty)), values, state, input_precision="ieee"
+            )
 
 
 @triton.jit
@@ -266,7 +271,9 @@ def linear_attention_outputs_kernel(
         if WHAT == "dq" or WHAT == "dk":
             places, inside = state_at(states, number, columns, summed, x, column, True, X, Z)
         state = tl.load(places, mask=inside, other=0.0)
-        found = tl.dot(left, as_operand(state.to(tl.float32), a.data.dtype.element_ty), found, input_precision="ieee")
+        found = tl.dot(
+            left, as_operand(state.to(tl.float32), a.data.dtype.element_ty), found, input_precision="ieee"
+        )
         if WHAT == "out":
             term = x + tl.arange(0, X)
             sum_of = tl.load(sums + number * summed + term, mask=term < summed, other=0.0)

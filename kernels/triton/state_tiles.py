@@ -35,7 +35,12 @@ def check(name: str, mask: Mask, **operands: Tensor) -> None:
         KernelUnavailable: the mask is not causal over whole sequences, or a dtype is not for these kernels.
     """
     rule = None
-    if not mask.triangular or mask.scope is not None or mask.key_documents is not None or mask.split is not None:
+    if (
+        not mask.triangular
+        or mask.scope is not None
+        or mask.key_documents is not None
+        or mask.split is not None
+    ):
         rule = f"{name} takes causal masks of whole sequences, with documents or without, not {mask}"
     found = {key: x.dtype for key, x in operands.items()}
     if len(set(found.values())) > 1 or next(iter(found.values())) not in DTYPES:
@@ -86,7 +91,9 @@ def put_part(x, b, head, first, length, column, width, value, N: tl.constexpr, W
 
 
 @triton.jit
-def state_at(states, number, rows, columns, row, column, ACROSS: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
+def state_at(
+    states, number, rows, columns, row, column, ACROSS: tl.constexpr, R: tl.constexpr, W: tl.constexpr
+):
     """Where numbers of a state are, [R, W], and which there are: of state `number` of many [rows, columns]; `ACROSS`
     gives the transposed one's, of [columns, rows]."""
     start = states + wide(number) * rows * columns
@@ -156,7 +163,11 @@ def put_products(weights, line, first, length, value, C: tl.constexpr):
     row = tl.arange(0, C)[:, None]
     column = tl.arange(0, C)[None, :]
     start = weights + (wide(line) * length + first) * C
-    tl.store(start + row * C + column, narrowed(value, weights.dtype.element_ty), mask=(row < length - first) & (column < C))
+    tl.store(
+        start + row * C + column,
+        narrowed(value, weights.dtype.element_ty),
+        mask=(row < length - first) & (column < C),
+    )
 
 
 # -- joints --------------------------------------------------------------------------------------------------------
@@ -199,7 +210,9 @@ def through(level, documents, b, line, first, length, C: tl.constexpr):
     last = last_of(first, length, C)
     factor = 1.0
     if level is not None:
-        factor = tl.exp(tl.minimum(of_token(level, line, before, length) - of_token(level, line, last, length), 0.0))
+        factor = tl.exp(
+            tl.minimum(of_token(level, line, before, length) - of_token(level, line, last, length), 0.0)
+        )
     if documents is not None:
         same = of_token(documents, b, before, length) == of_token(documents, b, last, length)
         factor = tl.where(same, factor, 0.0)

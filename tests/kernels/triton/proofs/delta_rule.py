@@ -13,7 +13,8 @@ from headway.kernels.triton.delta_rule import delta_rule
 from headway.kernels.triton.state_tiles import CHUNK
 from headway.tests.kernels.triton.launches import Launch
 from headway.tests.kernels.triton.proof import Case, Cost, Result, once, seed
-from headway.tests.kernels.triton.proofs.linear_attention import ROUNDING, documents_of
+from headway.tests.kernels.triton.proofs.linear_attention import documents_of
+from headway.tests.kernels.triton.roundings import ROUNDING, bounds
 
 
 def _case(
@@ -40,20 +41,21 @@ def _case(
         mask = Mask(documents=documents_of(batch, length, draw) if documents else None)
         here = mask._replace(documents=None if mask.documents is None else mask.documents.to(device))
         given = q, k, v, beta, log
-        ours = [x.to(device).requires_grad_() for x in given]
+        ours = [x.clone().to(device).requires_grad_() for x in given]
         out = delta_rule(*ours[:3], here, beta_BHS=ours[3], log_decay_BHS=ours[4])
         found = [out, *torch.autograd.grad(out, ours, d.to(device))]
-        wanted = _recurrence(given, mask, d)
-        bounds = _bounds(given, mask, d, dtype, wanted, draw)
+        wanted = _recurrence(mask, *given, d)
+        # Corrections of corrections have no sums of absolute values that bound them.
+        apart = bounds(lambda x: _recurrence(mask, *x), (*given, d), wanted, dtype, draw)
         names = "out", "dq", "dk", "dv", "d_beta", "d_log_decay"
-        return {name: Result(*row) for name, *row in zip(names, found, wanted, bounds, strict=True)}
+        return {name: Result(*row) for name, *row in zip(names, found, wanted, apart, strict=True)}
 
     return compute
 
 
-def _recurrence(given: tuple[Tensor, ...], mask: Mask, d: Tensor) -> list[Tensor]:
-    """Output and gradients, in fp64."""
-    wide = [x.detach().double().requires_grad_() for x in given]
+def _recurrence(mask: Mask, *given: Tensor) -> list[Tensor]:
+    """Output and gradients, in fp64, of q, k, v, b, logarithms of a, and the gradient of the output."""
+    *wide, d = (x.detach().double().requires_grad_() for x in given)
     q, k, v, b, log = wide
     state = torch.zeros(*q.shape[:2], q.shape[3], v.shape[3], dtype=torch.float64)
     outs = []
@@ -67,28 +69,7 @@ def _recurrence(given: tuple[Tensor, ...], mask: Mask, d: Tensor) -> list[Tensor
         state = state + key * written[:, :, None]
         outs.append((q[:, :, t, :, None] * state).sum(-2))
     out = torch.stack(outs, 2)
-    return [out.detach(), *torch.autograd.grad(out, wide, d.double())]
-
-
-def _bounds(
-    given: tuple[Tensor, ...],
-    mask: Mask,
-    d: Tensor,
-    dtype: torch.dtype,
-    wanted: list[Tensor],
-    draw: torch.Generator,
-) -> list[float]:
-    """Corrections of corrections have no sums of absolute values that bound them. So the recurrence itself says how far
-    roundings carry: how much it changes where every operand is rounded once more, at random; eight times that, for what
-    is rounded one after another (operands, T, states, what is written, results and, in fp32, sums), and as many
-    roundings of the result."""
-    unit = ROUNDING[dtype] * (1 if dtype == torch.bfloat16 else 4)
-    *moved, moved_d = (
-        x.double() * (1 + unit * (2 * torch.rand(x.shape, generator=draw).double() - 1)) for x in (*given, d)
-    )
-    changed = _recurrence(tuple(moved), mask, moved_d)
-    pairs = zip(changed, wanted, strict=True)
-    return [8 * float((x - y).abs().max()) + 8 * unit * float(y.abs().max()) for x, y in pairs]
+    return [out.detach(), *torch.autograd.grad(out, wide, d.detach())]
 
 
 CASES: dict[str, Case] = (
@@ -149,7 +130,9 @@ class _Line:
     def cost(self, launch: Launch, read: int, written: int, products: int) -> Cost:
         """Of a line's bytes, and of FLOPs of a program's products / 2."""
         others = 4 * self.lines * self.tokens * (self.keys + self.values + self.chunk)
-        return Cost(self.lines * read, self.lines * written, once(launch), 2 * self.programs * products, others)
+        return Cost(
+            self.lines * read, self.lines * written, once(launch), 2 * self.programs * products, others
+        )
 
 
 def _systems(launch: Launch) -> Cost:
@@ -188,7 +171,12 @@ def _back(launch: Launch) -> Cost:
 
 def _gradients(launch: Launch) -> Cost:
     at = _Line(launch)
-    read = (4 + 3 * at.x) * at.tokens * at.values + 3 * at.tokens * at.keys + at.tokens * at.chunk + 2 * at.states
+    read = (
+        (4 + 3 * at.x) * at.tokens * at.values
+        + 3 * at.tokens * at.keys
+        + at.tokens * at.chunk
+        + 2 * at.states
+    )
     read = read * at.item + at.edges + at.decays + 4 * at.tokens
     written = at.tokens * ((at.values + 2 * at.keys) * at.item + 8)
     c, x, z = at.chunk, at.x * at.given["X"], at.z * at.given["Z"]

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from headway.kernels.attention.linear.gated import TEMPERATURE, log_decay, reference
+from headway.kernels.attention.linear.gated import log_decay, reference
 from headway.kernels.attention.masks import Mask
 from headway.kernels.triton.gated_linear import gated_linear
 from headway.kernels.triton.state_tiles import CHUNK
 from headway.tests.kernels.triton.launches import Launch
 from headway.tests.kernels.triton.proof import Case, Cost, Result, once, seed
-from headway.tests.kernels.triton.proofs.linear_attention import ROUNDING, documents_of
+from headway.tests.kernels.triton.proofs.linear_attention import documents_of
+from headway.tests.kernels.triton.roundings import ROUNDING, bounds
 
 
 def _case(
@@ -22,17 +23,20 @@ def _case(
     documents: bool = False,
     scale: float = 1.0,
     extreme: bool = False,
+    values: int | None = None,
 ) -> Case:
-    """`shape`: B, H, K, S, D. `extreme`: of some tokens gates forget all, of others nothing."""
+    """`shape`: B, H, K, S, D. `extreme`: of some tokens gates forget all, of others nothing. `values`: D of
+    values, if another."""
     batch, heads, key_heads, length, width = shape
 
     def compute(device: torch.device) -> Mapping[str, Result]:
         draw = torch.Generator().manual_seed(seed())
 
-        def normal(count: int) -> Tensor:
-            return (torch.randn(batch, count, length, width, generator=draw) * scale).to(dtype)
+        def normal(count: int, size: int) -> Tensor:
+            return (torch.randn(batch, count, length, size, generator=draw) * scale).to(dtype)
 
-        q, k, v, d = (normal(count) for count in (heads, key_heads, key_heads, heads))
+        q, k = (normal(count, width) for count in (heads, key_heads))
+        v, d = (normal(count, values or width) for count in (key_heads, heads))
         decay = torch.randn(batch, heads, length, width, generator=draw) * 3
         if extreme:
             which = torch.rand(batch, heads, length, 1, generator=draw)
@@ -40,43 +44,32 @@ def _case(
         mask = Mask(documents=documents_of(batch, length, draw) if documents else None)
         here = mask._replace(documents=None if mask.documents is None else mask.documents.to(device))
         given = q, k, v, decay
-        ours = [x.to(device).requires_grad_() for x in given]
+        ours = [x.clone().to(device).requires_grad_() for x in given]
         out = gated_linear(*ours[:3], here, decay=ours[3])
         found = [out, *torch.autograd.grad(out, ours, d.to(device))]
-        wanted = _reference([x.double() for x in given], mask, d.double())
+        wanted = _reference(mask, *given, d)
+        apart = bounds(lambda x: _reference(mask, *x), (*given, d), wanted, dtype, draw)
         # Of absolute values it gives the sums of absolute values of the terms, of gradients too.
-        sizes = _reference([*(x.double().abs() for x in given[:3]), decay.double()], mask, d.double().abs())
-        bounds = [float(size.detach().abs().max()) for size in sizes]
-        bounds[4] += _cancelled(q, k, sizes[1], sizes[2]) / TEMPERATURE
+        sizes = [
+            float(x.abs().max()) for x in _reference(mask, *(x.abs() for x in given[:3]), decay, d.abs())
+        ]
         names = "out", "dq", "dk", "dv", "d_decay"
-        rounding = _roundings(dtype, length + width, decay)
-        rows = zip(names, found, wanted, bounds, strict=True)
-        return {name: Result(*row, bound * rounding) for name, *row, bound in rows}
+        rows = zip(names, found, wanted, apart, sizes, strict=True)
+        return {name: Result(*row, bound + _exponents(decay) * size) for name, *row, bound, size in rows}
 
     return compute
 
 
-def _reference(given: list[Tensor], mask: Mask, d: Tensor) -> list[Tensor]:
-    """Output and gradients."""
-    wide = [x.requires_grad_() for x in given]
+def _reference(mask: Mask, *given: Tensor) -> list[Tensor]:
+    """Output and gradients, in fp64, of q, k, v, gates, and the gradient of the output."""
+    *wide, d = (x.detach().double().requires_grad_() for x in given)
     out = reference(*wide[:3], mask, decay=wide[3])
-    return [out, *torch.autograd.grad(out, wide, d)]
+    return [out.detach(), *torch.autograd.grad(out, wide, d.detach())]
 
 
-def _cancelled(q: Tensor, k: Tensor, dq: Tensor, dk: Tensor) -> float:
-    """Gradients of gates are sums of q dq - k dk over a chunk's tokens: the greatest of absolute values."""
-    group = q.shape[1] // k.shape[1]
-    terms = q.double().abs() * dq + (k.double().abs() * dk).repeat_interleave(group, 1)
-    return max(float(x.sum(2).max()) for x in terms.split(CHUNK, 2))
-
-
-def _roundings(dtype: torch.dtype, terms: int, decay: Tensor) -> float:
-    """Sums of so many terms in fp32, three one after another, whose roundings err as independent ones (Higham and Mary
-    2019, with lambda = 4), and of exponents, differences of two sums of a chunk's logarithms; in 16 bits besides
-    operands, states, weights and results, six roundings at most one after another."""
-    sums = max(float(x.sum(2).abs().max()) for x in log_decay(decay).split(CHUNK, 2))
-    narrow = 6 * ROUNDING[dtype] if dtype == torch.bfloat16 else 0
-    return (3 * 4 * terms**0.5 + 4 * sums) * 2.0**-24 + narrow
+def _exponents(decay: Tensor) -> float:
+    """Relative error of a factor: exponents are differences of sums of a chunk's logarithms, rounded in fp32."""
+    return 4 * 2.0**-24 * max(float(x.sum(2).abs().max()) for x in log_decay(decay).split(CHUNK, 2))
 
 
 CASES: dict[str, Case] = (
@@ -92,6 +85,7 @@ CASES: dict[str, Case] = (
     | {
         "forgetting": _case((1, 2, 2, 200, 32), torch.float32, True, extreme=True),
         "large numbers": _case((1, 2, 1, 130, 32), torch.float32, True, 1e4),
+        "values of another width": _case((1, 2, 1, 100, 40), torch.bfloat16, True, values=72),
     }
 )
 
@@ -182,7 +176,9 @@ def _gradients(launch: Launch) -> Cost:
     at = _Line(launch)
     item = at.given["dq"].element_size()
     read = at.lines * 2 * (at.tokens * at.values * at.x + at.chunks * at.keys * at.values) * item
-    read += at.lines * at.keys * (at.tokens * (2 * item + 4) + 4 * (at.chunks + _borders(at.tokens, at.chunk)))
+    read += (
+        at.lines * at.keys * (at.tokens * (2 * item + 4) + 4 * (at.chunks + _borders(at.tokens, at.chunk)))
+    )
     read += 4 * at.lines * at.x * (3 * at.tokens + 4 * at.chunks) * at.documents
     x, z, c = at.given["X"], at.z * at.given["Z"], at.chunk
     products = 2 * launch.programs * (c * c * z + 2 * c * z * x + 2 * at.given["LEVELS"] * c * c * x)

@@ -14,8 +14,8 @@ from headway.kernels.triton.linear_attention import linear_attention
 from headway.kernels.triton.state_tiles import CHUNK
 from headway.tests.kernels.triton.launches import Launch
 from headway.tests.kernels.triton.proof import Case, Cost, Result, once, seed
+from headway.tests.kernels.triton.roundings import ROUNDING
 
-ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 FLOOR = 0.3
 
 
@@ -181,7 +181,9 @@ def _outputs(launch: Launch) -> Cost:
     blocks = -(-z // given["Z"])
     members = given["group"] if what in ("dk", "dv") else 1
     read = lines * members * length * item * (2 * x * blocks + z) + lines * chunks * x * z * item
-    read += {"out": launch.programs * x, "dq": lines * chunks * z, "dk": lines * chunks * z, "dv": 0}[what] * 4
+    read += {"out": launch.programs * x, "dq": lines * chunks * z, "dk": lines * chunks * z, "dv": 0}[
+        what
+    ] * 4
     numbers = {"out": 0, "dq": 3, "dk": 2 * members, "dv": members}[what]
     read += 4 * lines * blocks * (numbers * length + _joints(given) * (2 * length + chunks))
     written = result.numel() * item + (4 * lines * length if what == "out" else 0)
