@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from headway.kernels.attention.linear.gated import log_decay, reference
+from headway.kernels.attention.linear.gated import TEMPERATURE, log_decay, reference
 from headway.kernels.attention.masks import Mask
 from headway.kernels.triton.gated_linear import gated_linear
 from headway.kernels.triton.state_tiles import CHUNK
@@ -50,9 +50,9 @@ def _case(
         wanted = _reference(mask, *given, d)
         apart = bounds(lambda x: _reference(mask, *x), (*given, d), wanted, dtype, draw)
         # Of absolute values it gives the sums of absolute values of the terms, of gradients too.
-        sizes = [
-            float(x.abs().max()) for x in _reference(mask, *(x.abs() for x in given[:3]), decay, d.abs())
-        ]
+        _, *terms = whole = _reference(mask, *(x.abs() for x in given[:3]), decay, d.abs())
+        sizes = [float(x.abs().max()) for x in whole]
+        apart[-1] += 4 * 2.0**-24 / TEMPERATURE * _cancelled(q, k, *terms[:2])
         names = "out", "dq", "dk", "dv", "d_decay"
         rows = zip(names, found, wanted, apart, sizes, strict=True)
         return {name: Result(*row, bound + _exponents(decay) * size) for name, *row, bound, size in rows}
@@ -65,6 +65,13 @@ def _reference(mask: Mask, *given: Tensor) -> list[Tensor]:
     *wide, d = (x.detach().double().requires_grad_() for x in given)
     out = reference(*wide[:3], mask, decay=wide[3])
     return [out.detach(), *torch.autograd.grad(out, wide, d.detach())]
+
+
+def _cancelled(q: Tensor, k: Tensor, dq: Tensor, dk: Tensor) -> float:
+    """Gradients of gates are sums of q dq - k dk over tokens of a chunk, in fp32: greatest sum of absolute values."""
+    group = q.shape[1] // k.shape[1]
+    terms = q.detach().abs() * dq + (k.detach().abs() * dk).repeat_interleave(group, 1)
+    return max(float(x.sum(2).max()) for x in terms.split(CHUNK, 2))
 
 
 def _exponents(decay: Tensor) -> float:
