@@ -1,0 +1,192 @@
+"""The gated delta rule, beside the recurrence token by token in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from headway.kernels.attention.masks import Mask
+from headway.kernels.triton.delta_rule import delta_rule
+from headway.kernels.triton.state_tiles import CHUNK
+from headway.tests.kernels.triton.launches import Launch
+from headway.tests.kernels.triton.proof import Case, Cost, Result, once, seed
+from headway.tests.kernels.triton.proofs.linear_attention import documents_of
+from headway.tests.kernels.triton.roundings import ROUNDING, bounds
+
+
+def _case(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype, documents: bool = False, kind: str = "drawn"
+) -> Case:
+    """`shape`: B, H, S, D of keys, D of values. `kind`: "forgetting", some tokens all, others nothing; "alike", keys
+    that hardly differ and are corrected in full."""
+    batch, heads, length, keys, values = shape
+
+    def compute(device: torch.device) -> Mapping[str, Result]:
+        draw = torch.Generator().manual_seed(seed())
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(batch, heads, length, *size, generator=draw)
+
+        q, k = F.normalize(normal(keys), dim=-1), normal(keys)
+        v, d, beta, log = normal(values), normal(values), normal().sigmoid(), -F.softplus(normal())
+        if kind == "alike":
+            k, beta = k * 0.05 + 1, 1 - beta * 0.01
+        if kind == "forgetting":
+            which = torch.rand(batch, heads, length, generator=draw)
+            log = log.masked_fill(which < 0.05, -1e4).masked_fill(which > 0.6, 0.0)
+        q, k, v, d = (x.to(dtype) for x in (q, F.normalize(k, dim=-1), v, d))
+        mask = Mask(documents=documents_of(batch, length, draw) if documents else None)
+        here = mask._replace(documents=None if mask.documents is None else mask.documents.to(device))
+        given = q, k, v, beta, log
+        ours = [x.clone().to(device).requires_grad_() for x in given]
+        out = delta_rule(*ours[:3], here, beta_BHS=ours[3], log_decay_BHS=ours[4])
+        found = [out, *torch.autograd.grad(out, ours, d.to(device))]
+        wanted = _recurrence(mask, *given, d)
+        # Corrections of corrections have no sums of absolute values that bound them.
+        apart = bounds(lambda x: _recurrence(mask, *x), (*given, d), wanted, dtype, draw)
+        names = "out", "dq", "dk", "dv", "d_beta", "d_log_decay"
+        return {name: Result(*row) for name, *row in zip(names, found, wanted, apart, strict=True)}
+
+    return compute
+
+
+def _recurrence(mask: Mask, *given: Tensor) -> list[Tensor]:
+    """Output and gradients, in fp64, of q, k, v, b, logarithms of a, and the gradient of the output."""
+    *wide, d = (x.detach().double().requires_grad_() for x in given)
+    q, k, v, b, log = wide
+    state = torch.zeros(*q.shape[:2], q.shape[3], v.shape[3], dtype=torch.float64)
+    outs = []
+    for t in range(q.shape[2]):
+        if t and mask.documents is not None:
+            begins = mask.documents[:, t] != mask.documents[:, t - 1]
+            state = state.masked_fill(begins[:, None, None, None], 0)
+        state = state * log[:, :, t, None, None].exp()
+        key = k[:, :, t, :, None]
+        written = b[:, :, t, None] * (v[:, :, t] - (key * state).sum(-2))
+        state = state + key * written[:, :, None]
+        outs.append((q[:, :, t, :, None] * state).sum(-2))
+    out = torch.stack(outs, 2)
+    return [out.detach(), *torch.autograd.grad(out, wide, d.detach())]
+
+
+CASES: dict[str, Case] = (
+    {
+        f"{dtype}, {keys} and {values} wide{', documents' if documents else ''}": _case(
+            (2, 2, 90, keys, values), dtype, documents
+        )
+        for dtype, documents in ((torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True))
+        for keys, values in ((40, 40), (64, 80), (80, 64), (128, 128), (256, 40))
+    }
+    | {f"{dtype}, one row": _case((1, 1, 1, 64, 64), dtype) for dtype in ROUNDING}
+    | {f"{dtype}, two chunks": _case((1, 1, 2 * CHUNK, 16, 16), dtype) for dtype in ROUNDING}
+    | {
+        "forgetting": _case((1, 2, 200, 32, 32), torch.float32, True, "forgetting"),
+        "alike": _case((1, 2, 130, 32, 32), torch.float32, False, "alike"),
+        "alike, torch.bfloat16": _case((1, 2, 130, 32, 32), torch.bfloat16, False, "alike"),
+    }
+)
+
+
+def _call(heads: int, length: int, width: int, documents: bool) -> None:
+    def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(8, heads, length, *size, dtype=dtype, device="meta").requires_grad_()
+
+    q, k, v = (empty(width) for _ in range(3))
+    beta, log = (empty(dtype=torch.float32) for _ in range(2))
+    ids = torch.empty(8, length, dtype=torch.int32, device="meta") if documents else None
+    out = delta_rule(q, k, v, Mask(documents=ids), beta_BHS=beta, log_decay_BHS=log)
+    torch.autograd.grad(out, (q, k, v, beta, log), torch.empty_like(out))
+
+
+SIZES = {
+    "8 x 12 heads of 64 x 1,024": lambda: _call(12, 1024, 64, False),
+    "8 x 32 heads of 128 x 4,096": lambda: _call(32, 4096, 128, True),
+    "8 x 8 heads of 256 x 8,192": lambda: _call(8, 8192, 256, False),
+}
+
+
+class _Line:
+    """What formulas of costs are made of: lines, their tokens and chunks, bytes of a number, blocks, and bytes that
+    edges and decays inside of chunks are made of in one line."""
+
+    def __init__(self, launch: Launch) -> None:
+        given = launch.arguments
+        self.given, self.tokens, self.keys = given, given["length"], given["keys"]
+        self.values, self.chunk = given.get("values", 0), given["C"]
+        self.item = given["weights" if "weights" in given else "written"].element_size()
+        self.lines = given["log"].shape[0] * given["log"].shape[1]
+        self.chunks = -(-self.tokens // self.chunk)
+        self.x = -(-self.keys // given["X"])
+        self.z = -(-self.values // given["Z"]) if "Z" in given else 0
+        documents = given["documents"] is not None
+        self.edges = 4 * (self.tokens + documents * (2 * self.tokens + 4 * self.chunks))
+        self.decays = 4 * self.tokens * (1 + documents)
+        self.programs = launch.programs
+        self.states = self.chunks * self.keys * self.values
+
+    def cost(self, launch: Launch, read: int, written: int, products: int) -> Cost:
+        """Of a line's bytes, and of FLOPs of a program's products / 2."""
+        others = 4 * self.lines * self.tokens * (self.keys + self.values + self.chunk)
+        return Cost(
+            self.lines * read, self.lines * written, once(launch), 2 * self.programs * products, others
+        )
+
+
+def _systems(launch: Launch) -> Cost:
+    at = _Line(launch)
+    read = 2 * at.tokens * at.keys * at.item + at.decays + 4 * at.tokens
+    c, x = at.chunk, at.x * at.given["X"]
+    written = 2 * at.tokens * c * at.item
+    return at.cost(launch, read, written, 2 * c * c * x + 2 * at.given["LEVELS"] * c**3)
+
+
+def _states(launch: Launch) -> Cost:
+    at = _Line(launch)
+    read = at.z * (at.tokens * (at.keys + at.chunk) * at.item + at.edges + 4 * at.tokens)
+    c, x, z = at.chunk, at.given["X"], at.given["Z"]
+    read += at.tokens * at.values * at.item
+    written = (at.states + at.tokens * at.values) * at.item
+    return at.cost(launch, read, written, at.chunks * c * z * (2 * x + c))
+
+
+def _outputs(launch: Launch) -> Cost:
+    at = _Line(launch)
+    read = at.z * (at.tokens * (at.keys + at.chunk) * at.item + at.edges)
+    read += (at.states + at.tokens * at.values) * at.item
+    c, x, z = at.chunk, at.x * at.given["X"], at.given["Z"]
+    return at.cost(launch, read, at.tokens * at.values * at.item, c * z * (x + c))
+
+
+def _back(launch: Launch) -> Cost:
+    at = _Line(launch)
+    read = at.z * (2 * at.tokens * (at.keys + at.chunk) * at.item + at.edges + 4 * at.tokens)
+    c, x, z = at.chunk, at.given["X"], at.given["Z"]
+    read += at.tokens * at.values * at.item
+    written = (at.states + at.tokens * at.values) * at.item
+    return at.cost(launch, read, written, at.chunks * c * z * (3 * x + 2 * c))
+
+
+def _gradients(launch: Launch) -> Cost:
+    at = _Line(launch)
+    read = (
+        (4 + 3 * at.x) * at.tokens * at.values
+        + 3 * at.tokens * at.keys
+        + at.tokens * at.chunk
+        + 2 * at.states
+    )
+    read = read * at.item + at.edges + at.decays + 4 * at.tokens
+    written = at.tokens * ((at.values + 2 * at.keys) * at.item + 8)
+    c, x, z = at.chunk, at.x * at.given["X"], at.z * at.given["Z"]
+    return at.cost(launch, read, written, 2 * c * c * z + 4 * c * c * x + 3 * c * x * z)
+
+
+COSTS = {
+    "delta_rule_systems_kernel": _systems,
+    "delta_rule_states_kernel": _states,
+    "delta_rule_outputs_kernel": _outputs,
+    "delta_rule_back_kernel": _back,
+    "delta_rule_gradients_kernel": _gradients,
+}

@@ -1,0 +1,205 @@
+"""Causal linear attention: features of elu + 1, lessened ones, and ones of both signs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headway.kernels.attention.linear.linear import elu_features, quadratic
+from headway.kernels.attention.masks import Mask, lower
+from headway.kernels.triton.linear_attention import linear_attention
+from headway.kernels.triton.state_tiles import CHUNK
+from headway.tests.kernels.triton.launches import Launch
+from headway.tests.kernels.triton.proof import Case, Cost, Result, once, seed
+from headway.tests.kernels.triton.roundings import ROUNDING
+
+FLOOR = 0.3
+
+
+def _case(
+    shape: tuple[int, int, int, int, int, int],
+    dtype: torch.dtype,
+    documents: bool = False,
+    kind: str = "elu",
+    scale: float = 1.0,
+) -> Case:
+    """`shape`: B, H, K, S, M, D. `kind`: elu + 1; "lessened" by levels that rise by hundreds; "signed"."""
+    batch, heads, key_heads, length, features, width = shape
+
+    def compute(device: torch.device) -> Mapping[str, Result]:
+        draw = torch.Generator().manual_seed(seed())
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(size, generator=draw) * scale
+
+        q, k = normal(batch, heads, length, features), normal(batch, key_heads, length, features)
+        if kind != "signed":
+            q, k = elu_features(q), elu_features(k)
+        v, d = normal(batch, key_heads, length, width), normal(batch, heads, length, width)
+        q, k, v, d = (x.to(dtype) for x in (q, k, v, d))
+        mask = Mask(documents=documents_of(batch, length, draw) if documents else None)
+        level = None
+        if kind == "lessened":
+            level = (normal(batch, key_heads, length).abs() * 5).cumsum(-1)
+        floor = FLOOR if kind == "signed" else 0
+        ours = [x.to(device).requires_grad_() for x in (q, k, v)]
+        here = mask._replace(documents=None if mask.documents is None else mask.documents.to(device))
+        out = linear_attention(*ours, here, None if level is None else level.to(device), floor)
+        found = [out, *torch.autograd.grad(out, ours, d.to(device))]
+        wide = [x.double().requires_grad_() for x in (q, k, v)]
+        decay = _decay(level, mask, heads, length)
+        wanted_out = _reference(*wide, mask, decay, floor)
+        wanted = [wanted_out, *torch.autograd.grad(wanted_out, wide, d.double())]
+        sizes = _magnitudes(*(x.detach() for x in wide), d.double(), decay, floor)
+        bounds = [size * _roundings(dtype, length + max(features, width)) for size in sizes]
+        names = "out", "dq", "dk", "dv"
+        return {name: Result(*row) for name, *row in zip(names, found, wanted, bounds, strict=True)}
+
+    return compute
+
+
+def documents_of(batch: int, length: int, draw: torch.Generator) -> Tensor:
+    """Contiguous documents of drawn lengths, the last of which is padding."""
+    begins = torch.rand(batch, length, generator=draw) < 0.05
+    documents = begins.cumsum(1)
+    return documents.masked_fill(torch.arange(length) >= length - 3, -1)
+
+
+def _decay(level: Tensor | None, mask: Mask, heads: int, length: int) -> Tensor:
+    """exp(level_j - level_t) of keys that queries see, fp64 [B or 1, H or 1, S, S]."""
+    seen = lower(mask, length, length, torch.device("cpu"))
+    if level is None:
+        return torch.ones(length, length).double().masked_fill(~seen, 0)
+    wide = level.double().repeat_interleave(heads // level.shape[1], 1)
+    return (wide[..., None, :] - wide[..., None]).masked_fill(~seen, -torch.inf).exp()
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, mask: Mask, decay: Tensor, floor: float) -> Tensor:
+    if decay.dim() == 2 or decay.shape[1] == 1:
+        return quadratic(q, k, v, mask, floor)
+    group = q.shape[1] // k.shape[1]
+    weights = q @ k.repeat_interleave(group, 1).mT * decay
+    total = weights.sum(-1, keepdim=True)
+    return weights @ v.repeat_interleave(group, 1) / total.masked_fill(total == 0, 1)
+
+
+def _magnitudes(
+    q: Tensor, k: Tensor, v: Tensor, d: Tensor, decay: Tensor, floor: float
+) -> tuple[float, float, float, float]:
+    """Greatest sums of absolute values of the terms of out, dq, dk, dv, times how much of z cancels."""
+    group = q.shape[1] // k.shape[1]
+    q_, v_, d_, keys = q.abs(), v.abs().repeat_interleave(group, 1), d.abs(), k.repeat_interleave(group, 1)
+    weights = q_ @ keys.abs().mT * decay
+    z = (q @ keys.mT * decay).sum(-1, keepdim=True)
+    z = z.clamp(min=floor) if floor else z.masked_fill(z == 0, 1)
+    cancels = float((weights.sum(-1, keepdim=True) / z).max())
+    shares = weights / z
+    out = shares @ v_
+    slopes = (d_ @ v_.mT + (d_ * out).sum(-1, keepdim=True)) * decay / z
+    terms = out, slopes @ keys.abs(), slopes.mT @ q_, shares.mT @ d_
+    summed = [*terms[:2], *(x.unflatten(1, (-1, group)).sum(2) for x in terms[2:])]
+    first, second, third, fourth = (float(x.max()) * max(1.0, cancels) for x in summed)
+    return first, second, third, fourth
+
+
+def _roundings(dtype: torch.dtype, terms: int) -> float:
+    """Sums of so many terms in fp32, three one after another, whose roundings err as independent ones (Higham and Mary
+    2019, with lambda = 4); in 16 bits besides operands, states and results, six roundings at most one after another."""
+    return 3 * 4 * terms**0.5 * 2.0**-24 + (6 * ROUNDING[dtype] if dtype == torch.bfloat16 else 0)
+
+
+_WIDTHS = ((40, 40), (64, 80), (80, 128), (128, 256), (256, 64))
+CASES: dict[str, Case] = (
+    {
+        f"{dtype}, {m} features, {d} wide{', documents' if documents else ''}": _case(
+            (2, 4, 2, 150, m, d), dtype, documents
+        )
+        for dtype, documents in ((torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True))
+        for m, d in _WIDTHS
+    }
+    | {f"{dtype}, one row": _case((1, 1, 1, 1, 64, 64), dtype) for dtype in ROUNDING}
+    | {f"{dtype}, a chunk": _case((1, 1, 1, CHUNK, 16, 16), dtype) for dtype in ROUNDING}
+    | {f"{dtype}, lessened": _case((2, 2, 2, 200, 40, 64), dtype, True, "lessened") for dtype in ROUNDING}
+    | {
+        "lessened, key heads": _case((1, 4, 2, 140, 32, 32), torch.float32, False, "lessened"),
+        "signed": _case((1, 2, 2, 140, 40, 40), torch.float32, True, "signed", 0.1),
+        "large numbers": _case((1, 2, 2, 130, 40, 40), torch.float32, True, scale=1e4),
+    }
+)
+
+
+def _call(heads: int, key_heads: int, length: int, features: int, width: int, joined: bool) -> None:
+    def empty(count: int, size: int) -> Tensor:
+        x = torch.empty(8, count, length, size, dtype=torch.bfloat16, device="meta")
+        return x.requires_grad_()
+
+    given = empty(heads, features), empty(key_heads, features), empty(key_heads, width)
+    mask, level = Mask(), None
+    if joined:
+        mask = Mask(documents=torch.empty(8, length, dtype=torch.int32, device="meta"))
+        level = torch.empty(8, key_heads, length, device="meta")
+    out = linear_attention(*given, mask, level)
+    torch.autograd.grad(out, given, torch.empty_like(out))
+
+
+SIZES = {
+    "8 x 12 heads x 1,024, 64 features": lambda: _call(12, 12, 1024, 64, 64, False),
+    "8 x 32 heads, 8 of keys, x 4,096, 128 features": lambda: _call(32, 8, 4096, 128, 128, False),
+    "8 x 16 heads x 8,192, 256 features, documents": lambda: _call(16, 16, 8192, 256, 64, True),
+}
+
+
+def _joints(given: Mapping[str, Any]) -> int:
+    """How many of documents and levels there are."""
+    return (given["level"] is not None) + (given["documents"] is not None)
+
+
+def _states(launch: Launch) -> Cost:
+    given = launch.arguments
+    length, m, d = (given[x] for x in ("length", "features", "width"))
+    x, states = given["x"].data, given["states"]
+    lines, chunks, item = states.shape[0] * states.shape[1], states.shape[2], x.element_size()
+    rows, columns = -(-m // given["X"]), -(-d // given["Z"])
+    back = given["inverse"] is not None
+    members = given["group"] if back else 1
+    read = lines * members * length * (m * columns + d * rows) * item
+    read += launch.programs * 4 * (length + 3 * chunks) * _joints(given)
+    read += launch.programs * 4 * length * members * 2 * back
+    products = launch.programs * members * chunks * 2 * given["X"] * given["Z"] * given["C"]
+    written = states.numel() * item + given["sums"].numel() * 4
+    return Cost(read, written, once(launch), products, 3 * lines * members * length * m * columns)
+
+
+def _outputs(launch: Launch) -> Cost:
+    given = launch.arguments
+    length, x, z, what, c = (given[name] for name in ("length", "summed", "columns", "WHAT", "C"))
+    result = given["result"].data
+    lines, item, chunks = result.shape[0] * result.shape[1], result.element_size(), -(-length // c)
+    blocks = -(-z // given["Z"])
+    members = given["group"] if what in ("dk", "dv") else 1
+    read = lines * members * length * item * (2 * x * blocks + z) + lines * chunks * x * z * item
+    read += {"out": launch.programs * x, "dq": lines * chunks * z, "dk": lines * chunks * z, "dv": 0}[
+        what
+    ] * 4
+    numbers = {"out": 0, "dq": 3, "dk": 2 * members, "dv": members}[what]
+    read += 4 * lines * blocks * (numbers * length + _joints(given) * (2 * length + chunks))
+    written = result.numel() * item + (4 * lines * length if what == "out" else 0)
+    summed = -(-x // given["X"]) * given["X"]
+    products = 2 * launch.programs * c * (members * c * (summed + given["Z"]) + summed * given["Z"])
+    return Cost(read, written, once(launch), products, 6 * launch.programs * members * c * c)
+
+
+def _rows(launch: Launch) -> Cost:
+    out = launch.arguments["out"].data
+    rows = out.numel() // out.shape[-1]
+    return Cost(2 * out.numel() * out.element_size() + 4 * rows, 8 * rows, once(launch), 0, 2 * out.numel())
+
+
+COSTS = {
+    "linear_attention_states_kernel": _states,
+    "linear_attention_outputs_kernel": _outputs,
+    "linear_attention_rows_kernel": _rows,
+}
