@@ -39,15 +39,18 @@ def _query_configs(target: str, width: int, itemsize: int) -> list[Config]:
         return [Config({"M": 64, "N": 64 if width <= 128 else 32}, 4, 1)]
     if width > 128:
         return [Config({"M": 64, "N": 32}, 8, 2)]
-    return [Config({"M": 64, "N": 64}, 8 if target == "sm_80" else 4, 2), Config({"M": 128, "N": 64}, 8, 2)]
+    if target == "sm_80":
+        return [Config({"M": 64, "N": 32}, 4, 1), Config({"M": 64, "N": 64}, 8, 2)]
+    return [Config({"M": 64, "N": 64}, 4, 2), Config({"M": 128, "N": 64}, 8, 2)]
 
 
 def _key_configs(target: str, width: int, itemsize: int) -> list[Config]:
     if itemsize == 4:
         return [Config({"M": 32, "N": 32}, 4, 1)]
     if width > 128:
-        return [Config({"M": 16, "N": 64}, 8, 1)]
-    return [Config({"M": 32, "N": 64}, 8, 1 if target == "gfx942" else 2)]
+        tiles = {"M": 16, "N": 64} if target == "gfx942" else {"M": 64, "N": 32}
+        return [Config(tiles, 8, 1)]
+    return [Config({"M": 32, "N": 64}, 8, 2 if target in ("sm_90a", "sm_100a") else 1)]
 
 
 FORWARD = Space("block_sparse_forward", _query_configs)

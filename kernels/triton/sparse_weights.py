@@ -44,9 +44,10 @@ def _key_configs(target: str, width: int, itemsize: int) -> list[Config]:
     if itemsize == 4:
         return [Config({"M": 32, "N": 32}, 4, 1)]
     if width > 128:
-        return [Config({"M": 16, "N": 64}, 8, 1)]
+        tiles = {"M": 16, "N": 64} if target == "gfx942" else {"M": 64, "N": 32}
+        return [Config(tiles, 8, 1)]
     stages = 1 if target == "gfx942" else 2
-    return [Config({"M": 32, "N": 64}, 8, stages), Config({"M": 16, "N": 64}, 4, stages)]
+    return [Config({"M": 32, "N": 64}, 8, stages)]
 
 
 FORWARD = Space("sparse_weights_forward", _query_configs)
