@@ -107,11 +107,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask, weighting: Weighting) ->
 
 def _seen(mask: Mask, batch: int) -> Seen:
     theirs = mask.documents if mask.key_documents is None else mask.key_documents
-    numbers = (
+    documents, key_documents, prefix = (
         None if x is None else x.expand(batch, *x.shape[1:]).to(torch.int32).contiguous()
         for x in (mask.documents, theirs, mask.prefix)
-    )  # fmt: skip
-    return Seen(None, *numbers, mask.window, None, 0, 0, 0)
+    )
+    return Seen(None, documents, key_documents, prefix, mask.window, None, 0, 0, 0)
 
 
 class _How(NamedTuple):
