@@ -89,4 +89,4 @@ def _tiles(own: Tensor, other: Tensor, kinds: Tensor, bits: Tensor, blocks: int)
         found += [torch.cat([ends.new_zeros(1), ends]), theirs[by_block], what[by_block]]
     full_starts, full, _, partial_starts, partial, patterns = found
     lists = (order, full_starts, full, partial_starts, partial, patterns)
-    return Tiles._make([*(x.to(torch.int32) for x in lists), bits])
+    return Tiles(*(*(x.to(torch.int32) for x in lists), bits))
