@@ -48,7 +48,7 @@ WIDEST = 256
 
 def _walk_configs(target: str, keys: int, values: int) -> list[Config]:
     warps = 8 if keys > 128 and target != "gfx942" else 4
-    columns = (32, 16) if keys <= 128 else (16,)
+    columns = (32, 16) if keys <= 64 else (16,)  # wider ones spill
     return [Config({"X": block(keys, WIDEST), "Z": block(values, z)}, warps, 1) for z in columns]
 
 

@@ -46,7 +46,7 @@ from headway.kernels.triton.tuning import Config, Space
 
 
 def _tile_configs(target: str, keys: int, values: int) -> list[Config]:
-    return [Config({"X": block(keys, x), "Z": block(values, x)}, 4, 2) for x in (64, 32)]
+    return [Config({"X": block(keys, 64), "Z": block(values, z)}, 4, 2) for z in (64, 32)]
 
 
 def _gradient_configs(target: str, keys: int, values: int) -> list[Config]:

@@ -52,7 +52,7 @@ from headway.kernels.triton.tuning import Config, Space
 
 
 def _walk_configs(target: str, features: int, width: int) -> list[Config]:
-    return [Config({"X": block(features, x), "Z": block(width, x)}, 4, 2) for x in (64, 32)]
+    return [Config({"X": block(features, 64), "Z": block(width, z)}, 4, 2) for z in (64, 32)]
 
 
 def _chunk_configs(target: str, summed: int, columns: int) -> list[Config]:
