@@ -67,19 +67,19 @@ def intensity(row: Row) -> float:
     return (row["products"] + row["others"]) / (row["read"] + row["written"])
 
 
-def table(rows: list[Row], targets: Iterable[str] = TARGETS) -> str:
+def table(rows: list[Row]) -> str:
     """Markdown of an op's default configurations: a line for every kernel and size, a column for every target."""
     grouped: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
     for row in rows:
         if row["default"]:
             grouped[row["kernel"], row["size"]].setdefault(row["target"], row)
-    head = ["kernel", "size", "moved / least", "FLOP / byte", *targets]
+    head = ["kernel", "size", "moved / least", "FLOP / byte", *TARGETS]
     lines = [" | ".join(head), " | ".join("---" for _ in head)]
     for (kernel, size), found in grouped.items():
         any_row = next(iter(found.values()))
         moved = (any_row["read"] + any_row["written"]) / any_row["least"]
         cells = [f"`{kernel.removesuffix('_kernel')}`", size, f"{moved:.2f}", f"{intensity(any_row):.1f}"]
-        lines.append(" | ".join(cells + [_cell(found.get(name), TARGETS[name]) for name in targets]))
+        lines.append(" | ".join(cells + [_cell(found.get(name), TARGETS[name]) for name in TARGETS]))
     return "\n".join(f"| {line} |" for line in lines)
 
 
@@ -96,13 +96,10 @@ def finished() -> list[str]:
     return [op for op in OPS if f"<!-- {op} -->" in page]
 
 
-def written(op: str, targets: Iterable[str]) -> str:
-    """An op's table as the page has it, with the columns of some targets alone."""
+def written(op: str) -> str:
+    """An op's table as the page has it."""
     page = PAGE.read_text(encoding="utf-8")
-    lines = page.partition(f"<!-- {op} -->\n")[2].partition("\n<!-- end")[0].splitlines()
-    cells = [line.strip("| ").split(" | ") for line in lines]
-    kept = [i for i, name in enumerate(cells[0]) if name not in TARGETS or name in targets]
-    return "\n".join(f"| {' | '.join(row[i] for i in kept)} |" for row in cells)
+    return page.partition(f"<!-- {op} -->\n")[2].partition("\n<!-- end")[0]
 
 
 def write(tables: dict[str, str]) -> None:
