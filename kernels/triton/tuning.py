@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -91,16 +92,25 @@ def cache_file() -> Path:
 @cache
 def measured(device: torch.device) -> dict[str, int]:
     """Choices that were measured on a GPU of this kind, by `Space.entry`; none where nobody has."""
-    if device.type != "cuda" or not (file := cache_file()).exists():
+    return _known().get(torch.cuda.get_device_name(device), {}) if device.type == "cuda" else {}
+
+
+def _known() -> dict[str, dict[str, int]]:
+    """All choices that were measured, by GPU; none, and a warning, of a file that cannot be read: defaults are right."""
+    try:
+        found: dict[str, dict[str, int]] = json.loads(cache_file().read_text())
+    except FileNotFoundError:
         return {}
-    found: dict[str, dict[str, int]] = json.loads(file.read_text())
-    return found.get(torch.cuda.get_device_name(device), {})
+    except (OSError, ValueError) as error:
+        warnings.warn(f"{cache_file()}: choices of tiles are not used: {error}; remove it", stacklevel=2)
+        return {}
+    return found
 
 
 def remember(device: torch.device, choices: Mapping[str, int]) -> Path:
     """Write down choices, beside what is there; returns the file."""
     file = cache_file()
-    everything = json.loads(file.read_text()) if file.exists() else {}
+    everything = _known()
     everything.setdefault(torch.cuda.get_device_name(device), {}).update(choices)
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{os.getpid()}.part")
