@@ -96,7 +96,7 @@ def measured(device: torch.device) -> dict[str, int]:
 
 
 def _known() -> dict[str, dict[str, int]]:
-    """All choices that were measured, by GPU; none, and a warning, of a file that cannot be read: defaults are right."""
+    """All choices that were measured, by GPU; none, and a warning, of a file that cannot be read."""
     try:
         found: dict[str, dict[str, int]] = json.loads(cache_file().read_text())
     except FileNotFoundError:
