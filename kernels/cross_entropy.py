@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from headway.kernels.fused import fused
 from headway.kernels.precision import product_dtype
 from headway.kernels.soft_targets import Lesson, Soft, SoftRowLoss, Teacher, soft_row_loss
 
@@ -118,8 +119,12 @@ def row_loss(
     every row the first two together, [N].
 
     With `gradients`, the gradient of their sum by the logits takes the logits' place in memory. Written to be fused
-    by the compiler, and with few passes over memory where it is not compiled.
+    by the compiler, and with few passes over memory where it is not compiled; on GPUs a Triton kernel makes two.
     """
+    if fused(logits_NV):
+        from headway.kernels.triton import cross_entropy as fast
+
+        return fast.row_loss(logits_NV, labels_N, z_loss, gradients, smoothing, accuracy)
     wide = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     valid = (labels_N != IGNORE).unsqueeze(1)
     target = torch.where(valid, labels_N.unsqueeze(1), 0)

@@ -107,5 +107,5 @@ def _unbound(weights: Weights, dtype: torch.dtype) -> list[Weights]:
 def _mlp(x: Tensor, weights: Weights, activation: str, product: Callable[..., Tensor]) -> Tensor:
     up, down, gate, up_bias, down_bias, gate_bias = weights
     h = product(x, up, up_bias)
-    h = glu.PLAIN[activation](h) if gate is None else glu.GATED[activation](product(x, gate, gate_bias), h)
+    h = glu.PLAIN[activation](h) if gate is None else glu.gated(activation, product(x, gate, gate_bias), h)
     return product(h, down, down_bias)

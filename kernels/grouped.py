@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headway.kernels.fused import fused
+
 _ALIGNED = 16  # bytes: torch's grouped product takes strides that are multiples of it
 _CACHED = 1 << 16  # elements
 
@@ -27,10 +29,29 @@ def linear(x_RE: Tensor, w_XFE: Tensor, bias_XF: Tensor | None, ends_X: Tensor) 
     Returns:
         [R, F]. A group without rows has a zero gradient.
     """
+    if fused(x_RE, w_XFE, bias_XF) and not _natively(x_RE, w_XFE):
+        from headway.kernels.triton import grouped as fast
+
+        return fast.linear(x_RE, w_XFE, bias_XF, ends_X)
     if x_RE.device.type == "cuda":
         return native(x_RE, w_XFE, bias_XF, ends_X)
     out: Tensor = _linear(x_RE, w_XFE, bias_XF, ends_X)
     return out
+
+
+def rule(x: Tensor, *widths: int) -> str | None:
+    """What forbids `linear` of rows like x and of these widths; None if nothing does."""
+    if x.device.type != "cuda" or fused(x):
+        return None
+    return native_rule(x.dtype, *widths)
+
+
+def _natively(x_RE: Tensor, w_XFE: Tensor) -> bool:
+    """Whether torch's grouped product is the better one: in bf16 on GPUs since sm_90, which have a kernel for it."""
+    if x_RE.device.type != "cuda" or x_RE.dtype != torch.bfloat16 or torch.version.hip:
+        return False
+    modern = torch.cuda.get_device_capability(x_RE.device) >= (9, 0)
+    return modern and native_rule(x_RE.dtype, *w_XFE.shape[1:]) is None
 
 
 def native_rule(dtype: torch.dtype, *widths: int) -> str | None:
@@ -124,6 +145,10 @@ _linear.register_autograd(_linear_autograd, setup_context=_linear_setup)
 
 def take_rows(x_NE: Tensor, token_R: Tensor) -> Tensor:
     """x[token], [R, E]."""
+    if fused(x_NE):
+        from headway.kernels.triton import experts as fast
+
+        return fast.take_rows(x_NE, token_R, fast.copies(token_R, len(x_NE)))
     out: Tensor = _Take.apply(x_NE, token_R)
     return out
 
@@ -142,11 +167,8 @@ class _Take(torch.autograd.Function):
         return combine_rows(g_RE, ones_R, token_R, ctx.count), None
 
 
-@torch.library.custom_op("headway::combine_rows", mutates_args=())
 def combine_rows(y_RE: Tensor, weight_R: Tensor, token_R: Tensor, count: int) -> Tensor:
-    """Weighted sum of the rows of every token, added in the order of rows on CPU.
-
-    An operator of its own because compiled code would add rows by atomics, in any order.
+    """Weighted sum of the rows of every token, added in the order of rows on CPU, and on GPUs that have Triton.
 
     Args:
         weight_R: fp32 or wider; sums are of its dtype.
@@ -155,13 +177,26 @@ def combine_rows(y_RE: Tensor, weight_R: Tensor, token_R: Tensor, count: int) ->
     Returns:
         [count, E] in the dtype of y; zeros for tokens without rows.
     """
+    if fused(y_RE, weight_R):
+        from headway.kernels.triton import experts as fast
+
+        return fast.combine_rows(y_RE, weight_R, token_R, fast.copies(token_R, count))
+    out: Tensor = _combine_rows(y_RE, weight_R, token_R, count)
+    return out
+
+
+# An operator of its own because compiled code would add rows by atomics, in any order.
+
+
+@torch.library.custom_op("headway::combine_rows", mutates_args=())
+def _combine_rows(y_RE: Tensor, weight_R: Tensor, token_R: Tensor, count: int) -> Tensor:
     out_NE = weight_R.new_zeros(count, y_RE.shape[1])
     for rows in _chunks(y_RE):
         out_NE.index_add_(0, token_R[rows], y_RE[rows] * weight_R[rows, None])
     return out_NE.to(y_RE.dtype)
 
 
-@combine_rows.register_fake
+@_combine_rows.register_fake
 def _(y_RE, weight_R, token_R, count):
     return y_RE.new_empty(count, y_RE.shape[1])
 
@@ -191,7 +226,7 @@ def _chunks(y_RE: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-combine_rows.register_autograd(
+_combine_rows.register_autograd(
     lambda ctx, g_NE: (*_combine_rows_backward(g_NE, *ctx.saved_tensors), None, None),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3]),
 )

@@ -1,4 +1,7 @@
-"""LayerNorm (Ba et al. 2016) and RMSNorm (Zhang and Sennrich 2019), statistics in fp32 or wider."""
+"""LayerNorm (Ba et al. 2016) and RMSNorm (Zhang and Sennrich 2019), statistics in fp32 or wider.
+
+Compiled blocks fuse them with what is around them; elsewhere on GPUs a Triton kernel does, with the residual sum.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headway.kernels.fused import fused
+
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dim; [..., E] -> [..., E].
 
-    Computed in fp32 (fp64 for fp64) whatever the dtypes are; returns that wide dtype, and the caller narrows.
+    Computed in fp32 (fp64 for fp64) whatever the dtypes are; returns that wide dtype.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     return F.layer_norm(
@@ -26,6 +31,30 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         normed: Tensor = _RMSNorm.apply(x, weight, eps)
         return normed
     return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def of_sum(
+    x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, *, centred: bool
+) -> tuple[Tensor, Tensor]:
+    """The norm of x + added, and that sum: the residual stream, both in its dtype.
+
+    Args:
+        x: the stream, [..., E], at least as wide as `added`; without `added` the sum is x itself.
+        weight, bias: [E]; a bias if `centred` alone.
+        centred: LayerNorm, else RMSNorm.
+    """
+    keeps = added is None or torch.promote_types(x.dtype, added.dtype) == x.dtype
+    if keeps and x.shape[-1] <= WIDEST and fused(x, added, weight, bias):
+        from headway.kernels.triton import norm as fast
+
+        return fast.norm(x, weight, bias, eps=eps, centred=centred, residual=added)
+    total = x if added is None else x + added
+    normed = layer_norm(total, weight, bias, eps) if centred else rms_norm(total, weight, eps)
+    return normed.to(total.dtype), total
+
+
+WIDEST = 32768
+"""E at most that a program of Triton's kernel holds in registers."""
 
 
 class _RMSNorm(torch.autograd.Function):

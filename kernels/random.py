@@ -172,19 +172,6 @@ def _lanes_on_host(least: int, *given: Any) -> Tensor:
     return lanes
 
 
-def dropout(x: Tensor, p: float, key: Tensor, coordinates: Coordinates) -> Tensor:
-    """Zero elements of x with chance p and scale the others, by a mask that depends on coordinates alone.
-
-    Args:
-        x: [..., width].
-        p: chance, rounded to a multiple of 2^-16; the scale uses the rounded value, so the mean is kept.
-        key, coordinates: see `keep`. Hidden states [B, S, E] use (slot [B, 1], position [1, S], 0);
-            attention weights [B, H, Q, K] use (slot [B, 1, 1], head [1, H, 1], query position [1, 1, Q]).
-    """
-    kept = keep(key, p, coordinates, x.shape[-1])
-    return torch.where(kept, x * kept_scale(p), 0)
-
-
 def kept_scale(p: float) -> float:
     """What kept elements are multiplied by: one over the chance, as rounded, of being kept."""
     return 1 / (1 - threshold(p) / 65536)

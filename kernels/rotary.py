@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from headway.kernels.fused import fused
+
 
 class Rotation(NamedTuple):
     """Cosine and sine of every position's angles, fp32 (fp64 for fp64) [S, D/2] or [B, S, D/2]."""
@@ -111,3 +113,13 @@ def rotate(x: Tensor, turn: Rotation) -> Tensor:
     cos, sin = (t if t.dim() == 2 else t.unsqueeze(1) for t in turn)
     first, second = x.chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+
+
+def rotate_both(q: Tensor, k: Tensor, turn: Rotation) -> tuple[Tensor, Tensor]:
+    """`rotate` of queries and of keys, in one launch on GPUs; either may be at the first places of `turn` alone."""
+    if fused(q, k, *turn):
+        from headway.kernels.triton import rotary as fast
+
+        return fast.rotate(q, k, turn)
+    first, second = (rotate(x, Rotation(*(t[..., : x.shape[2], :] for t in turn))) for x in (q, k))
+    return first, second

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from headway.kernels.fused import fused
 from headway.kernels.precision import product_dtype
 
 DIVERGENCES = ("forward", "reverse", "js")
@@ -91,7 +92,8 @@ def soft_row_loss(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The sum of τ² D over rows, that of every row [N], and with `gradients` the gradient of weight x sum, [N, V].
 
-    In fp32, in fp64 for fp64 logits; logits are left as they are.
+    In fp32, in fp64 for fp64 logits; logits are left as they are. By Triton's kernels, on GPUs, the gradient has the
+    dtype of the teacher's logits and takes their place, or that of the student's where the teacher is k words.
 
     Where the k words have all of a teacher's mass, "any other" is given the dtype's epsilon, below which 1 - sum p has
     no digit that holds: the reverse divergence is then large instead of infinite.
@@ -102,6 +104,11 @@ def soft_row_loss(
         total: (x, "sum" or "max") -> that over all ranks, where each has some words.
         first: words [first, first + V) are this rank's.
     """
+    said = teacher.values_Nk if isinstance(teacher, TopTeacher) else teacher
+    if fused(logits_NV, said):
+        from headway.kernels.triton import soft_targets as fast
+
+        return fast.soft_row_loss(logits_NV, teacher, valid_N, soft, gradients, total, first)
     dtype = torch.promote_types(logits_NV.dtype, torch.float32)
     scaled_NV = logits_NV.to(dtype) / soft.temperature
     scale_N1 = valid_N.unsqueeze(1).to(dtype) * (soft.temperature * soft.weight)

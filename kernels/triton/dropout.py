@@ -52,7 +52,7 @@ def dropout(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """residual + random.dropout(x + bias, p, key, coordinates), computed in fp32.
+    """residual + dropout(x + bias), computed in fp32: what `kernels.dropout` computes.
 
     Args:
         x: [B, S, E].

@@ -22,12 +22,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from headway.kernels.norm import WIDEST
 from headway.kernels.triton.numbers import narrowed
 from headway.kernels.triton.targets import TARGETS
 from headway.kernels.triton.tuning import Config, Space
 
-WIDEST = 32768
-"""E at most: a row is held in registers."""
 STRIPS = 256
 """Programs of a backward, each with a strip of rows; the same on every GPU, so that sums are."""
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from headway.kernels.cross_entropy import IGNORE, RowLoss
+from headway.kernels.fused import fused
 from headway.kernels.soft_targets import Soft, SoftRowLoss, TopTeacher, soft_row_loss
 from headway.parallel.tensor.collectives import total
 
@@ -19,6 +20,9 @@ def row_loss_over(first: int, vocabulary: int, group: str) -> RowLoss:
     Three reductions of numbers a row: the largest logit, then sums, and with `accuracy` the place of the largest.
     """
 
+    def over_ranks(x: Tensor, op: str) -> Tensor:
+        return total(x, group, op)
+
     def compute(
         logits_NV: Tensor,
         labels_N: Tensor,
@@ -27,6 +31,11 @@ def row_loss_over(first: int, vocabulary: int, group: str) -> RowLoss:
         smoothing: float = 0.0,
         accuracy: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if fused(logits_NV):
+            from headway.kernels.triton import cross_entropy as fast
+
+            each = fast.row_loss_over(first, vocabulary, over_ranks)
+            return each(logits_NV, labels_N, z_loss, gradients, smoothing, accuracy)
         wide = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
         valid = (labels_N != IGNORE).unsqueeze(1)
         here = labels_N.unsqueeze(1) - first

@@ -19,7 +19,7 @@ from headway.kernels.attention.registry import Mechanism, Shape, mechanism
 from headway.kernels.attention.reinforce import Drawn
 from headway.kernels.attention.scores import Extras
 from headway.kernels.attention.slopes import Bias, Slopes, part_of
-from headway.kernels.rotary import Rotation, rotate
+from headway.kernels.rotary import Rotation, rotate_both
 from headway.pretrain import config
 from headway.pretrain.errors import JobError
 from headway.pretrain.models.layers import Dropout, Noise, RMSNorm, build_linear, narrowed
@@ -281,8 +281,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q_BHSD, k_BKMD = self.q_norm(q_BHSD), self.k_norm(k_BKMD)
         if turn is not None:
-            asking = turn if queries is None else Rotation(*(t[..., :queries, :] for t in turn))
-            q_BHSD, k_BKMD = rotate(q_BHSD, asking), rotate(k_BKMD, turn)
+            q_BHSD, k_BKMD = rotate_both(q_BHSD, k_BKMD, turn)
         dropout, own = self._weight_dropout(noise, x_BSE.shape[1]), self._own(x_BSE, noise)
         entropy = choice = shown = None
         if self.baseline is not None and noise is not None:

@@ -23,6 +23,7 @@ from headway.pretrain.models.layers import (
     build_linear,
     build_norm,
     narrowed,
+    summed,
 )
 from headway.pretrain.models.seat import Seat
 
@@ -61,7 +62,7 @@ class FeedForward(nn.Module):
         self.mlp_norm = build_norm(model)
 
     def forward(self, x_BSI: Tensor) -> Tensor:
-        normed: Tensor = self.mlp_norm(x_BSI + self.mlp(x_BSI))
+        normed: Tensor = summed(self.mlp_norm, x_BSI, self.mlp(x_BSI)).normed
         return normed
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from headway.kernels import glu, norm, random
+from headway.kernels.dropout import dropout
 from headway.kernels.precision import product_dtype
 from headway.pretrain import config
 from headway.pretrain.models.spectral import SpectralLinear
@@ -74,8 +75,15 @@ class Embedding(nn.Embedding):
     def reset_parameters(self) -> None: ...
 
 
+class Summed(NamedTuple):
+    """A residual stream with what a sub-layer adds, `total`, and what a norm makes of it."""
+
+    normed: Tensor
+    total: Tensor
+
+
 class LayerNorm(nn.Module):
-    """LayerNorm with statistics in fp32 or wider; returns the input's dtype."""
+    """LayerNorm with statistics in fp32 or wider; returns the input's dtype. See `summed`."""
 
     def __init__(self, size: int, eps: float, bias: bool) -> None:
         super().__init__()
@@ -83,20 +91,22 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size))
         self.bias = nn.Parameter(torch.empty(size)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return norm.layer_norm(x, self.weight, self.bias, self.eps).to(x.dtype)
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor | Summed:
+        found = Summed(*norm.of_sum(x, added, self.weight, self.bias, self.eps, centred=True))
+        return found.normed if added is None else found
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm with statistics in fp32 or wider; returns the input's dtype."""
+    """RMSNorm with statistics in fp32 or wider; returns the input's dtype. See `summed`."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return norm.rms_norm(x, self.weight, self.eps).to(x.dtype)
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor | Summed:
+        found = Summed(*norm.of_sum(x, added, self.weight, None, self.eps, centred=False))
+        return found.normed if added is None else found
 
 
 class Affine(nn.Module):
@@ -126,6 +136,15 @@ def build_norm(model: config.Model, size: int | None = None) -> nn.Module:
     )
 
 
+def summed(layer: nn.Module, x: Tensor, added: Tensor | None) -> Summed:
+    """The norm `layer` of x + added and that sum, in one pass over memory where there is a kernel for it."""
+    if added is not None and isinstance(layer, LayerNorm | RMSNorm):
+        found: Summed = layer(x, added)
+        return found
+    total = x if added is None else x + added
+    return Summed(layer(total), total)
+
+
 class Dropout(nn.Module):
     """Dropout by global coordinates; the identity where p is 0 or no noise is given.
 
@@ -144,11 +163,16 @@ class Dropout(nn.Module):
         """Key of this module at this step: both are hashes, so their xor names the pair."""
         return noise.key ^ self.salt
 
-    def forward(self, x_BSE: Tensor, noise: Noise | None) -> Tensor:
+    def drops(self, noise: Noise | None) -> bool:
+        """Whether it is anything but the identity."""
+        return noise is not None and self.p > 0
+
+    def forward(self, x_BSE: Tensor, noise: Noise | None, residual_BSE: Tensor | None = None) -> Tensor:
+        """`residual_BSE`: is added to what stays."""
         if noise is None or self.p == 0:
-            return x_BSE
+            return x_BSE if residual_BSE is None else residual_BSE + x_BSE
         coordinates = (noise.slots_B[:, None], noise.places(x_BSE.shape[1])[None], 0)
-        return random.dropout(x_BSE, self.p, self.key(noise), coordinates)
+        return dropout(x_BSE, self.p, self.key(noise), coordinates, residual_BSE)
 
 
 class StochasticDepth(nn.Module):
@@ -186,7 +210,7 @@ class MLP(nn.Module):
     def forward(self, x_BSE: Tensor) -> Tensor:
         x_BSE = narrowed(x_BSE)
         if self.gate is not None:
-            h_BSF = glu.GATED[self.activation](self.gate(x_BSE), self.up(x_BSE))
+            h_BSF = glu.gated(self.activation, self.gate(x_BSE), self.up(x_BSE))
         else:
             h_BSF = glu.PLAIN[self.activation](self.up(x_BSE))
         down: Tensor = self.down(h_BSF)

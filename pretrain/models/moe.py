@@ -66,9 +66,7 @@ class Dispatcher(nn.Module):
 
     def choose(self, x_NE: Tensor, weights: Weights) -> str:
         """Name of the kernel for these tensors."""
-        rule = None
-        if x_NE.device.type == "cuda":
-            rule = grouped.native_rule(x_NE.dtype, *weights.up_XFE.shape[1:])
+        rule = grouped.rule(x_NE, *weights.up_XFE.shape[1:])
         fallback = "batched" if self.bounded else "reference"
         if self.request == "grouped" and rule:
             raise JobError("model.experts.kernel", self.request, rule, fallback)

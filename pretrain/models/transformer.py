@@ -19,7 +19,15 @@ from headway.pretrain import config
 from headway.pretrain.models.attention import Attention, Beside
 from headway.pretrain.models.bottleneck import Bottleneck, inside
 from headway.pretrain.models.columns import Columns
-from headway.pretrain.models.layers import MLP, Dropout, Noise, StochasticDepth, build_norm
+from headway.pretrain.models.layers import (
+    MLP,
+    Dropout,
+    Noise,
+    StochasticDepth,
+    Summed,
+    build_norm,
+    summed,
+)
 from headway.pretrain.models.mixers import build_mixer
 from headway.pretrain.models.moe import MoE
 from headway.pretrain.models.positions import LinearBias, RelativeBias, RotaryPositions, stretch_of
@@ -100,11 +108,13 @@ class Block(nn.Module):
         Where the context asks for fewer `outputs`, S is their number: every place is still a key and a value.
         """
         side: Side = {}
-        before_BSE = x_BSE
-        x_BSE = self._attend(x_BSE, context, side)
-        if context.memory_BME is not None:
-            x_BSE = self._attend_to_encoder(x_BSE, context, side)
-        return self._tapped(before_BSE, self._feed_forward(x_BSE, context, side), context, side)
+        inputs = self.attention_norm(x_BSE) if self.pre else x_BSE
+        across = context.memory_BME is not None
+        after = self.cross_norm if across else self.mlp_norm
+        stream = self._attend(x_BSE, inputs, context, side, after)
+        if across:
+            stream = self._attend_to_encoder(stream, context, side, self.mlp_norm)
+        return self._tapped(x_BSE, self._feed_forward(stream, context, side), context, side)
 
     def _tapped(self, before_BSE: Tensor, x_BSE: Tensor, context: Context, side: Side) -> tuple[Tensor, Side]:
         """What the block gives, when a tap has seen it."""
@@ -113,22 +123,29 @@ class Block(nn.Module):
         return x_BSE, side
 
     def _attend(
-        self, x_BSE: Tensor, context: Context, side: Side, inputs: Tensor | None = None, **others: Tensor
-    ) -> Tensor:
-        """`inputs`: what attention reads where it is not the stream; `others`: what it reads beside."""
-        noise = context.noise
-        if inputs is None:
-            inputs = self.attention_norm(x_BSE) if self.pre else x_BSE
-        added, beside = self.attention(
-            inputs, context.mask, context.turn, noise, context.bias_HSS, queries=context.outputs, **others
-        )
-        x_BSE = x_BSE[:, : context.outputs]
+        self,
+        x_BSE: Tensor,
+        inputs: Tensor,
+        context: Context,
+        side: Side,
+        after: nn.Module,
+        **others: Tensor,
+    ) -> Summed:
+        """What attention makes of the stream, and what the next sub-layer reads.
+
+        Args:
+            inputs: what attention reads; `others`: what it reads beside.
+            after: the next sub-layer's norm, for pre-norm.
+        """
+        outputs = context.outputs
+        given = inputs, context.mask, context.turn, context.noise, context.bias_HSS
+        added, beside = self.attention(*given, queries=outputs, **others)
+        x_BSE = x_BSE[:, :outputs]
         self._note(beside, context, side)
         span = self.attention.mean_span() if isinstance(self.attention, Attention) else None
         if span is not None:
             side["attention_span"] = span.expand(len(x_BSE))
-        added = self._finish("attention", added, self.attention_scale, self.attention_dropout, noise)
-        return x_BSE + added if self.pre else self.attention_norm(x_BSE + added)
+        return self._joined("attention", x_BSE, added, context.noise, after)
 
     def _note(self, beside: Beside | None, context: Context, side: Side, across: bool = False) -> None:
         """Put what attention gives beside where the loss and the records find it."""
@@ -141,34 +158,42 @@ class Block(nn.Module):
         if beside.shown is not None and self.tap is not None:
             side.update(self.tap.attention(beside.shown, context.taught, across))
 
-    def _attend_to_encoder(self, x_BSE: Tensor, context: Context, side: Side) -> Tensor:
-        inputs = self.cross_norm(x_BSE) if self.pre else x_BSE
+    def _attend_to_encoder(self, stream: Summed, context: Context, side: Side, after: nn.Module) -> Summed:
         mask, noise = context.memory_mask, context.noise
-        added, beside = self.cross(inputs, mask, None, noise, memory_BME=context.memory_BME)
+        added, beside = self.cross(stream.normed, mask, None, noise, memory_BME=context.memory_BME)
         self._note(beside, context, side, across=True)
-        added = self.cross_dropout(added, noise)
-        return x_BSE + added if self.pre else self.cross_norm(x_BSE + added)
+        return self._joined("cross", stream.total, added, noise, after)
 
-    def _feed_forward(self, x_BSE: Tensor, context: Context, side: Side) -> Tensor:
-        inputs = self.mlp_norm(x_BSE) if self.pre else x_BSE
+    def _feed_forward(self, stream: Summed, context: Context, side: Side) -> Tensor:
+        """The stream after the feed-forward layer or experts."""
         if isinstance(self.mlp, MoE):
             documents, split = context.mask.documents, context.mask.split
             valid_BS = None if documents is None else documents >= 0
-            added, routed = self.mlp(inputs, context.noise, valid_BS, split and split[0])
+            added, routed = self.mlp(stream.normed, context.noise, valid_BS, split and split[0])
             side.update(routed)
         else:
-            added = self.mlp(inputs)
-        added = self._finish("mlp", added, self.mlp_scale, self.mlp_dropout, context.noise)
-        return x_BSE + added if self.pre else self.mlp_norm(x_BSE + added)
+            added = self.mlp(stream.normed)
+        return self._joined("mlp", stream.total, added, context.noise, None).total
 
-    def _finish(
-        self, name: str, added: Tensor, scale: Tensor | None, dropout: Dropout, noise: Noise | None
-    ) -> Tensor:
-        """Layer scale, dropout and stochastic depth of what a sub-layer adds."""
+    def _joined(
+        self, name: str, x_BSE: Tensor, added: Tensor, noise: Noise | None, after: nn.Module | None
+    ) -> Summed:
+        """The stream when a sub-layer's output was added, with layer scale, dropout and stochastic depth, and what the
+        next sub-layer reads: of pre-norm what its norm `after` gives, of post-norm the normed stream itself."""
+        scale, dropout = getattr(self, f"{name}_scale", None), getattr(self, f"{name}_dropout")
         if scale is not None:
             added = added * scale
-        added = dropout(added, noise)
-        return added if self.depth is None else self.depth[name](added, noise)
+        total: Tensor | None = None
+        if self.depth is not None and name in self.depth:
+            added = self.depth[name](dropout(added, noise), noise)
+        elif dropout.drops(noise):
+            total = dropout(added, noise, x_BSE)
+        norm = after if self.pre else getattr(self, f"{name}_norm")
+        if norm is None:
+            total = x_BSE + added if total is None else total
+            return Summed(total, total)
+        found = summed(norm, x_BSE, added) if total is None else summed(norm, total, None)
+        return found if self.pre else Summed(found.normed, found.normed)
 
 
 class BottleneckBlock(Block):
@@ -183,10 +208,10 @@ class BottleneckBlock(Block):
     def forward(self, x_BSE: Tensor, context: Context) -> tuple[Tensor, Side]:
         side: Side = {}
         inner, inputs, others = self.bottleneck.enter(x_BSE)
-        inner = self._attend(inner, context, side, inputs, **others)
+        stream = self._attend(inner, inputs, context, side, self.mlp_norm, **others)
         for ffn in self.bottleneck.ffns:
-            inner = ffn(inner)
-        inner = self._feed_forward(inner, context, side)
+            stream = Summed(*[ffn(stream.total)] * 2)
+        inner = self._feed_forward(stream, context, side)
         outside = self.bottleneck.leave(inner, x_BSE[:, : context.outputs], context.noise)
         return self._tapped(x_BSE, outside, context, side)
 

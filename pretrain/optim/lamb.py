@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from headway.kernels.fused import fused
 from headway.pretrain.optim.norms import whole_square_sums
-from headway.pretrain.optim.sharded import local, reduced
+from headway.pretrain.optim.sharded import axes, local, reduced, summed
 
 
 class Lamb(torch.optim.Optimizer):
@@ -25,7 +25,8 @@ class Lamb(torch.optim.Optimizer):
     whole, wherever its parts are; a stack of experts is one.
 
     The norms of all parameters are summed over ranks together, by one all-reduce for each distinct mesh and
-    way of spreading. Between moments and that all-reduce, a step holds one more tensor for each parameter.
+    way of spreading. Between moments and that all-reduce, a step holds one more tensor for each parameter, but for
+    Triton's kernels on GPUs, which compute it twice.
 
     Args:
         params: parameters, plain, named or in groups.
@@ -56,46 +57,25 @@ class Lamb(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         moves = [self._move(group) for group in self.param_groups]
-        adapted = [move for move in moves if move.adapt]
-        likes = [p for move in adapted for p in move.params]
-        weights = [w for move in adapted for w in move.weights]
-        updates = [u for move in adapted for u in move.updates]
-        squares = whole_square_sums(weights + updates, likes + likes)
-        ratios = iter(map(_trust_ratio, squares[: len(likes)], squares[len(likes) :]))
-        for move in moves:
-            if not move.adapt:
-                torch._foreach_add_(move.weights, move.updates, alpha=-move.lr)
-                continue
-            for weight, update in zip(move.weights, move.updates, strict=True):
-                weight.addcmul_(update, next(ratios).to(update.dtype), value=-move.lr)
+        if any(move.params for move in moves):
+            (_by_triton if all(move.fused for move in moves) else _by_torch)(moves)
         return loss
 
     def _move(self, group: dict[str, Any]) -> _Move:
-        """Take the gradients of a group into its moments; its updates before any ratio."""
+        """What a group's step is made of; counts the step."""
         params = [p for p in group["params"] if p.grad is not None]
         states = [self._state(p) for p in params]
-        gradients = [local(g) for g in reduced(p.grad for p in params)]
-        means = [local(s["exp_avg"]) for s in states]
-        squares = [local(s["exp_avg_sq"]) for s in states]
-        weights = [local(p) for p in params]
-        beta1, beta2 = group["betas"]
         for state in states:
             state["step"] += 1
-        steps = [float(state["step"]) for state in states]
-        move = _Move(float(group["lr"]), group["adapt"], params, weights, [])
-        if not params:
-            return move
-        torch._foreach_lerp_(means, gradients, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
-        roots = torch._foreach_sqrt(squares)
-        torch._foreach_div_(roots, [math.sqrt(1 - beta2**t) for t in steps])
-        torch._foreach_add_(roots, group["eps"])
-        move.updates = list(torch._foreach_div(means, [1 - beta1**t for t in steps]))
-        torch._foreach_div_(move.updates, roots)
-        if group["weight_decay"]:
-            torch._foreach_add_(move.updates, weights, alpha=group["weight_decay"])
-        return move
+        return _Move(
+            group,
+            params,
+            weights=[local(p) for p in params],
+            gradients=[local(g) for g in reduced(p.grad for p in params)],
+            means=[local(s["exp_avg"]) for s in states],
+            squares=[local(s["exp_avg_sq"]) for s in states],
+            steps=[s["step"] for s in states],
+        )
 
     def _state(self, p: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[p]
@@ -106,15 +86,81 @@ class Lamb(torch.optim.Optimizer):
         return state
 
 
-@dataclass
-class _Move:
-    """What one group is about to do: local parts of its weights, and of what they are moved by."""
+class _Move(NamedTuple):
+    """What one group is about to do: its settings, parameters, and local parts of all that a step reads."""
 
-    lr: float
-    adapt: bool
+    group: dict[str, Any]
     params: list[Tensor]
     weights: list[Tensor]
-    updates: list[Tensor]
+    gradients: list[Tensor]
+    means: list[Tensor]
+    squares: list[Tensor]
+    steps: list[Tensor]
+
+    @property
+    def fused(self) -> bool:
+        """Whether Triton's kernels take it: lists of one dtype each, on a GPU."""
+        lists = self.weights, self.gradients, self.means, self.squares
+        alike = all(len({x.dtype for x in tensors}) <= 1 for tensors in lists)
+        return alike and all(x.is_contiguous() and fused(x) for tensors in lists for x in tensors)
+
+
+def _by_torch(moves: list[_Move]) -> None:
+    """The step by PyTorch's operators on lists."""
+    found = [(move, _updates(move)) for move in moves]
+    adapted = [(move, updates) for move, updates in found if move.group["adapt"]]
+    likes = [p for move, _ in adapted for p in move.params]
+    weights = [w for move, _ in adapted for w in move.weights]
+    every = [u for _, updates in adapted for u in updates]
+    squares = whole_square_sums(weights + every, likes + likes)
+    ratios = iter(map(_trust_ratio, squares[: len(likes)], squares[len(likes) :]))
+    for move, updates in found:
+        rate = -float(move.group["lr"])
+        if not move.group["adapt"]:
+            torch._foreach_add_(move.weights, updates, alpha=rate)
+            continue
+        for weight, update in zip(move.weights, updates, strict=True):
+            weight.addcmul_(update, next(ratios).to(update.dtype), value=rate)
+
+
+def _updates(move: _Move) -> list[Tensor]:
+    """Takes a group's gradients into its moments; its updates before any ratio."""
+    if not move.params:
+        return []
+    group, steps = move.group, [float(step) for step in move.steps]
+    beta1, beta2 = group["betas"]
+    torch._foreach_lerp_(move.means, move.gradients, 1 - beta1)
+    torch._foreach_mul_(move.squares, beta2)
+    torch._foreach_addcmul_(move.squares, move.gradients, move.gradients, value=1 - beta2)
+    roots = torch._foreach_sqrt(move.squares)
+    torch._foreach_div_(roots, [math.sqrt(1 - beta2**t) for t in steps])
+    torch._foreach_add_(roots, group["eps"])
+    updates = list(torch._foreach_div(move.means, [1 - beta1**t for t in steps]))
+    torch._foreach_div_(updates, roots)
+    if group["weight_decay"]:
+        torch._foreach_add_(updates, move.weights, alpha=group["weight_decay"])
+    return updates
+
+
+def _by_triton(moves: list[_Move]) -> None:
+    """The step by three launches a group, in 40 bytes an element instead of 108; no updates are kept."""
+    from headway.kernels.triton import lamb as fast
+
+    def settings(move: _Move) -> dict[str, Any]:
+        beta1, beta2 = move.group["betas"]
+        return {"beta1": beta1, "beta2": beta2} | {k: move.group[k] for k in ("weight_decay", "eps")}
+
+    own = [
+        fast.lamb_squares(m.weights, m.gradients, m.means, m.squares, m.steps, **settings(m)) for m in moves
+    ]
+    adapted = [(m, squares) for m, squares in zip(moves, own, strict=True) if m.group["adapt"]]
+    parts = [square_2.double() for _, squares_T2 in adapted for square_2 in squares_T2]
+    whole = iter(summed(parts, [axes(p) for m, _ in adapted for p in m.params]))
+    for m in moves:
+        ratios = (
+            torch.stack([next(whole) for _ in m.params]).float() if m.group["adapt"] and m.params else None
+        )
+        fast.lamb_step(m.weights, m.means, m.squares, m.steps, ratios, lr=float(m.group["lr"]), **settings(m))
 
 
 def _trust_ratio(weight_square: Tensor, update_square: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headway.kernels.fused import fused
 from headway.pretrain.optim.sharded import local, reduced, share, whole
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -20,6 +21,11 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 CHUNK = 1 << 26
 """Elements that are orthogonalised at once; bounds the memory of stacked copies to a few times this."""
+
+
+FUSED_FROM = 256
+"""m from which Triton's kernels, which compute half of the symmetric products, are for; below, PyTorch's batched products
+are as good, and in fp32."""
 
 
 def orthogonalise(x_bmn: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
@@ -33,6 +39,10 @@ def orthogonalise(x_bmn: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
         steps: iterations.
         eps: least norm, so that zero stays zero.
     """
+    if x_bmn.shape[1] >= FUSED_FROM and x_bmn.dtype in (torch.bfloat16, torch.float16) and fused(x_bmn):
+        from headway.kernels.triton import muon as fast
+
+        return fast.orthogonalise(x_bmn, COEFFICIENTS, steps, eps)
     a, b, c = COEFFICIENTS
     norm_dtype = torch.promote_types(x_bmn.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x_bmn, dim=(1, 2), keepdim=True, dtype=norm_dtype)

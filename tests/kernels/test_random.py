@@ -124,25 +124,3 @@ def test_slices_have_the_bits_of_the_whole(rows, columns):
     mask = random.keep(torch.tensor(key), 0.5, (torch.arange(7), 0, 0), 13)
     part = random.keep(torch.tensor(key), 0.5, (torch.arange(*rows), 0, 0), columns[1], columns[0])
     assert torch.equal(part, mask[slice(*rows), slice(*columns)])
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_dropout_keeps_the_mean(p):
-    key, n = torch.tensor(random.key(0, "d")), 8 * 64 * 515
-    coordinates = (torch.arange(8)[:, None], torch.arange(64)[None], 0)
-    y = random.dropout(torch.ones(8, 64, 515), p, key, coordinates)
-    kept = (y != 0).double().mean()
-    # 5 deviations of a binomial share, and the rounding of p to 2^-16.
-    assert abs(kept - (1 - p)) < 5 * math.sqrt(p * (1 - p) / n) + 2**-16
-    assert y.max().item() == pytest.approx(1 / (1 - p), rel=2e-4)
-
-
-def test_dropout_depends_on_coordinates_alone():
-    key, x = torch.tensor(random.key(0, "d")), torch.randn(6, 10, 24)
-    slots, places = torch.arange(6)[:, None], torch.arange(10)[None]
-    whole = random.dropout(x, 0.4, key, (slots, places, 0))
-    parts = [random.dropout(x[a:b], 0.4, key, (slots[a:b], places, 0)) for a, b in ((0, 1), (1, 4), (4, 6))]
-    assert torch.equal(whole, torch.cat(parts))
-    later = random.dropout(x[:, 5:], 0.4, key, (slots, places[:, 5:], 0))
-    assert torch.equal(whole[:, 5:], later)
-    assert not torch.equal(whole, random.dropout(x, 0.4, key + 1, (slots, places, 0)))

@@ -25,7 +25,7 @@ from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.mixers import latent
 from headway.kernels.attention.slopes import Bias, part_of
 from headway.kernels.attention.words.mixers import latent_widths
-from headway.kernels.rotary import Rotation, rotate
+from headway.kernels.rotary import Rotation, rotate_both
 from headway.pretrain import config
 from headway.pretrain.errors import JobError
 from headway.pretrain.models.attention import Beside, Core
@@ -76,8 +76,9 @@ class MLA(Mixer):
         """As `Attention.forward`, of a sequence to itself."""
         x_BSE = narrowed(x_BSE)
         bias_HSM = None if bias_HSM is None else part_of(bias_HSM, slice(0, queries))
-        q_BHSD, turned_q_BHSR = self._queries(x_BSE[:, :queries], turn)
-        c_BMC, turned_k_BMR = self._latents(x_BSE, turn)
+        q_BHSD, own_q_BHSR = self._queries(x_BSE[:, :queries])
+        c_BMC, shared_k_BMR = self._latents(x_BSE)
+        turned_q_BHSR, turned_k_BMR = self._turned(own_q_BHSR, shared_k_BMR, turn)
         if self.absorbs:
             q_BHSD, k_BHMD, v_BHMD = latent.absorbed(
                 q_BHSD, turned_q_BHSR, c_BMC, turned_k_BMR, self._up(self.k)
@@ -92,25 +93,26 @@ class MLA(Mixer):
         entropy = self.core.entropy(q_BHSD, k_BHMD, mask, bias_HSM) if self.wants_entropy else None
         return self.o(y_BHSD.transpose(1, 2).flatten(2)), Beside(entropy)
 
-    def _queries(self, x_BSE: Tensor, turn: Rotation | None) -> tuple[Tensor, Tensor]:
-        """[B, H, S, D] and, turned, [B, H, S, R]."""
+    def _queries(self, x_BSE: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, H, S, D] and, to be turned, [B, H, S, R]."""
         if self.q_down is not None and self.q_norm is not None:
             x_BSE = self.q_norm(self.q_down(x_BSE))
         both = self.q(x_BSE).unflatten(-1, (-1, self.head_dim + self.rotary_dim)).transpose(1, 2)
-        q_BHSD, turned_BHSR = both.split((self.head_dim, self.rotary_dim), -1)
-        return q_BHSD, self._turned(turned_BHSR, turn)
+        q_BHSD, own_BHSR = both.split((self.head_dim, self.rotary_dim), -1)
+        return q_BHSD, own_BHSR
 
-    def _latents(self, x_BME: Tensor, turn: Rotation | None) -> tuple[Tensor, Tensor]:
-        """[B, M, C] and, turned, [B, M, R]."""
+    def _latents(self, x_BME: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, M, C] and, to be turned, [B, M, R]."""
         shared_BMR = x_BME[..., :0] if self.shared_k is None else self.shared_k(x_BME)
-        return self.kv_norm(self.kv_down(x_BME)), self._turned(shared_BMR[:, None], turn)[:, 0]
+        return self.kv_norm(self.kv_down(x_BME)), shared_BMR
 
-    def _turned(self, x_BHSR: Tensor, turn: Rotation | None) -> Tensor:
+    def _turned(self, q_BHSR: Tensor, k_BMR: Tensor, turn: Rotation | None) -> tuple[Tensor, Tensor]:
         """Features turned by R / 2 of the D / 2 angles of a head, evenly spread: where R divides D, by base^(-2i/R)."""
         if turn is None or self.rotary_dim == 0:
-            return x_BHSR
+            return q_BHSR, k_BMR
         angles = [i * self.head_dim // self.rotary_dim for i in range(self.rotary_dim // 2)]
-        return rotate(x_BHSR, Rotation(*(t[..., : x_BHSR.shape[2], angles] for t in turn)))
+        q_BHSR, k_B1MR = rotate_both(q_BHSR, k_BMR[:, None], Rotation(*(t[..., angles] for t in turn)))
+        return q_BHSR, k_B1MR[:, 0]
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
