@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from headway.kernels import fused
 from headway.kernels.attention.choose import choose
 from headway.launch.environment import find_ranks
 from headway.launch.master import set_master
@@ -162,7 +163,7 @@ LONG_ENOUGH_TO_COMPILE = 100
 
 
 def choose_hardware(job: Job, world: World) -> Hardware:
-    """Precision and compilation, chosen on the first rank for all, with what people should know."""
+    """Precision, kernels and compilation, chosen on the first rank for all, with what people should know."""
     rows = micro_rows(job, world.layout) * job.row_tokens
     names = list(devices.PRECISIONS)
     precision, reason = str(job.precision), "set in the job"
@@ -172,6 +173,7 @@ def choose_hardware(job: Job, world: World) -> Hardware:
         )
     if job.precision == "auto":
         precision = names[int(world.sum(names.index(precision) if world.main else 0, along=mesh.AXES)[0])]
+    choose_kernels(job, world.device, precision)
     compiled, why = choose_compile(job, world.device, world.layout)
     peak, source = devices.peak_rate(world.device, devices.PRECISIONS[precision])
     notes = [
@@ -200,7 +202,23 @@ def attention_kernel(job: Job, word: str, device: torch.device, precision: str, 
         dtype=devices.PRECISIONS[precision],
         compiled=compiled,
         described=job.model.positions == "alibi",
+        causal=job.model.family == "gpt",
+        width=job.model.head_width,
     ).name
+
+
+def choose_kernels(job: Job, device: torch.device, precision: str) -> None:
+    """Let this process compute by the kernels that the job wants; raises JobError where they cannot run."""
+    wanted = job.train.kernels
+    if wanted == "triton":
+        rule = fused.unavailable(device.type)
+        if precision == "fp64":
+            rule = "Triton's kernels take fp32, bf16 and fp16, not precision fp64"
+        if job.train.compile is True:
+            rule = "compiled blocks are fused by PyTorch's compiler: train.compile must be false"
+        if rule:
+            raise JobError("train.kernels", wanted, rule, "auto")
+    fused.prefer(wanted)
 
 
 def choose_compile(job: Job, device: torch.device, layout: Layout) -> tuple[bool, str]:
@@ -215,6 +233,8 @@ def choose_compile(job: Job, device: torch.device, layout: Layout) -> tuple[bool
         raise JobError("train.compile", True, rule, False)
     if asked != "auto":
         return bool(asked), "set in the job"
+    if job.train.kernels == "triton":
+        return False, "train.kernels triton computes what compiled blocks fuse by themselves"
     if job.parallel.engine != "native":
         return False, f"the {job.parallel.engine} engine does not compile"
     if splits_backward(job, layout):

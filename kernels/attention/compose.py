@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from headway.kernels import random
-from headway.kernels.attention import blocks, chunks, cpp, flex, rows
+from headway.kernels.attention import blocks, chunks, cpp, flex, rows, triton
 from headway.kernels.attention.dense import WeightDropout, per_query_head, score_scale
 from headway.kernels.attention.masks import Mask, lower
 from headway.kernels.attention.scopes import Scope
@@ -162,10 +162,37 @@ class Form(NamedTuple):
         mask = self.narrowed(mask, x)
         return self.score.finish(flex.attention(q, k, v, mask, factor, bias, x.get("softcap"), sink), x)
 
+    def in_triton(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Mask,
+        dropout: WeightDropout | None = None,
+        scale: float | None = None,
+        bias: Bias | None = None,
+        **x: Any,
+    ) -> Tensor:
+        """Triton's kernels, on GPUs."""
+        q, k, v, factor = self.score.prepare(q, k, v, score_scale(scale, q), x)
+        own, mask = None if self.own is None else x[self.own], self.narrowed(mask, x)
+        if isinstance(self.weighting, triton.SPARSE):
+            assert bias is None
+            out = triton.sparse(q, k, v, mask, self.weighting, dropout, factor)
+        else:
+            cap = x.get("softcap")
+            out = triton.attention(q, k, v, mask, dropout, factor, bias, softcap=cap, sink=own)
+        return self.score.finish(out, x)
+
     @property
     def flexible(self) -> bool:
         """Whether FlexAttention computes it: softmax, with a sink or without, of products, with a cap or without."""
         return self.score.rows and self.weighting.merges
+
+    @property
+    def sparse(self) -> bool:
+        """Whether Triton's kernels of sparse weights compute it."""
+        return self.score.product and self.score.even and isinstance(self.weighting, triton.SPARSE)
 
     @property
     def fused(self) -> bool:

@@ -73,6 +73,8 @@ class Kernel:
         slopes: computes a bias that is described (`slopes.Slopes`), as every kernel with `bias` does.
         memory: growth of what it holds for the backward, beside a bias, in words.
         traced: whether torch.compile traces it; loops over chunks gain less than they take to compile.
+        causal: whether it computes causal attention alone.
+        widest: head dimension at most, of keys and of values; None for any.
         devices: where it runs, forward and backward.
     """
 
@@ -83,6 +85,8 @@ class Kernel:
     memory: str
     slopes: bool = False
     traced: bool = False
+    causal: bool = False
+    widest: int | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
 
 

@@ -39,10 +39,11 @@ def describe(
         compiled=compiled,
         keys=job.row_tokens,
         described=job.model.positions == "alibi",
+        causal=job.model.family == "gpt",
+        width=job.model.head_width,
     )
-    name = (
-        "sdpa" if kernel.name == "flex" else kernel.name
-    )  # both keep what goes in, the output and a sum a row
+    # All of these keep what goes in, the output and a sum a row.
+    name = "sdpa" if kernel.name in ("flex", "triton") else kernel.name
     rows = micro_rows(job, layout)
     return Run(
         job.model_copy(update={"precision": precision}),

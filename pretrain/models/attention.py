@@ -59,6 +59,9 @@ class Core(nn.Module):
             dtype=q_BHSD.dtype,
             compiled=torch.compiler.is_compiling(),
             keys=k_BKMD.shape[2],
+            described=isinstance(bias_HSM, Slopes),
+            causal=mask.triangular,
+            width=max(q_BHSD.shape[-1], v_BKMD.shape[-1]),
         )
         extras = {**self.settings, **(own or {})}
         compute = kernel.compute if kernel.traced else torch.compiler.disable(kernel.compute)

@@ -145,8 +145,8 @@ def summed(layer: nn.Module, x: Tensor, added: Tensor | None) -> Summed:
     return Summed(layer(total), total)
 
 
-class Dropout(nn.Module):
-    """Dropout by global coordinates; the identity where p is 0 or no noise is given.
+class Keyed(nn.Module):
+    """What draws by global coordinates in training, with chance or size p.
 
     `salt` is the key of the module's canonical name, set by `init.initialise`. It is a tensor, not a number, so
     that compiled blocks differ in inputs only and share one graph.
@@ -163,6 +163,10 @@ class Dropout(nn.Module):
         """Key of this module at this step: both are hashes, so their xor names the pair."""
         return noise.key ^ self.salt
 
+
+class Dropout(Keyed):
+    """Dropout by global coordinates; the identity where p is 0 or no noise is given."""
+
     def drops(self, noise: Noise | None) -> bool:
         """Whether it is anything but the identity."""
         return noise is not None and self.p > 0
@@ -175,23 +179,16 @@ class Dropout(nn.Module):
         return dropout(x_BSE, self.p, self.key(noise), coordinates, residual_BSE)
 
 
-class StochasticDepth(nn.Module):
+class StochasticDepth(Keyed):
     """Leaves out what a sub-layer adds, for whole samples, and scales what stays (Huang et al. 2016).
 
     The choice is a function of the step, the module's name and the sample's slot; without noise nothing is left out.
     """
 
-    salt: Tensor
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-        self.register_buffer("salt", torch.zeros((), dtype=torch.int64), persistent=False)
-
     def forward(self, x_BSE: Tensor, noise: Noise | None) -> Tensor:
         if noise is None or self.p == 0:
             return x_BSE
-        kept_B = random.uniform(noise.key ^ self.salt, noise.slots_B) >= self.p
+        kept_B = random.uniform(self.key(noise), noise.slots_B) >= self.p
         return torch.where(kept_B[:, None, None], x_BSE / (1 - self.p), 0)
 
 

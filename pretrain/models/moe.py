@@ -15,7 +15,7 @@ from headway.kernels import grouped, random
 from headway.kernels.experts import KERNELS, Pairs, Weights
 from headway.pretrain import config
 from headway.pretrain.errors import JobError
-from headway.pretrain.models.layers import MLP, Dropout, Linear, Noise, narrowed
+from headway.pretrain.models.layers import MLP, Keyed, Linear, Noise, narrowed
 from headway.pretrain.models.routing import Side, route
 
 
@@ -28,7 +28,7 @@ class Router(Linear):
             return F.linear(x_BSE.to(wide), self.weight.to(wide))
 
 
-class Jitter(Dropout):
+class Jitter(Keyed):
     """x times uniform noise of 1 - p to 1 + p, by global coordinates; the identity where no noise is given."""
 
     def forward(self, x_BSE: Tensor, noise: Noise | None) -> Tensor:

@@ -24,8 +24,8 @@ CHUNK = 1 << 26
 
 
 FUSED_FROM = 256
-"""m from which Triton's kernels, which compute half of the symmetric products, are for; below, PyTorch's batched products
-are as good, and in fp32."""
+"""m from which Triton's kernels are for, which compute half of the symmetric products; below, and in fp32, PyTorch's
+batched products are as good."""
 
 
 def orthogonalise(x_bmn: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from headway.kernels.attention.dense import WeightDropout, per_query_head, score_scale
 from headway.kernels.attention.linear.featured import segments
-from headway.kernels.attention.linear.scan import Ties, chunked, edges, exactly, scaled
+from headway.kernels.attention.linear.scan import Ties, chunked, edges, exactly, operand_dtype, scaled
 from headway.kernels.attention.masks import Mask
 
 CHUNK = 64
+WIDEST: int | None = 256
+"""Head dimension at most, of Triton's kernels: a walk has all of a key's dimensions in registers."""
 
 
 def reference(
@@ -98,6 +100,31 @@ def attention(
     documents = None if mask.documents is None else chunked(mask.documents[:, None], chunk, -1)
     out = _Delta.apply(*(chunked(x, chunk) for x in given), documents)
     return out.flatten(2, 3)[:, :, :length].to(v_BKSD.dtype)
+
+
+def in_triton(
+    q_BHSD: Tensor,
+    k_BKSD: Tensor,
+    v_BKSD: Tensor,
+    mask: Mask,
+    dropout: WeightDropout | None = None,
+    scale: float | None = None,
+    bias_HQK: Tensor | None = None,
+    *,
+    beta: Tensor,
+    decay: Tensor,
+    decay_rate: Tensor,
+    decay_shift: Tensor,
+) -> Tensor:
+    """As `attention`, by Triton's kernels, on GPUs."""
+    from headway.kernels.triton.delta_rule import delta_rule
+
+    assert dropout is None
+    assert bias_HQK is None
+    given = _prepared(q_BHSD, k_BKSD, v_BKSD, scale, beta, decay, decay_rate, decay_shift)
+    q, k, v = (x.to(operand_dtype(v_BKSD)) for x in given[:3])
+    beta_BHS, log_BHS = (x.squeeze(-1) for x in given[3:])
+    return delta_rule(q, k, v, mask, beta_BHS=beta_BHS, log_decay_BHS=log_BHS).to(v_BKSD.dtype)
 
 
 def _prepared(q, k, v, scale, beta, decay, rate, shift):

@@ -40,6 +40,10 @@ class Map(NamedTuple):
     pull: Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], tuple[Tensor, Tensor | None]]
 
 
+Average = Callable[..., Tensor]
+"""`average`, or what computes the same."""
+
+
 def average(
     maps: Map,
     q_BHQD: Tensor,

@@ -15,7 +15,7 @@ from torch import Tensor
 from headway.kernels import random
 from headway.kernels.attention.dense import WeightDropout, per_query_head, score_scale
 from headway.kernels.attention.draw import Draw
-from headway.kernels.attention.linear.featured import Map, average, segments
+from headway.kernels.attention.linear.featured import Average, Map, average, segments
 from headway.kernels.attention.linear.linear import feature_weights, quadratic
 from headway.kernels.attention.linear.scan import exactly
 from headway.kernels.attention.masks import Mask
@@ -111,17 +111,21 @@ def attention(
     draw: Draw,
     features: int = 256,
     redraw: int = 1000,
+    by: Average = average,
 ) -> Tensor:
     """As `reference`, in O((Q + S) M D) time and O((Q + S) D) memory.
 
     A key's features are divided by the greatest that its document had up to it (see `featured.average`). No epsilon is
     added to features, as the authors' code does, which would tell documents and layouts apart.
+
+    Args:
+        by: what averages by features: `featured.average` or a fused form of it.
     """
     assert dropout is None
     assert bias_HQK is None
     q_BHQD, k_BHSD = _scaled(q_BHQD, k_BKSD, scale)
     w_HMD = of_heads(True, q_BHQD, draw, features, redraw)
-    return average(FAVOR, q_BHQD, k_BHSD, v_BKSD, mask, w_HMD, _peaks(k_BHSD, w_HMD))
+    return by(FAVOR, q_BHQD, k_BHSD, v_BKSD, mask, w_HMD, _peaks(k_BHSD, w_HMD))
 
 
 def _scaled(q_BHQD: Tensor, k_BKSD: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:

@@ -18,10 +18,20 @@ from torch import Tensor
 
 from headway.kernels.attention.dense import WeightDropout, per_query_head, score_scale
 from headway.kernels.attention.linear.featured import segments
-from headway.kernels.attention.linear.scan import Ties, carried, chunked, edges, exactly, scaled
+from headway.kernels.attention.linear.scan import (
+    Ties,
+    carried,
+    chunked,
+    edges,
+    exactly,
+    operand_dtype,
+    scaled,
+)
 from headway.kernels.attention.masks import Mask
 
 CHUNK = 64
+WIDEST: int | None = None
+"""Head dimension at most, of Triton's kernels."""
 TEMPERATURE = 16
 
 
@@ -91,6 +101,27 @@ def attention(
     documents = None if mask.documents is None else chunked(mask.documents[:, None], chunk, -1)
     out = _Gated.apply(*(chunked(x, chunk) for x in given), documents)
     return out.flatten(2, 3)[:, :, :length].to(v_BKSD.dtype)
+
+
+def in_triton(
+    q_BHSD: Tensor,
+    k_BKSD: Tensor,
+    v_BKSD: Tensor,
+    mask: Mask,
+    dropout: WeightDropout | None = None,
+    scale: float | None = None,
+    bias_HQK: Tensor | None = None,
+    *,
+    decay: Tensor,
+) -> Tensor:
+    """As `attention`, by Triton's kernels, on GPUs."""
+    from headway.kernels.triton.gated_linear import gated_linear
+
+    assert dropout is None
+    assert bias_HQK is None
+    dtype = operand_dtype(v_BKSD)
+    q, k, v = (x.to(dtype) for x in (q_BHSD, k_BKSD, v_BKSD))
+    return gated_linear(q, k, v, mask, scale, decay=decay).to(v_BKSD.dtype)
 
 
 class _Gated(torch.autograd.Function):

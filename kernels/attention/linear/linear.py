@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from headway.kernels.attention.dense import WeightDropout, per_query_head
-from headway.kernels.attention.linear.featured import Map, average, divided
+from headway.kernels.attention.linear.featured import Average, Map, average, divided
 from headway.kernels.attention.linear.scan import exactly, scaled
 from headway.kernels.attention.masks import Mask, lower
 
@@ -57,12 +57,18 @@ def attention(
     dropout: WeightDropout | None = None,
     scale: float | None = None,
     bias_HQK: Tensor | None = None,
+    *,
+    by: Average = average,
 ) -> Tensor:
-    """As `reference`, in O((Q + S) D^2) time and O((Q + S) D) memory."""
+    """As `reference`, in O((Q + S) D^2) time and O((Q + S) D) memory.
+
+    Args:
+        by: what averages by features: `featured.average` or a fused form of it.
+    """
     assert dropout is None
     assert bias_HQK is None
     wide = torch.promote_types(q_BHQD.dtype, torch.float32)
-    return average(ELU, scaled(q_BHQD.to(wide), scale), k_BKSD.to(wide), v_BKSD, mask)
+    return by(ELU, scaled(q_BHQD.to(wide), scale), k_BKSD.to(wide), v_BKSD, mask)
 
 
 def weights(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headway.kernels.attention.dense import WeightDropout, per_query_head
 from headway.kernels.attention.draw import Draw
-from headway.kernels.attention.linear.featured import Map, average
+from headway.kernels.attention.linear.featured import Average, Map, average
 from headway.kernels.attention.linear.features import of_heads
 from headway.kernels.attention.linear.linear import feature_weights, quadratic
 from headway.kernels.attention.linear.scan import exactly
@@ -86,12 +86,17 @@ def attention(
     sigma: Tensor,
     features: int = 64,
     redraw: int = 1,
+    by: Average = average,
 ) -> Tensor:
-    """As `reference`, in O((Q + S) M D) time and O((Q + S) D) memory."""
+    """As `reference`, in O((Q + S) M D) time and O((Q + S) D) memory.
+
+    Args:
+        by: what averages by features: `featured.average` or a fused form of it.
+    """
     assert dropout is None
     assert bias_HQK is None
     q, k, w_HMD = _turned(q_BHQD, k_BKSD, scale, draw, sigma, features, redraw)
-    return average(WAVES, q, k, v_BKSD, mask, w_HMD, floor=FLOOR)
+    return by(WAVES, q, k, v_BKSD, mask, w_HMD, floor=FLOOR)
 
 
 def _turned(

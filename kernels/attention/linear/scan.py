@@ -140,6 +140,11 @@ def scaled(x: Tensor, factor: Tensor | float | None) -> Tensor:
     return x if factor is None else x * factor
 
 
+def operand_dtype(x: Tensor) -> torch.dtype:
+    """What Triton's kernels take for values x: x's dtype, but fp32 for fp16, which sums of a sequence leave."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
 def exactly(x: Tensor) -> AbstractContextManager[Any]:
     """No autocast: states sum over the whole sequence, so their products are not rounded to 16 bits."""
     device = x.device.type

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial, reduce
 from typing import Any
 
-from headway.kernels.attention import blocks, dense, entropy, flash, reinforce
+from headway.kernels.attention import blocks, dense, entropy, flash, reinforce, triton
 from headway.kernels.attention.compose import Form
 from headway.kernels.attention.registry import ALL, SPREAD, Kernel, Kind, Mechanism, Shape
 
@@ -70,6 +70,9 @@ def _kernels(form: Form) -> dict[str, Kernel]:
         found.append(
             Kernel("flex", form.flex, dropout=False, bias=False, slopes=True, memory="S", devices=("cuda",))
         )
+    if form.flexible or form.sparse:
+        facts = {"memory": "S", "bias": form.flexible, "widest": triton.WIDEST, "devices": ("cuda",)}
+        found.append(Kernel("triton", form.in_triton, dropout=True, **facts))
     if form.fused and form.score.even and form.scope is None:
         found += [
             Kernel(

@@ -7,9 +7,10 @@ counts as the eight values that it is computed as.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from headway.kernels.attention.linear import delta, featured, features, gated, linear, rfa
+from headway.kernels.attention.linear import delta, featured, features, gated, linear, rfa, triton
 from headway.kernels.attention.registry import ALL, SPREAD, Kernel, Mechanism, Own, Shape
 
 BOTH_WAYS = (ALL | SPREAD | {"maps"}) - {"prefix", "dropout", "bias"}
@@ -51,11 +52,15 @@ def _bytes(gates: Callable[[Shape], int]) -> Callable[[Shape, int], float]:
     return count
 
 
-def _kernels(module: Any, fast: str, reference: str) -> dict[str, Kernel]:
-    """The reference, with the growth of what it holds, and the fast kernel."""
+def _kernels(module: Any, in_triton: Any, reference: str, widest: int | None = None) -> dict[str, Kernel]:
+    """The reference, with the growth of what it holds, the chunks, and Triton's kernel."""
+    facts: Any = {"dropout": False, "bias": False}
     return {
-        "reference": Kernel("reference", module.reference, dropout=False, bias=False, memory=reference),
-        fast: Kernel(fast, module.attention, dropout=False, bias=False, memory="S"),
+        "reference": Kernel("reference", module.reference, memory=reference, **facts),
+        "chunks": Kernel("chunks", module.attention, memory="S", **facts),
+        "triton": Kernel(
+            "triton", in_triton, memory="S", causal=True, widest=widest, devices=("cuda",), **facts
+        ),
     }
 
 
@@ -65,7 +70,7 @@ def _averages(name: str, module: Any, formula: str, source: str, **facts: Any) -
         kind="heads",
         formula=formula,
         source=source,
-        kernels=_kernels(module, "chunks", "S^2"),
+        kernels=_kernels(module, partial(module.attention, by=triton.average), "S^2"),
         bytes=_bytes(lambda shape: 0),
         order="n",
         supports=BOTH_WAYS,
@@ -81,7 +86,7 @@ def _recurrent(name: str, module: Any, formula: str, source: str, **facts: Any) 
         kind="heads",
         formula=formula,
         source=source,
-        kernels=_kernels(module, "chunks", "S D^2"),
+        kernels=_kernels(module, module.in_triton, "S D^2", module.WIDEST),
         bytes=_bytes(lambda shape: sum(width(shape) for width in gates.values())),
         state=lambda shape: shape.heads * shape.dim**2,
         order="n",

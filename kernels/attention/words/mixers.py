@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from headway.kernels.attention import blocks, cpp, dense, entropy
+from headway.kernels.attention import blocks, cpp, dense, entropy, triton
 from headway.kernels.attention.mixers import convolution, latent, monarch
 from headway.kernels.attention.registry import Kernel, Mechanism, Shape
 
@@ -44,6 +44,15 @@ def dense_kernels(*others: Kernel) -> dict[str, Kernel]:
         *others,
         Kernel("blocks", _plain(blocks.attention), dropout=True, bias=True, memory="S"),
         Kernel("cpp", _plain(cpp.attention), dropout=True, bias=True, memory="S", devices=("cpu",)),
+        Kernel(
+            "triton",
+            _plain(triton.attention),
+            dropout=True,
+            bias=True,
+            memory="S",
+            widest=triton.WIDEST,
+            devices=("cuda",),
+        ),
     )
     return {kernel.name: kernel for kernel in kernels}
 
