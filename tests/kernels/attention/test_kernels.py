@@ -312,21 +312,55 @@ def test_choice_without_cpp_kernels(monkeypatch):
 
 
 def test_choice():
-    assert choose("dense", bias=True, device="cuda").name == "sdpa"
+    assert choose("dense", bias=True, described=False, device="cuda", dtype=torch.float64).name == "sdpa"
     for name in MECHANISMS["dense"].kernels_on("cpu"):
         assert choose("dense", name).name == name
-    with pytest.raises(KernelUnavailable, match=r"'flash'.*reference, sdpa, blocks, cpp, flex, fa3, fa4"):
+    with pytest.raises(
+        KernelUnavailable, match=r"'flash'.*reference, sdpa, blocks, cpp, flex, triton, fa3, fa4"
+    ):
         choose("dense", "flash")
     with pytest.raises(KernelUnavailable, match=r"flex.*runs on cuda.*not on cpu"):
         choose("dense", "flex")
     for word in ("window", "softcap", "sink", "bigbird+sink"):
         assert choose(word, device="cuda", dtype=torch.bfloat16).name == "flex"
         assert choose(word, device="cuda", dtype=torch.float64).name == "blocks"
-        assert choose(word, device="cuda", dropout=True).name == "blocks"
-    assert choose("sparsemax", device="cuda").name == "blocks"
     assert choose("dense", device="cuda", bias=True, described=True).name == "flex"
     with pytest.raises(KernelUnavailable, match=r"sdpa.*dropout.*blocks"):
         choose("dense", "sdpa", dropout=True)
+
+
+def test_choice_of_triton(monkeypatch):
+    """For what PyTorch's and FlexAttention's kernels lack, on GPUs that have it."""
+    monkeypatch.setattr(choices.fused, "unavailable", lambda device: None if device == "cuda" else "no GPU")
+    gpu = {"device": "cuda", "dtype": torch.bfloat16}
+    assert choose("dense", **gpu).name == "sdpa"
+    assert choose("dense", bias=True, **gpu).name == "triton"
+    for word in ("dense", "window", "softcap", "sink", "bigbird+sink", "sparsemax", "differential"):
+        assert choose(word, dropout=True, **gpu).name == "triton"
+        assert choose(word, dropout=True, device="cuda", dtype=torch.float64).name == "blocks"
+        assert choose(word, dropout=True, width=512, **gpu).name == "blocks"
+        assert choose(word, dropout=True).name != "triton"
+    assert choose("sparsemax", **gpu).name == "triton"
+    assert choose("sparsemax", bias=True, **gpu).name == "blocks"
+    for word in ("linear", "performer", "rfa", "gla", "delta"):
+        assert choose(word, **gpu).name == "triton"
+        assert choose(word, causal=False, **gpu).name == "chunks"
+    with pytest.raises(
+        KernelUnavailable, match="it computes causal attention alone; nearest legal choice: chunks"
+    ):
+        choose("linear", "triton", causal=False, **gpu)
+    with pytest.raises(KernelUnavailable, match="heads up to 256 wide, not 512"):
+        choose("dense", "triton", width=512, **gpu)
+    with pytest.raises(KernelUnavailable, match="'triton': it takes fp32, bf16 and fp16"):
+        choose("dense", "triton", device="cuda", dtype=torch.float64)
+    with pytest.raises(KernelUnavailable, match="runs on cuda, forward and backward, not on cpu"):
+        choose("dense", "triton")
+    choices.fused.prefer("torch")
+    try:
+        assert choose("dense", dropout=True, **gpu).name == "blocks"
+        assert choose("gla", **gpu).name == "chunks"
+    finally:
+        choices.fused.prefer("auto")
 
 
 def test_a_kernel_without_bias_is_refused(monkeypatch):
