@@ -33,6 +33,7 @@ def rows(op: str, target: str, most: int) -> list[dict[str, Any]]:
     from headway.kernels.triton.targets import TARGETS
     from headway.kernels.triton.tuning import Space, forced
     from headway.tests.kernels.triton.launches import compiled, recorded, resources
+    from headway.tests.kernels.triton.proof import narrowest
 
     module = importlib.import_module(f"headway.tests.kernels.triton.proofs.{op}")
     spaces = [x.name for x in vars(_kernels(op)).values() if isinstance(x, Space)]
@@ -46,7 +47,7 @@ def rows(op: str, target: str, most: int) -> list[dict[str, Any]]:
             if key not in known:
                 known[key] = resources(compiled(launch, TARGETS[target]), TARGETS[target])._asdict()
             row = {"op": op, "kernel": launch.name, "target": target, "size": size, "default": number == 0}
-            row["itemsize"] = min(x.element_size() for x in launch.tensors if x.is_floating_point())
+            row["itemsize"] = narrowest(launch)
             row["narrow"] = getattr(module, "NARROW", {}).get(launch.name, "")
             how = {k: v for k, v in launch.options.items() if isinstance(v, int)}
             cost = module.COSTS[launch.name](launch)._asdict()

@@ -55,6 +55,11 @@ def once(launch: Launch) -> int:
     return sum(x.numel() * x.element_size() for x in launch.tensors)
 
 
+def narrowest(launch: Launch) -> int:
+    """Bytes of a number of the narrowest dtype that a launch is given: that of its products."""
+    return min(x.element_size() for x in launch.tensors if x.is_floating_point())
+
+
 def seed() -> int:
     """Of drawn operands: another one every time, unless $HEADWAY_TEST_SEED says which."""
     chosen = os.environ.get("HEADWAY_TEST_SEED")
