@@ -69,7 +69,10 @@ def _calls(ops: Iterable[str], size: str | None) -> dict[str, Mapping[str, workl
     sizes = {op: workloads.sizes_of(op) for op in ops}
     if size is None:
         return sizes
-    if found := {op: {size: calls[size]} for op, calls in sizes.items() if size in calls}:
+    found: dict[str, Mapping[str, workloads.Call]] = {
+        op: {size: calls[size]} for op, calls in sizes.items() if size in calls
+    }
+    if found:
         return found
     names = [name for calls in sizes.values() for name in calls]
     near = difflib.get_close_matches(size, names, n=1, cutoff=0)[0]

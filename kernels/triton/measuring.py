@@ -111,7 +111,7 @@ def _of_size(
     for launch in launched(call, torch.device("meta")):
         if launch.choice:
             spaces[launch.choice.space][launch.choice.entry] = launch.choice.configs
-    found = {}
+    found: dict[str, tuple[list[Config], list[float]]] = {}
     for space, entries in spaces.items():
         times = {entry: [math.inf] * len(configs) for entry, configs in entries.items()}
         for number in range(max(map(len, times.values()))):
@@ -129,7 +129,7 @@ def _forced_times(
     that have no such configuration, and none at all where one of them cannot be launched."""
     spent: dict[str, float] = defaultdict(float)
     try:
-        with forced(**{space: number}):
+        with forced(None, **{space: number}):
             launches = launched(call, device)
         for launch in launches:
             choice = launch.choice

@@ -81,10 +81,10 @@ class Space(NamedTuple):
     def choose(self, device: torch.device, **key: Any) -> Config:
         """The one to launch with on a device."""
         choices, entry = self.of(_FORCED.get("target") or target_of(device), **key), self.entry(key)
-        if (number := _FORCED.get(self.name)) is None:
-            options = measured(device).get(entry)
+        number: int | None = _FORCED.get(self.name)
+        if number is None and (options := measured(device).get(entry)):
             number = next((n for n, config in enumerate(choices) if config.options == options), 0)
-        choice = Choice(self.name, entry, choices, number if number < len(choices) else 0)
+        choice = Choice(self.name, entry, choices, number if number and number < len(choices) else 0)
         for tell in _WATCHERS:
             tell(choice)
         return choice.config

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from headway.kernels.triton.adamw import adamw
 
-HOW = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1, "eps": 1e-8}
+HOW: dict[str, Any] = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1, "eps": 1e-8}
 MODEL = (*[786_432] * 98, 38_633_472, *[147_456] * 49)
 """Elements of tensors, multiples of every block."""
 
 
-def lists(device: torch.device, sizes: Sequence[int]) -> dict[str, list[Tensor]]:
+def lists(device: torch.device, sizes: Sequence[int]) -> dict[str, Any]:
     """Master weights, bf16 gradients, moments, bf16 copies of the weights, and which step it is."""
     names = {"params": 4, "grads": 2, "exp_avgs": 4, "exp_avg_sqs": 4, "copies": 2}
     kinds = {4: torch.float32, 2: torch.bfloat16}
@@ -24,7 +24,7 @@ def lists(device: torch.device, sizes: Sequence[int]) -> dict[str, list[Tensor]]
     return found | {"state_steps": [torch.full((), 10.0, device=device) for _ in sizes]}
 
 
-def scales(device: torch.device) -> dict[str, Tensor]:
+def scales(device: torch.device) -> dict[str, Any]:
     """A scale of gradients, and that none of them was infinite."""
     return {"grad_scale": torch.ones((), device=device), "found_inf": torch.zeros((), device=device)}
 
