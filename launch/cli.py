@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 import typer
 
 from headway.launch.arguments import Accelerate, Debug, OnError, Recipes, RunPath, Sets, option
+from headway.launch.cli_attention import app as attention
+from headway.launch.cli_kernels import app as kernels
 from headway.launch.cli_launch import app as launch
 
 app = typer.Typer(
@@ -30,11 +32,11 @@ app.add_typer(data, name="data")
 app.add_typer(tokenizer, name="tokenizer")
 app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(config, name="config")
-attention = typer.Typer(help="List attention mechanisms, and compare their costs here.", no_args_is_help=True)
 app.add_typer(attention, name="attention")
 distill = typer.Typer(help="Keep what a teacher gives, for many students.", no_args_is_help=True)
 app.add_typer(distill, name="distill")
 app.add_typer(launch, name="launch")
+app.add_typer(kernels, name="kernels")
 
 
 @app.command()
@@ -266,49 +268,6 @@ def config_engines(
     engines.show(recipes or [], sets or [], ranks, as_json)
 
 
-@attention.command("ls")
-def attention_ls(
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-    tokens: Annotated[int, typer.Option(help="Length that costs are given for.", min=16)] = 4096,
-    debug: Debug = False,
-) -> None:
-    """Every mechanism: formula, cost, what it supports, source."""
-    from headway.launch import attention as mechanisms
-
-    mechanisms.ls(as_json, tokens)
-
-
-@attention.command("compare")
-def attention_compare(
-    seq: Annotated[str, typer.Option(help="Lengths, separated by commas.")] = "512,2048,8192",
-    names: Annotated[list[str] | None, typer.Argument(help="Mechanisms; all if none are named.")] = None,
-    limit: Annotated[float, typer.Option(help="Seconds that one call may take.")] = 20.0,
-    out: Annotated[str, typer.Option(help="Folder for the table and the plot.")] = "runs/attention",
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    threads: Annotated[int | None, typer.Option(help="Of the CPU; PyTorch's choice if not given.")] = None,
-    debug: Debug = False,
-) -> None:
-    """Time and peak memory of forward and backward of every mechanism here, with a log-log plot."""
-    from headway.launch import attention as mechanisms
-
-    mechanisms.compare(numbers("--seq", seq), names or [], limit, out, dtype, threads)
-
-
-@attention.command("zoo")
-def attention_zoo(
-    names: Annotated[list[str] | None, typer.Argument(help="Mechanisms; all if none are named.")] = None,
-    recipe: Annotated[
-        list[str] | None, typer.Option(help="gpt/tiny, bert/tiny or vit/tiny. May be repeated.")
-    ] = None,
-    out: Annotated[str, typer.Option(help="Folder for the runs, the table and the plot.")] = "runs/zoo",
-    debug: Debug = False,
-) -> None:
-    """Train small recipes with every mechanism that suits them: held-out loss beside the time of a step."""
-    from headway.launch import zoo
-
-    zoo.zoo(recipe or [], names or [], out)
-
-
 @distill.command("cache")
 def distill_cache(
     recipes: Recipes,
@@ -336,16 +295,6 @@ def distill_cache(
         local.start(nproc, sys.argv[1:])
     else:
         caches.cache(recipes, sets or [], out, dtype)
-
-
-def numbers(option: str, given: str) -> list[int]:
-    """Whole numbers separated by commas."""
-    from headway.pretrain.errors import JobError
-
-    try:
-        return [int(part) for part in given.split(",")]
-    except ValueError:
-        raise JobError(option, given, "whole numbers separated by commas", "512,2048") from None
 
 
 def main() -> None:

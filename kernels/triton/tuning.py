@@ -2,7 +2,8 @@
 
 The first of a space is the default. Nothing is measured on the way, so a first step is as fast as any, and all ranks
 compute alike; `headway kernels tune` measures all of a space and writes down the fastest, by GPU, kernel and key. Other
-tiles sum in another order, hence round otherwise.
+tiles sum in another order, hence round otherwise. What is written down are tiles, warps and stages themselves: where a
+space no longer has them, the default is taken.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -40,6 +41,27 @@ class Config(NamedTuple):
         return {**self.tiles, "num_warps": self.warps, "num_stages": self.stages}
 
 
+class Choice(NamedTuple):
+    """What `Space.choose` has chosen.
+
+    Attributes:
+        space: its name.
+        entry: `Space.entry`: the space and the key.
+        configs: what there was to choose from, the default first.
+        number: of the one that was chosen.
+    """
+
+    space: str
+    entry: str
+    configs: list[Config]
+    number: int
+
+    @property
+    def config(self) -> Config:
+        """The chosen one."""
+        return self.configs[self.number]
+
+
 class Space(NamedTuple):
     """The configurations of a kernel, by target and by what its tiles depend on.
 
@@ -58,10 +80,14 @@ class Space(NamedTuple):
 
     def choose(self, device: torch.device, **key: Any) -> Config:
         """The one to launch with on a device."""
-        choices = self.of(_FORCED.get("target") or target_of(device), **key)
-        if (number := _FORCED.get(self.name)) is None:
-            number = measured(device).get(self.entry(key), 0)
-        return choices[number if number < len(choices) else 0]
+        choices, entry = self.of(_FORCED.get("target") or target_of(device), **key), self.entry(key)
+        number: int | None = _FORCED.get(self.name)
+        if number is None and (options := measured(device).get(entry)):
+            number = next((n for n, config in enumerate(choices) if config.options == options), 0)
+        choice = Choice(self.name, entry, choices, number if number and number < len(choices) else 0)
+        for tell in _WATCHERS:
+            tell(choice)
+        return choice.config
 
     def entry(self, key: Mapping[str, Any]) -> str:
         """The name of a choice in the cache."""
@@ -69,18 +95,30 @@ class Space(NamedTuple):
 
 
 _FORCED: dict[str, Any] = {}
+_WATCHERS: list[Callable[[Choice], None]] = []
 
 
 @contextmanager
 def forced(target: str | None = None, **numbers: int) -> Iterator[None]:
-    """Within it, spaces of these names give the configuration of this number, as on `target`."""
+    """Within it, spaces of these names give the configuration of this number, or the default if they have none of it;
+    all spaces as on `target`, if one is given."""
     before = dict(_FORCED)
-    _FORCED.update(numbers, target=target)
+    _FORCED.update(numbers, **({"target": target} if target else {}))
     try:
         yield
     finally:
         _FORCED.clear()
         _FORCED.update(before)
+
+
+@contextmanager
+def watched(tell: Callable[[Choice], None]) -> Iterator[None]:
+    """Within it, `tell` hears of every choice before its kernel is launched."""
+    _WATCHERS.append(tell)
+    try:
+        yield
+    finally:
+        _WATCHERS.remove(tell)
 
 
 def cache_file() -> Path:
@@ -89,16 +127,22 @@ def cache_file() -> Path:
     return Path(os.environ.get("HEADWAY_CACHE") or Path(base) / "headway") / "kernels.json"
 
 
+Options = dict[str, int]
+"""`Config.options`, as they are written down."""
+
+
 @cache
-def measured(device: torch.device) -> dict[str, int]:
+def measured(device: torch.device) -> dict[str, Options]:
     """Choices that were measured on a GPU of this kind, by `Space.entry`; none where nobody has."""
-    return _known().get(torch.cuda.get_device_name(device), {}) if device.type == "cuda" else {}
+    return known().get(torch.cuda.get_device_name(device), {}) if device.type == "cuda" else {}
 
 
-def _known() -> dict[str, dict[str, int]]:
+def known() -> dict[str, dict[str, Options]]:
     """All choices that were measured, by GPU; none, and a warning, of a file that cannot be read."""
     try:
-        found: dict[str, dict[str, int]] = json.loads(cache_file().read_text())
+        found = json.loads(cache_file().read_text())
+        if not isinstance(found, dict) or not all(isinstance(gpu, dict) for gpu in found.values()):
+            raise ValueError("not an object of objects")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
@@ -107,11 +151,12 @@ def _known() -> dict[str, dict[str, int]]:
     return found
 
 
-def remember(device: torch.device, choices: Mapping[str, int]) -> Path:
-    """Write down choices, beside what is there; returns the file."""
+def remember(device: torch.device, choices: Mapping[str, Config]) -> Path:
+    """Write down choices by `Space.entry`, beside what is there; returns the file."""
     file = cache_file()
-    everything = _known()
-    everything.setdefault(torch.cuda.get_device_name(device), {}).update(choices)
+    everything = known()
+    chosen = {entry: config.options for entry, config in choices.items()}
+    everything.setdefault(torch.cuda.get_device_name(device), {}).update(chosen)
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps(everything, indent=1, sort_keys=True) + "\n")

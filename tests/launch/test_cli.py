@@ -26,6 +26,9 @@ COMMANDS = [
     ["checkpoint", "verify"],
     ["config", "show"],
     ["config", "schema"],
+    ["attention", "ls"],
+    ["kernels", "tune"],
+    ["kernels", "show"],
 ]
 
 

@@ -11,7 +11,11 @@ import importlib
 import itertools
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
+
+import torch
 
 from headway.tests.kernels.triton.finding import find_triton
 
@@ -29,12 +33,13 @@ def rows(op: str, target: str, most: int) -> list[dict[str, Any]]:
     from headway.kernels.triton.targets import TARGETS
     from headway.kernels.triton.tuning import Space, forced
     from headway.tests.kernels.triton.launches import compiled, recorded, resources
+    from headway.tests.kernels.triton.proof import narrowest
 
     module = importlib.import_module(f"headway.tests.kernels.triton.proofs.{op}")
     spaces = [x.name for x in vars(_kernels(op)).values() if isinstance(x, Space)]
     known: dict[str, Any] = {}
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    for number, (size, call) in itertools.product(range(most), module.SIZES.items()):
+    for number, (size, call) in itertools.product(range(most), _calls(op, module).items()):
         with forced(target, **dict.fromkeys(spaces, number)), recorded() as launches:
             call()
         for launch in launches:
@@ -42,12 +47,21 @@ def rows(op: str, target: str, most: int) -> list[dict[str, Any]]:
             if key not in known:
                 known[key] = resources(compiled(launch, TARGETS[target]), TARGETS[target])._asdict()
             row = {"op": op, "kernel": launch.name, "target": target, "size": size, "default": number == 0}
-            row["itemsize"] = min(x.element_size() for x in launch.tensors if x.is_floating_point())
+            row["itemsize"] = narrowest(launch)
             row["narrow"] = getattr(module, "NARROW", {}).get(launch.name, "")
             how = {k: v for k, v in launch.options.items() if isinstance(v, int)}
             cost = module.COSTS[launch.name](launch)._asdict()
             found.setdefault((key, size), row | {"how": how} | known[key] | cost)
     return list(found.values())
+
+
+def _calls(op: str, module: Any) -> dict[str, Callable[[], None]]:
+    """An op's sizes, on operands without data. Some ops have them in their proofs."""
+    from headway.kernels.triton import workloads
+
+    if op not in workloads.OPS:
+        return dict(module.SIZES)
+    return {name: partial(call, torch.device("meta")) for name, call in workloads.sizes_of(op).items()}
 
 
 def _kernels(op: str) -> Any:

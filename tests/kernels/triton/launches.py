@@ -1,19 +1,19 @@
-"""Launches of kernels: written down instead of run, and compiled for GPUs that need not be here."""
+"""Launches of kernels, compiled for GPUs that need not be here."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 
+from headway.kernels.triton.launches import Launch, recorded
 from headway.kernels.triton.targets import Target
+
+__all__ = ["Launch", "Resources", "compiled", "recorded", "resources"]
 
 NAMES = {
     torch.float32: "fp32",
@@ -25,66 +25,6 @@ NAMES = {
     torch.bool: "i1",
 }
 COMPILER = ("num_warps", "num_stages")
-
-
-class Launch(NamedTuple):
-    """A kernel, its grid, and what it is given by position and by name."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    given: tuple[Any, ...]
-    options: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        return str(self.kernel.__name__)
-
-    @property
-    def programs(self) -> int:
-        """How many there are."""
-        found = 1
-        for count in self.grid:
-            found *= count
-        return found
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """By the kernel's names, the compiler's options among them."""
-        return dict(zip(self.kernel.arg_names, self.given, strict=False)) | self.options
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        """All that are given, those in tuples too."""
-        return list(_tensors(self.given))
-
-
-def _tensors(x: Any) -> Iterator[torch.Tensor]:
-    if isinstance(x, torch.Tensor):
-        yield x
-    elif isinstance(x, tuple):
-        for each in x:
-            yield from _tensors(each)
-
-
-@contextmanager
-def recorded(*, run: bool = False) -> Iterator[list[Launch]]:
-    """Launches within it, in order; they are carried out if `run`."""
-    from triton.runtime.jit import KernelInterface
-
-    found: list[Launch] = []
-
-    def launcher(kernel: Any, grid: Any) -> Any:
-        def launch(*given: Any, **options: Any) -> None:
-            named = dict(zip(kernel.arg_names, given, strict=False)) | options
-            size = tuple(grid(named) if callable(grid) else grid)
-            found.append(Launch(kernel, size, given, options))
-            if run:
-                kernel.run(*given, grid=size, warmup=False, **options)
-
-        return launch
-
-    with mock.patch.object(KernelInterface, "__getitem__", launcher):
-        yield found
 
 
 def compiled(launch: Launch, target: Target) -> Any:

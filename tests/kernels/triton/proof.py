@@ -1,7 +1,8 @@
 """What a proof of a kernel is made of. The modules in `proofs` have, for an op:
 
 CASES      name -> function that computes on a device; what it found beside what it must be
-SIZES      three names -> function that calls forward and backward on operands of a size, on a device
+SIZES      three names -> function that calls forward and backward on operands of a size, on `meta`; only of ops that
+           are not among `kernels.triton.workloads` yet, whose sizes are there
 COSTS      name of a kernel -> function of a launch that gives its `Cost`, by the kernel's own loops
 NARROW     name of a kernel -> why none of its loads has 16 bytes; may be left out
 """
@@ -52,6 +53,11 @@ class Cost(NamedTuple):
 def once(launch: Launch) -> int:
     """Bytes of all tensors that a launch is given: what it must move if it reads or writes each number once."""
     return sum(x.numel() * x.element_size() for x in launch.tensors)
+
+
+def narrowest(launch: Launch) -> int:
+    """Bytes of a number of the narrowest dtype that a launch is given: that of its products."""
+    return min(x.element_size() for x in launch.tensors if x.is_floating_point())
 
 
 def seed() -> int:

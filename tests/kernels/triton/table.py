@@ -57,9 +57,19 @@ def share(row: Row, target: Target) -> float:
 
     Each is the longest of memory's time, tensor cores' and that of other arithmetic, as if they overlapped wholly.
     """
-    products, others = row["products"] / target.rate(row["itemsize"]), row["others"] / target.vector
+    return least_seconds(row, target) / loop_seconds(row, target)
+
+
+def least_seconds(row: Row, target: Target) -> float:
+    """What a target needs for the least traffic and the products: its roofline."""
+    return float(max(row["least"] / target.bandwidth, row["products"] / target.rate(row["itemsize"])))
+
+
+def loop_seconds(row: Row, target: Target) -> float:
+    """What a target needs for what the loops do."""
     moved = (row["read"] + row["written"]) / target.bandwidth
-    return max(row["least"] / target.bandwidth, products) / max(moved, products, others)
+    products, others = row["products"] / target.rate(row["itemsize"]), row["others"] / target.vector
+    return float(max(moved, products, others))
 
 
 def intensity(row: Row) -> float:

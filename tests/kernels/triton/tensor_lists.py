@@ -5,7 +5,7 @@ Tensors are reached by address, so that a launch does not tell what it moves: th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -64,16 +64,6 @@ def shifted(x: Tensor) -> Tensor:
 def flat(tensors: Sequence[Tensor]) -> Tensor:
     """One vector of all."""
     return torch.cat([x.reshape(-1) for x in tensors])
-
-
-def meta_lists(
-    sizes: Sequence[int], dtypes: Mapping[str, torch.dtype], device: Any = "meta"
-) -> dict[str, list[Tensor]]:
-    """Lists by name without data; sizes are multiples of every block, so that programs tell how many elements."""
-    lists = {
-        name: [torch.empty(n, dtype=dtype, device=device) for n in sizes] for name, dtype in dtypes.items()
-    }
-    return lists | {"state_steps": [torch.empty((), device=device) for _ in sizes]}
 
 
 def elements(launch: Launch) -> int:

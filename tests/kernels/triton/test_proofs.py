@@ -76,7 +76,9 @@ def test_every_configuration_compiles_for_every_gpu(op: str) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize(("op", "name"), [(op, name) for op in OPS for name in names_of(op)])
+@pytest.mark.parametrize(
+    ("op", "name"), [case.values for case in cases()]
+)  # all of them, also those marked long
 def test_a_gpu_gives_what_the_reference_gives(op: str, name: str) -> None:
     module = importlib.import_module(f"headway.tests.kernels.triton.proofs.{op}")
     for what, result in module.CASES[name](torch.device("cuda")).items():

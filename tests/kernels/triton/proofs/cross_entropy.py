@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headway.kernels.cross_entropy import IGNORE, Options, linear_cross_entropy
 from headway.kernels.cross_entropy import row_loss as reference
-from headway.kernels.triton.cross_entropy import loss_of_shares, own_shares, row_loss, row_loss_over
+from headway.kernels.triton.cross_entropy import row_loss, row_loss_over
 from headway.tests.kernels.triton.launches import Launch
 from headway.tests.kernels.triton.proof import Case, Cost, Result, drawn, seed
 from headway.tests.kernels.triton.ranks import over_ranks
@@ -180,23 +180,6 @@ CASES: dict[str, Case] = {
     "2 ranks, no gradients": _case(12, 200, _F32, gradients=False, ranks=2),
     "the head, fp32": _head(_F32, Options(Z_LOSS, 0.1, True)),
     "the head, bf16": _head(_BF16, Options()),
-}
-
-
-def _call(rows: int, vocab: int) -> None:
-    logits = torch.empty(rows, vocab, dtype=_BF16, device="meta")
-    labels = torch.empty(rows, dtype=torch.int64, device="meta")
-    row_loss(logits, labels, 0.0, True)
-    row_loss(logits, labels, Z_LOSS, True, 0.1, True)
-    row_loss(logits, labels, 0.0, False)
-    shares = own_shares(logits, labels, vocab, True, True)
-    loss_of_shares(logits, labels, vocab, 8 * vocab, shares, Z_LOSS, True, 0.1)
-
-
-SIZES = {
-    "4,096 x 32,768": lambda: _call(4096, 32768),
-    "2,624 x 50,304": lambda: _call(2624, 50304),
-    "1,024 x 131,072": lambda: _call(1024, 131072),
 }
 
 

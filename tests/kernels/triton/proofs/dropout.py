@@ -84,25 +84,6 @@ CASES: dict[str, Case] = {
     "large numbers": _case((2, 21, 64), torch.float32, "br", scale=1e4),
 }
 
-
-def _call(batch: int, places: int, width: int) -> None:
-    x, residual, bias = (
-        torch.empty(*shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
-        for shape in ((batch, places, width), (batch, places, width), (width,))
-    )
-    words = (torch.empty(shape, dtype=torch.int64, device="meta") for shape in ((), (batch, 1), (1, places)))
-    key, slot, position = words
-    for more in ({"residual": residual}, {"residual": residual, "bias": bias}):
-        y = dropout(x, 0.1, key, (slot, position, 0), **more)
-        torch.autograd.grad(y, [x, *more.values()], y)
-
-
-SIZES = {
-    "16 x 512 x 768": lambda: _call(16, 512, 768),
-    "4 x 2,048 x 4,096": lambda: _call(4, 2048, 4096),
-    "8 x 2,048 x 8,192": lambda: _call(8, 2048, 8192),
-}
-
 PHILOX = 14
 """Operations of an element: a hundred and some of a call, shared by eight."""
 

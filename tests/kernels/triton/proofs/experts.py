@@ -108,26 +108,6 @@ CASES: dict[str, Case] = {
 }
 
 
-def _call(tokens: int, width: int, experts: int, each: int) -> None:
-    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
-
-    at = places(empty(tokens * each, dtype=torch.int64), experts, 128)
-    token_R = at.of_rows(empty(tokens * each, dtype=torch.int64), -1)
-    x, weight_R = empty(tokens, width), empty(at.rows, dtype=torch.float32)
-    mine = copies(token_R, tokens)
-    rows = take_rows(x, token_R, mine)
-    y = combine_rows(rows, weight_R, token_R, mine)
-    torch.autograd.grad(y, [x, weight_R], y)
-
-
-SIZES = {
-    "8,192 x 1,024, 2 of 8": lambda: _call(8192, 1024, 8, 2),
-    "16,384 x 4,096, 2 of 8": lambda: _call(16384, 4096, 8, 2),
-    "16,384 x 2,048, 8 of 128": lambda: _call(16384, 2048, 128, 8),
-}
-
-
 def _filled(token: Tensor) -> int:
     """Rows that stand for a token; all, where their tokens are not known."""
     return len(token) if token.is_meta else int((token >= 0).sum())

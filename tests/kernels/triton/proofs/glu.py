@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -100,25 +100,6 @@ CASES: dict[str, Case] = {
     "no bias": _case(21, 48, torch.float32, "gelu"),
     **{f"large numbers, {name}": _case(9, 64, torch.float32, name, scale=1e4) for name in (*GATED, *PLAIN)},
 }  # fmt: skip
-
-
-def _call(rows: int, width: int, *names: str) -> None:
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
-
-    gate, up, bias = empty(rows, width), empty(rows, width), empty(width)
-    for name in names:
-        biases = {"gate_bias": bias, "up_bias": bias} if name == "geglu" else {}
-        given = {"gate": gate, "up": up} | biases if name in GATED else {"gate": gate, "gate_bias": bias}
-        y = _ours(given, name)
-        torch.autograd.grad(y, list(given.values()), y)
-
-
-SIZES: dict[str, Callable[[], None]] = {
-    "8,192 x 3,072": lambda: _call(8192, 3072, "gelu", "gelu_tanh", "relu2", "geglu"),
-    "16,384 x 11,008": lambda: _call(16384, 11008, "swiglu", "silu"),
-    "16,384 x 28,672": lambda: _call(16384, 28672, "swiglu", "geglu_tanh"),
-}
 
 
 def _biases(given: Mapping[str, Tensor | None], rows: int) -> int:

@@ -92,23 +92,6 @@ CASES: dict[str, Case] = {
 }
 
 
-def _call(rows: int, inner: int, outer: int, groups: int, dtype: torch.dtype) -> None:
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=True)
-
-    ends = torch.empty(groups, dtype=torch.int64, device="meta")
-    given = empty(rows, inner), empty(groups, outer, inner), empty(groups, outer)
-    y = linear(*given, ends)
-    torch.autograd.grad(y, given, y)
-
-
-SIZES = {
-    "16,384 x 1,024 x 4,096, 8 groups": lambda: _call(16384, 1024, 4096, 8, torch.bfloat16),
-    "32,768 x 4,096 x 14,336, 8 groups": lambda: _call(32768, 4096, 14336, 8, torch.bfloat16),
-    "16,384 x 1,024 x 4,096, 8 groups, fp32": lambda: _call(16384, 1024, 4096, 8, torch.float32),
-}
-
-
 def _counts(launch: Launch, groups: int, rows: int) -> list[int]:
     """Rows of groups; as many each, where they are not known."""
     ends = launch.arguments["ends"]

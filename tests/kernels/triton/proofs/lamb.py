@@ -18,7 +18,6 @@ from headway.tests.kernels.triton.tensor_lists import (
     elements,
     flat,
     itemsize,
-    meta_lists,
     shifted,
 )
 
@@ -129,19 +128,6 @@ CASES: dict[str, Case] = {
     "odd addresses": _case(FP32, BF16, FP32, copy=BF16, odd=True),
     "large gradients": _case(FP32, BF16, FP32, copy=BF16, size=1e4),
     "small gradients": _case(FP32, FP32, FP32, size=1e-6),
-}
-
-
-def _call(*sizes: int, scaled: bool = False) -> None:
-    names = ("params", FP32), ("grads", BF16), ("exp_avgs", FP32), ("exp_avg_sqs", FP32), ("copies", BF16)
-    one = torch.empty((), device="meta") if scaled else None
-    lamb(**meta_lists(sizes, dict(names)), **HOW, grad_scale=one, found_inf=one)
-
-
-SIZES = {
-    "148 tensors, 124 million": lambda: _call(*[786_432] * 98, 38_633_472, *[147_456] * 49),
-    "one of 1 billion": lambda: _call(1 << 30),
-    "1,000 of 4,096, with a scale": lambda: _call(*[4096] * 1000, scaled=True),
 }
 
 

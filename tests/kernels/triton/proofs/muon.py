@@ -112,17 +112,6 @@ CASES: dict[str, Case] = {
 }
 
 
-def _call(*shape: int) -> None:
-    orthogonalise(torch.empty(*shape, dtype=BF16, device="meta"), reference.COEFFICIENTS, 1)
-
-
-SIZES = {
-    "48 x 768 x 768": lambda: _call(48, 768, 768),
-    "8 x 4,096 x 4,096": lambda: _call(8, 4096, 4096),
-    "2 x 4,096 x 16,384": lambda: _call(2, 4096, 16384),
-}
-
-
 def _cost_of_symmetric(launch: Launch) -> Cost:
     """A row of X is read once with every tile row at or below its own, and once with every one at or above."""
     given = launch.arguments

@@ -78,23 +78,6 @@ CASES: dict[str, Case] = {
 }
 
 
-def _call(rows: int, width: int) -> None:
-    x, residual, weight = (
-        torch.empty(*shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
-        for shape in ((rows, width), (rows, width), (width,))
-    )
-    for centred in (False, True):
-        y, total = norm(x, weight, weight if centred else None, eps=EPS, centred=centred, residual=residual)
-        torch.autograd.grad([y, total], [x, weight], [x, x])
-
-
-SIZES = {
-    "8,192 x 768": lambda: _call(8192, 768),
-    "8,192 x 4,096": lambda: _call(8192, 4096),
-    "16,384 x 8,192": lambda: _call(16384, 8192),
-}
-
-
 def _forward(launch: Launch) -> Cost:
     given = launch.arguments
     rows, width, item = given["rows"], given["width"], given["x"].element_size()

@@ -80,23 +80,6 @@ CASES: dict[str, Case] = {
 }
 
 
-def _call(batch: int, places: int, heads: int, key_heads: int, dim: int) -> None:
-    q, k = (
-        torch.empty(batch, places, count, dim, dtype=torch.bfloat16, device="meta", requires_grad=True)
-        for count in (heads, key_heads)
-    )
-    angles = torch.empty(places, dim // 2, device="meta")
-    turned = rotate(q.transpose(1, 2), k.transpose(1, 2), Rotation(angles, angles))
-    torch.autograd.grad(turned, [q, k], turned)
-
-
-SIZES = {
-    "32 x 1,024 x 12 of 64": lambda: _call(32, 1024, 12, 12, 64),
-    "4 x 4,096 x 32 and 8 of 128": lambda: _call(4, 4096, 32, 8, 128),
-    "1 x 32,768 x 64 and 8 of 128": lambda: _call(1, 32768, 64, 8, 128),
-}
-
-
 def _cost(launch: Launch) -> Cost:
     given = launch.arguments
     x = sum(given[name].data.numel() * given[name].data.element_size() for name in "qk")

@@ -220,27 +220,6 @@ CASES["no gradients, 7 words"] = _case(6, 300, _F32, Soft(2.0), 7, gradients=Fal
 CASES["the head, bf16, 5 words"] = _head(_BF16, "forward", 5)
 
 
-def _call(rows: int, vocab: int) -> None:
-    student, teacher = (torch.empty(rows, vocab, dtype=_BF16, device="meta") for _ in range(2))
-    valid = torch.empty(rows, dtype=torch.bool, device="meta")
-    for kind in DIVERGENCES:
-        soft_row_loss(student, teacher, valid, Soft(2.0, kind), True)
-        soft_row_loss(student, teacher, valid, Soft(2.0, kind), True, lambda x, op: x)
-    top = TopTeacher(
-        torch.empty(rows, 64, dtype=_BF16, device="meta"),
-        torch.empty(rows, 64, dtype=torch.int32, device="meta"),
-        torch.empty(rows, device="meta"),
-    )
-    soft_row_loss(student, top, valid, Soft(2.0), True)
-
-
-SIZES = {
-    "4,096 x 32,768": lambda: _call(4096, 32768),
-    "2,624 x 50,304": lambda: _call(2624, 50304),
-    "1,024 x 131,072": lambda: _call(1024, 131072),
-}
-
-
 def _both(launch: Launch, passes: int, said: float, kept: float, gradients: bool) -> Cost:
     """Scored rows of student and teacher are read as often as they are passed over; the teacher's are written."""
     given = launch.arguments
