@@ -34,14 +34,16 @@ def rows(op: str, target: str, most: int) -> list[dict[str, Any]]:
     spaces = [x.name for x in vars(_kernels(op)).values() if isinstance(x, Space)]
     known: dict[str, Any] = {}
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    for number, (size, call) in itertools.product(range(most), module.SIZES.items()):
+    calls = module.SIZES | getattr(module, "COMPILED", {})
+    for number, (size, call) in itertools.product(range(most), calls.items()):
         with forced(target, **dict.fromkeys(spaces, number)), recorded() as launches:
             call()
         for launch in launches:
             key = f"{launch.name} {signature(launch)}"
             if key not in known:
                 known[key] = resources(compiled(launch, TARGETS[target]), TARGETS[target])._asdict()
-            row = {"op": op, "kernel": launch.name, "target": target, "size": size, "default": number == 0}
+            row = {"op": op, "kernel": launch.name, "target": target, "size": size}
+            row["default"] = number == 0 and size in module.SIZES
             row["itemsize"] = min(x.element_size() for x in launch.tensors if x.is_floating_point())
             row["narrow"] = getattr(module, "NARROW", {}).get(launch.name, "")
             how = {k: v for k, v in launch.options.items() if isinstance(v, int)}
