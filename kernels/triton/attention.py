@@ -24,7 +24,7 @@ from headway.kernels.attention.dense import WeightDropout, score_scale
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.slopes import Fixed, learned
 from headway.kernels.triton import attention_kernels as kernels
-from headway.kernels.triton.attention_configs import BIAS, FORWARD, KEYS, QUERIES
+from headway.kernels.triton.attention_configs import BIAS, DELTA, FORWARD, KEYS, QUERIES
 from headway.kernels.triton.attention_operands import Lowered, biases, dropped, heads, lowered, padded
 from headway.kernels.triton.attention_tiles import Dropped
 from headway.kernels.triton.map_tiles import Model, Sizes
@@ -158,8 +158,9 @@ class _Attention(torch.autograd.Function):
         q, k, v, bias, sink, out, lse = ctx.saved_tensors
         call = _Call.of(ctx.place, q, k, v, bias)
         with torch.cuda.device_of(q):
-            delta, dq = _of_queries(call, q, out, lse, d_out)
+            delta = _delta(call, out, lse, d_out)
             kept = lse, heads(d_out), delta
+            dq = _of_queries(call, q, kept) if ctx.needs_input_grad[0] else None
             dk, dv = _of_keys(call, k, v, kept, ctx.needs_input_grad[1:3])
             d_bias = _of_bias(call, bias, kept) if ctx.needs_input_grad[3] else None
         d_sink = None
@@ -168,22 +169,32 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, d_bias, d_sink, None
 
 
-def _of_queries(call: _Call, q: Tensor, out: Tensor, lse: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of outputs times their gradients [B, H, Q], and the gradient of queries."""
-    delta, dq = torch.empty_like(lse), _by_place(q, q.shape[-1])
+def _delta(call: _Call, out: Tensor, lse: Tensor, d_out: Tensor) -> Tensor:
+    """Sums of outputs times their gradients, [B, H, Q]."""
+    delta = torch.empty_like(lse)
+    config, size = call.config(DELTA), call.sizes
+    programs = size.batch * size.heads * triton.cdiv(size.queries, config.tiles["M"])
+    widths = {name: call.constants[name] for name in ("D_V", "W_V")}
+    kernels.attention_delta_kernel[programs,](
+        size, heads(out), heads(d_out), delta, **widths, **config.options
+    )
+    return delta
+
+
+def _of_queries(call: _Call, q: Tensor, kept: tuple[Any, ...]) -> Tensor:
+    """Gradient of queries; `kept`: log-sum-exps, the output's gradient, and sums of outputs times it."""
+    dq = _by_place(q, q.shape[-1])
     config, size, place = call.config(QUERIES), call.sizes, call.place
     programs = size.batch * size.heads * triton.cdiv(size.queries, config.tiles["M"])
     given = call.model, call.v, place.cap, *place.mask[:2], place.drop, size
-    more = heads(out), lse, heads(d_out), delta, heads(dq)
-    kernels.attention_queries_kernel[programs,](*given, *more, **call.constants, **config.options)
-    return delta, dq
+    kernels.attention_queries_kernel[programs,](*given, *kept, heads(dq), **call.constants, **config.options)
+    return dq
 
 
 def _of_keys(
     call: _Call, k: Tensor, v: Tensor, kept: tuple[Any, ...], wanted: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of keys and values, those that are wanted; `kept`: log-sum-exps, the output's gradient, and sums of
-    outputs times it. Of wide heads a launch computes one of them: sums of both do not fit into registers."""
+    """Gradients of keys and values, those that are wanted; `kept`: as `_of_queries` has it. Of wide heads a launch computes one of them: sums of both do not fit into registers."""
     dk, dv = (_by_place(x, x.shape[-1]) if want else None for x, want in zip((k, v), wanted, strict=True))
     config, size, place = call.config(KEYS), call.sizes, call.place
     programs = size.batch * k.shape[1] * triton.cdiv(size.keys, config.tiles["N"])

@@ -67,5 +67,10 @@ def _key_configs(target: str, width: int, itemsize: int) -> list[Config]:
     return [Config({"M": walked, "N": owned}, warps, stages) for owned, walked, warps, stages in rows]
 
 
+def _delta_configs(target: str, width: int, itemsize: int) -> list[Config]:
+    return [Config({"M": max(16, 4096 // width)}, 4, 1), Config({"M": max(16, 2048 // width)}, 4, 1)]
+
+
 FORWARD, QUERIES, BIAS = (_space(kernel) for kernel in ("forward", "queries", "bias"))
 KEYS = Space("attention_keys", _key_configs)
+DELTA = Space("attention_delta", _delta_configs)

@@ -4,7 +4,8 @@ With scores s_ij = cap tanh(scale q_i k_j / cap) + bias_ij and a sink's score t:
 p_ij = e^(s_ij - lse_i), o_i = sum_j p_ij m_ij v_j, m dropout's mask over the chance of being kept. Backward (Dao et
 al. 2022, algorithm 4), with delta_i = do_i o_i: dp_ij = m_ij do_i v_j, ds_ij = p_ij (dp_ij - delta_i), dv_j = sum_i
 p_ij m_ij do_i, dbias_ij = ds_ij, and of products ds_ij (1 - tanh^2). A program owns what it writes, none adds by
-atomics: gradients of queries, of keys with values, and of a bias have a kernel each, which computes scores again.
+atomics: delta, and gradients of queries, of keys with values, and of a bias have a kernel each; the last three
+compute scores again.
 
 Queries are read once; keys and values once by every block of queries that may see them, as nothing smaller than a
 sequence fits into a multiprocessor, and numbers of documents, places and log-sum-exps once a tile: they are some
@@ -78,19 +79,28 @@ def attention_forward_kernel(
 
 
 @triton.jit
+def attention_delta_kernel(sizes, out, d_out, delta, D_V: tl.constexpr, W_V: tl.constexpr, M: tl.constexpr):
+    """A program: `delta` of M queries of a head. A kernel of its own: beside products its sums cost the registers that
+    the products want, which is worse than reading the output's gradient once more."""
+    b, h, first = place_of(sizes.heads, sizes.queries, M)
+    known = operand(tile(out, b, h, first, sizes.queries, M, D_V, W_V))
+    slope = operand(tile(d_out, b, h, first, sizes.queries, M, D_V, W_V))
+    found = tl.sum(slope.to(tl.float32) * known.to(tl.float32), 1)
+    put_row(delta, b, sizes.heads, h, first + tl.arange(0, M), sizes, found)
+
+
+@triton.jit
 def attention_queries_kernel(
-    model, v, cap, seen, spans, drop, sizes, out, lse, d_out, delta, dq,
+    model, v, cap, seen, spans, drop, sizes, lse, d_out, delta, dq,
     CAUSAL: tl.constexpr, D: tl.constexpr, W: tl.constexpr, D_V: tl.constexpr, W_V: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """A program: `delta` of M queries of a head, and their gradient."""
+    """A program: the gradient of M queries of a head."""
     b, h, first = place_of(sizes.heads, sizes.queries, M)
     rows = first + tl.arange(0, M)
     slope = operand(tile(d_out, b, h, first, sizes.queries, M, D_V, W_V))
-    known = operand(tile(out, b, h, first, sizes.queries, M, D_V, W_V))
-    both = tl.sum(slope.to(tl.float32) * known.to(tl.float32), 1)
-    put_row(delta, b, sizes.heads, h, rows, sizes, both)
     sums = row(lse, b, sizes.heads, h, rows, sizes)
+    both = row(delta, b, sizes.heads, h, rows, sizes)
     q = operand(tile(model.q, b, h, first, sizes.queries, M, D, W))
     like = model.q.data.dtype.element_ty
     total = tl.zeros([M, W], tl.float32)

@@ -155,9 +155,7 @@ def pulled(
     d_products = weights
     if d_left is not None:
         d_weights = tl.dot(d_left, tl.trans(d_right), input_precision="ieee")
-        if drop is not None:
-            d_weights = tl.where(stays, d_weights * drop.factor, 0.0)
-        d_scores = weights * (d_weights - _along(delta, TURNED))
+        d_scores = used * d_weights - weights * _along(delta, TURNED)  # p (m dp - delta), without m once more
         d_products = d_scores
         if cap is not None:
             d_products = d_scores * (1 - bent * bent)

@@ -139,18 +139,26 @@ def forward(launch: Launch) -> Cost:
     return Cost(read, rows * (d_v * walk.item + 4), once(launch), products, _others(walk, products))
 
 
+def delta(launch: Launch) -> Cost:
+    """Of `attention_delta_kernel`."""
+    given = launch.arguments
+    sizes, item = given["sizes"], given["out"].data.element_size()
+    rows = sizes.batch * sizes.heads * sizes.queries
+    return Cost(rows * 2 * given["D_V"] * item, rows * 4, once(launch), 0, 2 * rows * given["D_V"])
+
+
 def queries(launch: Launch) -> Cost:
     """Of `attention_queries_kernel`."""
     walk = Walk.of(launch)
     d, d_v, w, w_v = walk.widths
     read = products = 0
     for count, rows, tiles, keys in walk.by_queries():
-        each = rows * ((d + 2 * d_v) * walk.item + 4) + keys * (d + d_v) * walk.item
+        each = rows * ((d + d_v) * walk.item + 8) + keys * (d + d_v) * walk.item
         each += walk.numbers(rows * tiles, keys, tiles, rows * keys)
         read += count * (each + walk.ranges(rows))
         products += count * tiles * 2 * walk.m * walk.n * (2 * w + w_v)
     rows = walk.batch * walk.heads * walk.queries
-    return Cost(read, rows * (d * walk.item + 4), once(launch), products, _others(walk, products))
+    return Cost(read, rows * d * walk.item, once(launch), products, _others(walk, products))
 
 
 def keys(launch: Launch) -> Cost:

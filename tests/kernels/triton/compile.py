@@ -39,14 +39,17 @@ def rows(op: str, target: str, most: int) -> list[dict[str, Any]]:
     spaces = [x.name for x in vars(_kernels(op)).values() if isinstance(x, Space)]
     known: dict[str, Any] = {}
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    for number, (size, call) in itertools.product(range(most), _calls(op, module).items()):
+    sizes = _sizes(op, module)
+    calls = sizes | getattr(module, "COMPILED", {})
+    for number, (size, call) in itertools.product(range(most), calls.items()):
         with forced(target, **dict.fromkeys(spaces, number)), recorded() as launches:
             call()
         for launch in launches:
             key = f"{launch.name} {signature(launch)}"
             if key not in known:
                 known[key] = resources(compiled(launch, TARGETS[target]), TARGETS[target])._asdict()
-            row = {"op": op, "kernel": launch.name, "target": target, "size": size, "default": number == 0}
+            row = {"op": op, "kernel": launch.name, "target": target, "size": size}
+            row["default"] = number == 0 and size in sizes
             row["itemsize"] = narrowest(launch)
             row["narrow"] = getattr(module, "NARROW", {}).get(launch.name, "")
             how = {k: v for k, v in launch.options.items() if isinstance(v, int)}
@@ -55,7 +58,7 @@ def rows(op: str, target: str, most: int) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _calls(op: str, module: Any) -> dict[str, Callable[[], None]]:
+def _sizes(op: str, module: Any) -> dict[str, Callable[[], None]]:
     """An op's sizes, on operands without data. Some ops have them in their proofs."""
     from headway.kernels.triton import workloads
 

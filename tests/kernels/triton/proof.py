@@ -4,6 +4,7 @@ CASES      name -> function that computes on a device; what it found beside what
 SIZES      three names -> function that calls forward and backward on operands of a size, on `meta`; only of ops that
            are not among `kernels.triton.workloads` yet, whose sizes are there
 COSTS      name of a kernel -> function of a launch that gives its `Cost`, by the kernel's own loops
+COMPILED   more names and calls, which are compiled but not in the tables; may be left out
 NARROW     name of a kernel -> why none of its loads has 16 bytes; may be left out
 """
 

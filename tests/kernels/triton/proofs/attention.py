@@ -283,18 +283,27 @@ CASES: dict[str, Case] = {
 # -- sizes ---------------------------------------------------------------------------------------------------------
 
 
-def _call(batch: int, heads: int, kv_heads: int, length: int, dim: int, extra: Extra, mask: Mask) -> None:
-    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=True)
+def _call(
+    batch: int, heads: int, kv_heads: int, length: int, dim: int, extra: Extra, mask: Mask,
+    dtype: torch.dtype = torch.bfloat16, device: str = "meta",
+) -> None:  # fmt: skip
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=device, requires_grad=True)
 
     q, k, v = (empty(batch, n, length, dim) for n in (heads, kv_heads, kv_heads))
-    places = torch.empty(batch, length, dtype=torch.int64, device="meta")
+    places = torch.empty(batch, length, dtype=torch.int64, device=device)
     bias = empty(heads, length, length, dtype=torch.float32) if extra.bias else None
     sink = empty(heads, dtype=torch.float32) if extra.sink else None
     dropout = WeightDropout(extra.p, places[0, 0], places[:, 0], places[0]) if extra.p else None
     inputs = [x for x in (q, k, v, bias, sink) if x is not None]
     out = attention(q, k, v, mask, dropout, bias_HQK=bias, softcap=extra.cap, sink=sink)
     torch.autograd.grad(out, inputs, torch.empty_like(out))
+
+
+def _compiled(dim: int, dtype: torch.dtype) -> Callable[[], None]:
+    """All that attention may have at once, of a head dimension."""
+    documents = torch.zeros(2, 256, dtype=torch.int64)
+    return lambda: _call(2, 4, 2, 256, dim, EVERYTHING, Mask(True, documents), dtype, "cpu")
 
 
 SIZES = {
@@ -307,8 +316,16 @@ SIZES = {
     ),
 }  # fmt: skip
 
+COMPILED = {
+    f"head dimension {dim}, {name}": _compiled(dim, dtype)
+    for name, dtype in (("bf16", _B), ("fp32", _F))
+    for dim in (64, 128, 256)
+}
+"""One for every row of tiles."""
+
 COSTS = {
     "attention_forward_kernel": costs.forward,
+    "attention_delta_kernel": costs.delta,
     "attention_queries_kernel": costs.queries,
     "attention_keys_kernel": costs.keys,
     "attention_bias_kernel": costs.bias,
