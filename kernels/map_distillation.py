@@ -48,7 +48,7 @@ from headway.kernels.precision import product_dtype
 
 KERNELS = ("reference", "chunked", "triton")
 WIDEST = 256
-"""Head dimension up to which Triton's tiles fit, and half of what G teacher heads have together, without padding."""
+"""Head dimension up to which Triton's tiles fit."""
 
 
 class MapSums(NamedTuple):
@@ -147,9 +147,8 @@ def choose(kernel: str, teacher: Scores, student: Scores) -> Sums:
     """
     if kernel not in ("auto", *KERNELS):
         raise KernelUnavailable(kernel, f"maps are distilled by {', '.join(KERNELS)}", "auto")
-    group = teacher.q.shape[1] // student.q.shape[1]
     device, narrow = student.q.device, torch.float64 not in (teacher.q.dtype, student.q.dtype)
-    fits = max(student.q.shape[3], teacher.q.shape[3], teacher.q.shape[3] * group // 2) <= WIDEST
+    fits = max(student.q.shape[3], teacher.q.shape[3]) <= WIDEST
     able = device.type == "cuda" and narrow and fits
     if kernel == "triton" and not able:
         rule = f"it takes no fp64 and heads up to {WIDEST} wide, and runs on cuda, not on {device}"

@@ -125,29 +125,6 @@ def put(x, b, head, first, length, value, N: tl.constexpr, D: tl.constexpr, W: t
 
 
 @triton.jit
-def teacher_queries(
-    teacher, b, h, first, sizes, G: tl.constexpr, M: tl.constexpr, D: tl.constexpr, W: tl.constexpr
-):
-    """Query tiles of the G teacher heads of student head h."""
-    tiles = ()  # Triton has sums of tuples, but no stars
-    for g in tl.static_range(G):
-        tiles = tiles + (tile(teacher.q, b, h * G + g, first, sizes.queries, M, D, W),)  # type: ignore[assignment]  # noqa: RUF005
-    return tiles
-
-
-@triton.jit
-def teacher_keys(
-    teacher, b, h, first, sizes, G: tl.constexpr, N: tl.constexpr, D: tl.constexpr, W: tl.constexpr
-):
-    """Key tiles of the G teacher heads of student head h."""
-    tiles = ()  # Triton has sums of tuples, but no stars
-    for g in tl.static_range(G):
-        head = (h * G + g) // teacher.group
-        tiles = tiles + (tile(teacher.k, b, head, first, sizes.keys, N, D, W),)  # type: ignore[assignment]  # noqa: RUF005
-    return tiles
-
-
-@triton.jit
 def scores(left, right, model, head, rows, cols, sizes):
     """scale left right^T + bias, fp32. Places beyond the ends give something finite."""
     found = tl.dot(left, tl.trans(right), input_precision="ieee") * model.scale

@@ -1,0 +1,68 @@
+"""With which tiles map distillation's Triton kernels are compiled, by target and by the width of the wider head.
+
+A program owns a block of queries (`KEYS`: of keys) and walks over blocks of keys (of queries). It owns 64 at least
+where tensor cores want that many rows (wgmma, tcgen05). Chosen so that nothing is spilled in bf16; not tuned by time.
+"""
+
+from __future__ import annotations
+
+from headway.kernels.triton.tuning import Config, Space
+
+_Choices = dict[int, list[tuple[int, int, int, int]]]
+"""By the width at most: owned, walked, warps, stages."""
+
+_NEW: dict[str, _Choices] = {
+    "forward": {
+        64: [(128, 64, 8, 2), (64, 64, 4, 2)],
+        128: [(128, 64, 8, 2), (64, 32, 4, 2)],
+        256: [(64, 32, 8, 1)],
+    },
+    "queries": {64: [(64, 64, 8, 2), (64, 32, 4, 2)], 128: [(64, 64, 8, 2)], 256: [(64, 16, 8, 1)]},
+    "keys": {64: [(64, 32, 8, 2), (64, 32, 4, 1)], 128: [(64, 32, 8, 1)], 256: [(64, 16, 8, 1)]},
+    "bias": {64: [(64, 64, 8, 2), (64, 32, 4, 2)], 128: [(64, 32, 8, 1)], 256: [(64, 16, 8, 1)]},
+}
+"""NVIDIA's since the H100."""
+
+_TILES: dict[str, dict[str, _Choices]] = {
+    "sm_80": {
+        "forward": {64: [(64, 64, 4, 2)], 128: [(64, 32, 4, 2)], 256: [(64, 32, 8, 1)]},
+        "queries": {64: [(64, 32, 4, 2)], 128: [(64, 32, 8, 1)], 256: [(32, 32, 8, 1)]},
+        "keys": {64: [(64, 32, 4, 1)], 128: [(64, 32, 8, 1)], 256: [(32, 32, 8, 1)]},
+        "bias": {64: [(64, 32, 4, 1)], 128: [(64, 32, 8, 1)], 256: [(32, 16, 8, 1)]},
+    },
+    "sm_90a": _NEW,
+    "sm_100a": _NEW,
+    "gfx942": {
+        "forward": {64: [(64, 64, 4, 1)], 128: [(64, 32, 4, 1)], 256: [(32, 32, 4, 1)]},
+        "queries": {64: [(64, 32, 4, 1)], 128: [(64, 32, 4, 1)], 256: [(32, 32, 4, 1)]},
+        "keys": {64: [(64, 32, 4, 1)], 128: [(64, 32, 4, 1)], 256: [(32, 32, 4, 1)]},
+        "bias": {64: [(64, 32, 4, 1)], 128: [(64, 32, 4, 1)], 256: [(32, 32, 4, 1)]},
+    },
+}
+
+_WIDE: _Choices = {64: [(32, 32, 4, 1)], 256: [(16, 16, 4, 1)]}
+"""Of fp32, whose products are of vector units, everywhere."""
+
+
+def _choices(kernel: str, target: str, width: int, itemsize: int) -> list[tuple[int, int, int, int]]:
+    table = _WIDE if itemsize == 4 else _TILES[target][kernel]
+    return table[min(most for most in table if most >= width)]
+
+
+def _space(kernel: str) -> Space:
+    """Of a kernel whose programs own queries."""
+
+    def configs(target: str, width: int, itemsize: int) -> list[Config]:
+        rows = _choices(kernel, target, width, itemsize)
+        return [Config({"M": owned, "N": walked}, warps, stages) for owned, walked, warps, stages in rows]
+
+    return Space(f"map_{kernel}", configs)
+
+
+def _key_configs(target: str, width: int, itemsize: int) -> list[Config]:
+    rows = _choices("keys", target, width, itemsize)
+    return [Config({"M": walked, "N": owned}, warps, stages) for owned, walked, warps, stages in rows]
+
+
+FORWARD, QUERIES, BIAS = (_space(kernel) for kernel in ("forward", "queries", "bias"))
+KEYS = Space("map_keys", _key_configs)
