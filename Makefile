@@ -45,9 +45,9 @@ long: $(VENV)/.ready-dev
 gpu: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -m cuda
 
-# Triton's kernels for four GPUs, compiled without one, and the tables of docs/kernels.md.
+# Triton's kernels for four GPUs, compiled without one, and the tables of docs/kernels.md; of all ops, or of OPS.
 kernels: $(VENV)/.ready-dev
-	$(BIN)/python -m headway.tests.kernels.triton.table
+	$(BIN)/python -m headway.tests.kernels.triton.table $(OPS)
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

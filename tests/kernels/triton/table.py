@@ -9,13 +9,14 @@ these ops (of all, if none is named) that break none. `make kernels` calls it.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from headway.kernels.triton.targets import TARGETS, Target
 from headway.tests.kernels.triton.proof import OPS
@@ -24,12 +25,8 @@ PAGE = Path(__file__).parents[3] / "docs/kernels.md"
 Row = dict[str, Any]
 
 
-ALL = 8
-"""Configurations of a space at most."""
-
-
-def compiled(op: str, most: int = ALL, targets: Iterable[str] = TARGETS) -> list[Row]:
-    """Rows of `compile`, by a process of its own; `most`: configurations of a space."""
+def compiled(op: str, most: int = 0, targets: Iterable[str] = TARGETS) -> list[Row]:
+    """Rows of `compile`, by a process of its own; `most`: configurations of a space, 0 for all."""
     command = [sys.executable, "-m", "headway.tests.kernels.triton.compile", op, str(most), *targets]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: list[Row] = json.loads(done.stdout)
@@ -100,26 +97,36 @@ def _cell(row: Row | None, target: Target) -> str:
     return f"{row['registers']} r, {row['shared'] / 1024:.0f} K{tensor}, {share(row, target):.0%}"
 
 
-def finished() -> list[str]:
-    """Ops that the page has a table of: those whose kernels keep the rules."""
+def digests(*ops: str) -> dict[str, str]:
+    """What tables are of, by `digest`, in a process of its own."""
+    command = [sys.executable, "-m", "headway.tests.kernels.triton.digest", *ops]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
+class Written(NamedTuple):
+    """An op's table as the page has it, and the digest of what it is of."""
+
+    text: str
+    digest: str
+
+
+def written() -> dict[str, Written]:
+    """All tables of the page, by op: of those whose kernels keep the rules."""
     page = PAGE.read_text(encoding="utf-8")
-    return [op for op in OPS if f"<!-- {op} -->" in page]
+    found = re.findall(r"<!-- (\w+) of (\w+) -->\n(.*?)\n<!-- end of \1 -->", page, re.DOTALL)
+    return {op: Written(text, digest) for op, digest, text in found}
 
 
-def written(op: str) -> str:
-    """An op's table as the page has it."""
-    page = PAGE.read_text(encoding="utf-8")
-    return page.partition(f"<!-- {op} -->\n")[2].partition("\n<!-- end")[0]
-
-
-def write(tables: dict[str, str]) -> None:
+def write(tables: dict[str, Written]) -> None:
     """Put tables into the page, each between its own marks."""
     page = PAGE.read_text(encoding="utf-8")
-    for op, text in tables.items():
-        begin, end = f"<!-- {op} -->\n", f"\n<!-- end of {op} -->"
-        block = f"{begin}{text}{end}"
-        if begin in page:
-            page = page[: page.index(begin)] + block + page[page.index(end) + len(end) :]
+    for op, (text, digest) in tables.items():
+        block = f"<!-- {op} of {digest} -->\n{text}\n<!-- end of {op} -->"
+        marks = re.compile(rf"<!-- {op} of \w+ -->.*?<!-- end of {op} -->", re.DOTALL)
+        if marks.search(page):
+            page = marks.sub(lambda _, block=block: block, page)  # type: ignore[misc]
         else:
             page = f"{page.rstrip()}\n\n### {op}\n\n{block}\n"
     PAGE.write_text(page, encoding="utf-8")
@@ -130,7 +137,8 @@ def main(*ops: str) -> int:
     with ThreadPoolExecutor(2) as pool:
         found = dict(zip(chosen, pool.map(compiled, chosen), strict=True))
     faults = {op: [fault for row in rows for fault in broken(row)] for op, rows in found.items()}
-    write({op: table(rows) for op, rows in found.items() if not faults[op]})
+    of = digests(*chosen)
+    write({op: Written(table(rows), of[op]) for op, rows in found.items() if not faults[op]})
     for op, said in faults.items():
         print("\n".join([f"{op}: {len(found[op])} compiled kernels, {len(said)} faults", *said]))
     return int(any(faults.values()))
