@@ -161,7 +161,7 @@ def test_bf16_is_as_good_as_bf16_can_be(mechanism, kernel):
 def test_dropout_is_the_references(mask, with_bias):
     key, rows = torch.tensor(random.key(0, "attention")), QUERIES.get(mask, KEYS)
     drop = WeightDropout(0.25, key, torch.tensor([7, 3]), torch.arange(rows), first_head=4)
-    for kernel in MECHANISMS["dense"].kernels.values():
+    for kernel in MECHANISMS["dense"].kernels_on("cpu").values():
         if kernel.dropout:
             ours = value_and_gradients(kernel.compute, inputs_of(mask, with_bias), MASKS[mask], drop)
             theirs = value_and_gradients(reference, inputs_of(mask, with_bias), MASKS[mask], drop)
