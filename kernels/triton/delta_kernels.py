@@ -13,17 +13,19 @@ import triton
 import triton.language as tl
 
 from headway.kernels.triton.map_tiles import wide
-from headway.kernels.triton.numbers import as_operand, narrowed
+from headway.kernels.triton.numbers import as_operand
 from headway.kernels.triton.state_tiles import (
     border,
     chunk_of,
+    of_rows,
     of_tokens,
     part,
     products_of,
     put_products,
+    put_rows,
+    put_state,
     put_tokens,
-    rows_of,
-    state_at,
+    state_of,
     through,
     within,
 )
@@ -110,17 +112,15 @@ def delta_rule_states_kernel(
     state = tl.zeros([X, Z], tl.float32)
     for n in range(chunks):
         first = n * C
-        places, inside = state_at(states, wide(line) * chunks + n, keys, values, 0, column, False, X, Z)
-        tl.store(places, narrowed(state, states.dtype.element_ty), mask=inside)
+        put_state(states, wide(line) * chunks + n, keys, values, 0, column, state, X, Z)
         enter, leave, kept = _edges(log, documents, b, line, first, length, C)
         key = part(k, b, head, first, length, 0, keys, C, X)
         found = tl.dot(key, as_operand(state, like), input_precision="ieee")
         right = part(v, b, head, first, length, column, values, C, Z).to(tl.float32) - enter[:, None] * found
         right *= of_tokens(beta, line, first, length, C)[:, None]
-        solver = as_operand(products_of(inverse, line, first, length, False, C).to(tl.float32), like)
+        solver = as_operand(products_of(inverse, line, first, length, False, C), like)
         writes = tl.dot(solver, as_operand(right, like), input_precision="ieee")
-        place, there = rows_of(line, first, length, column, values, C, Z)
-        tl.store(written + place, narrowed(writes, written.dtype.element_ty), mask=there)
+        put_rows(written, line, first, length, column, values, writes, C, Z)
         left = as_operand(writes * leave[:, None], like)
         state = tl.dot(tl.trans(key), left, state * kept, input_precision="ieee")
 
@@ -138,15 +138,13 @@ def delta_rule_outputs_kernel(
     number = wide(line) * tl.cdiv(length, C) + first // C
     found = tl.zeros([C, Z], tl.float32)
     for x in range(0, keys, X):
-        places, inside = state_at(states, number, keys, values, x, column, False, X, Z)
-        state = as_operand(tl.load(places, mask=inside, other=0.0).to(tl.float32), like)
+        state = as_operand(state_of(states, number, keys, values, x, column, False, X, Z), like)
         found = tl.dot(part(q, b, head, first, length, x, keys, C, X), state, found, input_precision="ieee")
     enter, _, _ = _edges(log, documents, b, line, first, length, C)
-    products = as_operand(products_of(weights, line, first, length, False, C).to(tl.float32), like)
+    products = as_operand(products_of(weights, line, first, length, False, C), like)
     others = part(written, b, head, first, length, column, values, C, Z)
     found = tl.dot(products, others, found * enter[:, None], input_precision="ieee")
-    place, inside = rows_of(line, first, length, column, values, C, Z)
-    tl.store(out + place, narrowed(found, like), mask=inside)
+    put_rows(out, line, first, length, column, values, found, C, Z)
 
 
 @triton.jit
@@ -166,18 +164,16 @@ def delta_rule_back_kernel(
     for step in range(chunks):
         n = chunks - 1 - step
         first = n * C
-        places, inside = state_at(d_states, wide(line) * chunks + n, keys, values, 0, column, False, X, Z)
-        tl.store(places, narrowed(d_state, d_states.dtype.element_ty), mask=inside)
+        put_state(d_states, wide(line) * chunks + n, keys, values, 0, column, d_state, X, Z)
         enter, leave, kept = _edges(log, documents, b, line, first, length, C)
         key = part(k, b, head, first, length, 0, keys, C, X)
         slope = part(d, b, head, first, length, column, values, C, Z)
-        products = as_operand(products_of(weights, line, first, length, True, C).to(tl.float32), like)
+        products = as_operand(products_of(weights, line, first, length, True, C), like)
         d_written = tl.dot(key, as_operand(d_state, like), input_precision="ieee") * leave[:, None]
         d_written = tl.dot(products, slope, d_written, input_precision="ieee")
-        solver = as_operand(products_of(inverse, line, first, length, True, C).to(tl.float32), like)
+        solver = as_operand(products_of(inverse, line, first, length, True, C), like)
         found = tl.dot(solver, as_operand(d_written, like), input_precision="ieee")
-        place, there = rows_of(line, first, length, column, values, C, Z)
-        tl.store(d_right + place, narrowed(found, like), mask=there)
+        put_rows(d_right, line, first, length, column, values, found, C, Z)
         took = as_operand(found * -(enter * of_tokens(beta, line, first, length, C))[:, None], like)
         d_state = tl.dot(tl.trans(key), took, d_state * kept, input_precision="ieee")
         asked = as_operand(slope.to(tl.float32) * enter[:, None], like)
@@ -203,15 +199,14 @@ def delta_rule_gradients_kernel(
     d_system = tl.zeros([C, C], tl.float32)
     slopes = tl.zeros([C, C], tl.float32)
     for z in range(0, values, Z):
-        place, inside = rows_of(line, first, length, z, values, C, Z)
-        wrote = as_operand(tl.load(written + place, mask=inside, other=0.0).to(tl.float32), like)
-        right = as_operand(tl.load(d_right + place, mask=inside, other=0.0).to(tl.float32), like)
+        wrote = as_operand(of_rows(written, line, first, length, z, values, C, Z), like)
+        right = as_operand(of_rows(d_right, line, first, length, z, values, C, Z), like)
         d_system = tl.dot(right, tl.trans(wrote), d_system, input_precision="ieee")
         slope = part(d, b, head, first, length, z, values, C, Z)
         slopes = tl.dot(slope, tl.trans(wrote), slopes, input_precision="ieee")
         wanted = right.to(tl.float32)
         d_fraction += tl.sum(wanted * part(v, b, head, first, length, z, values, C, Z).to(tl.float32), 1)
-        tl.store(dv + place, narrowed(wanted * fraction[:, None], like), mask=inside)
+        put_rows(dv, line, first, length, z, values, wanted * fraction[:, None], C, Z)
     overlaps = tl.zeros([C, C], tl.float32)
     for x in range(0, keys, X):
         key = part(k, b, head, first, length, x, keys, C, X)
@@ -222,9 +217,7 @@ def delta_rule_gradients_kernel(
     d_system = tl.where(earlier, -d_system, 0.0)
     d_fraction += tl.sum(d_system * overlaps, 1)
     d_system *= fraction[:, None]
-    d_between = d_system * overlaps + slopes * products_of(weights, line, first, length, False, C).to(
-        tl.float32
-    )
+    d_between = d_system * overlaps + slopes * products_of(weights, line, first, length, False, C)
     d_system *= decays
     by_keys = as_operand(d_system + tl.trans(d_system), like)
     by_queries = as_operand(slopes * decays, like)
@@ -236,14 +229,11 @@ def delta_rule_gradients_kernel(
         handed = tl.zeros([C, X], tl.float32)
         took = tl.zeros([C, X], tl.float32)
         for z in range(0, values, Z):
-            places, inside = state_at(states, number, keys, values, z, x, True, Z, X)
-            state = tl.load(places, mask=inside, other=0.0).to(tl.float32)
-            places, inside = state_at(d_states, number, keys, values, z, x, True, Z, X)
-            d_state = tl.load(places, mask=inside, other=0.0).to(tl.float32)
+            state = state_of(states, number, keys, values, z, x, True, Z, X)
+            d_state = state_of(d_states, number, keys, values, z, x, True, Z, X)
             passed += tl.sum(state * d_state, 0)
-            place, inside = rows_of(line, first, length, z, values, C, Z)
-            wrote = as_operand(tl.load(written + place, mask=inside, other=0.0).to(tl.float32), like)
-            right = as_operand(tl.load(d_right + place, mask=inside, other=0.0).to(tl.float32), like)
+            wrote = as_operand(of_rows(written, line, first, length, z, values, C, Z), like)
+            right = as_operand(of_rows(d_right, line, first, length, z, values, C, Z), like)
             slope = part(d, b, head, first, length, z, values, C, Z)
             state = as_operand(state, like)
             asked = tl.dot(slope, state, asked, input_precision="ieee")
@@ -261,9 +251,8 @@ def delta_rule_gradients_kernel(
         asked = tl.dot(by_queries, key, asked, input_precision="ieee")
         handed = tl.dot(by_keys, key, handed - took * fraction[:, None], input_precision="ieee")
         handed = tl.dot(tl.trans(by_queries), query, handed, input_precision="ieee")
-        place, inside = rows_of(line, first, length, x, keys, C, X)
-        tl.store(dq + place, narrowed(asked, like), mask=inside)
-        tl.store(dk + place, narrowed(handed, like), mask=inside)
+        put_rows(dq, line, first, length, x, keys, asked, C, X)
+        put_rows(dk, line, first, length, x, keys, handed, C, X)
     put_tokens(d_beta, line, first, length, d_fraction, C)
     # A logarithm is in all decays between a token before it and one from it on, and in those from it to the end.
     d_between += tl.where(row[:, None] == C - 1, d_leave[None, :], 0.0)

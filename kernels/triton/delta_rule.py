@@ -47,7 +47,7 @@ WIDEST = 256
 
 
 def _walk_configs(target: str, keys: int, values: int) -> list[Config]:
-    warps = 8 if keys > 128 and target != "gfx942" else 4
+    warps = 8 if keys > 64 and target != "gfx942" else 4  # of 64 lanes there
     columns = (32, 16) if keys <= 64 else (16,)  # wider ones spill
     return [Config({"X": block(keys, WIDEST), "Z": block(values, z)}, warps, 1) for z in columns]
 

@@ -14,16 +14,18 @@ import triton
 import triton.language as tl
 
 from headway.kernels.triton.map_tiles import wide
-from headway.kernels.triton.numbers import as_operand, narrowed
+from headway.kernels.triton.numbers import as_operand
 from headway.kernels.triton.state_tiles import (
     border,
     chunk_of,
     last_of,
+    of_rows,
     part,
     products_of,
     put_products,
-    rows_of,
-    state_at,
+    put_rows,
+    put_state,
+    state_of,
     through,
     within,
 )
@@ -33,8 +35,8 @@ from headway.kernels.triton.state_tiles import (
 def gated_linear_totals_kernel(logs, totals, length, keys, X: tl.constexpr, C: tl.constexpr):
     """A program: X dimensions of a chunk."""
     line, first, column = chunk_of(length, keys, C, X)
-    place, inside = rows_of(line, first, length, column, keys, C, X)
-    tl.store(totals + place, tl.cumsum(tl.load(logs + place, mask=inside, other=0.0), 0), mask=inside)
+    found = tl.cumsum(of_rows(logs, line, first, length, column, keys, C, X), 0)
+    put_rows(totals, line, first, length, column, keys, found, C, X)
 
 
 @triton.jit
@@ -60,9 +62,8 @@ def gated_linear_states_kernel(
         if BACK:
             n = chunks - 1 - step
         first = n * C
-        places, inside = state_at(states, wide(line) * chunks + n, keys, values, row, column, False, X, Z)
-        tl.store(places, narrowed(state, states.dtype.element_ty), mask=inside)
-        total = _totals(totals, line, first, length, row, keys, C, X)
+        put_state(states, wide(line) * chunks + n, keys, values, row, column, state, X, Z)
+        total = of_rows(totals, line, first, length, row, keys, C, X)
         end = _totals_at(totals, line, last_of(first, length, C), length, row, keys, X)
         state *= (tl.exp(end) * through(None, documents, b, line, first, length, C))[:, None]
         gives = border(None, documents, b, line, first, length, not BACK, C)
@@ -93,7 +94,7 @@ def gated_linear_weights_kernel(
     for column in range(0, keys, X):
         queries = part(q, b, head, first, length, column, keys, C, X).to(tl.float32)
         key = part(k, b, head // group, first, length, column, keys, C, X).to(tl.float32)
-        total = _totals(totals, line, first, length, column, keys, C, X)
+        total = of_rows(totals, line, first, length, column, keys, C, X)
         own += tl.sum(queries * key, 1)
         for level in range(LEVELS):
             late, decayed = _halved(totals, total, line, first, length, column, keys, level, C, X)
@@ -123,7 +124,7 @@ def gated_linear_outputs_kernel(
     y_head = head if BACK else head // group
     found = tl.zeros([C, Z], tl.float32)
     for x in range(0, keys, X):
-        total = _totals(totals, line, first, length, x, keys, C, X)
+        total = of_rows(totals, line, first, length, x, keys, C, X)
         if BACK:
             factor = tl.exp(
                 _totals_at(totals, line, last_of(first, length, C), length, x, keys, X)[None, :] - total
@@ -131,14 +132,12 @@ def gated_linear_outputs_kernel(
         else:
             factor = tl.exp(total) * scale
         left = part(a, b, a_head, first, length, x, keys, C, X).to(tl.float32) * factor * reads
-        places, inside = state_at(states, number, keys, values, x, column, False, X, Z)
-        state = tl.load(places, mask=inside, other=0.0).to(tl.float32)
+        state = state_of(states, number, keys, values, x, column, False, X, Z)
         found = tl.dot(as_operand(left, like), as_operand(state, like), found, input_precision="ieee")
-    products = products_of(weights, line, first, length, BACK, C)
+    products = as_operand(products_of(weights, line, first, length, BACK, C), like)
     others = part(y, b, y_head, first, length, column, values, C, Z)
-    found = tl.dot(as_operand(products.to(tl.float32), like), others, found, input_precision="ieee")
-    place, inside = rows_of(line, first, length, column, values, C, Z)
-    tl.store(result + place, narrowed(found, result.dtype.element_ty), mask=inside)
+    found = tl.dot(products, others, found, input_precision="ieee")
+    put_rows(result, line, first, length, column, values, found, C, Z)
 
 
 @triton.jit
@@ -160,15 +159,13 @@ def gated_linear_gradients_kernel(
         slope = part(d, b, head, first, length, z, values, C, Z)
         value = part(v, b, head // group, first, length, z, values, C, Z)
         slopes = tl.dot(slope, tl.trans(value), slopes, input_precision="ieee")
-        places, inside = state_at(states, number, keys, values, z, column, True, Z, X)
-        state = tl.load(places, mask=inside, other=0.0).to(tl.float32)
+        state = state_of(states, number, keys, values, z, column, True, Z, X)
         asked = tl.dot(slope, as_operand(state, like), asked, input_precision="ieee")
-        places, inside = state_at(d_states, number, keys, values, z, column, True, Z, X)
-        d_state = tl.load(places, mask=inside, other=0.0).to(tl.float32)
+        d_state = state_of(d_states, number, keys, values, z, column, True, Z, X)
         handed = tl.dot(value, as_operand(d_state, like), handed, input_precision="ieee")
         passed += tl.sum(state * d_state, 0)
     slopes *= within(None, documents, b, line, first, length, False, C) * scale
-    total = _totals(totals, line, first, length, column, keys, C, X)
+    total = of_rows(totals, line, first, length, column, keys, C, X)
     end = _totals_at(totals, line, last_of(first, length, C), length, column, keys, X)
     passed *= tl.exp(end) * through(None, documents, b, line, first, length, C)
     asked *= tl.exp(total) * (border(None, documents, b, line, first, length, False, C) * scale)[:, None]
@@ -187,20 +184,13 @@ def gated_linear_gradients_kernel(
         asked += tl.dot(corner, early, input_precision="ieee") * decayed
         later = as_operand(tl.where(late[:, None], queries * decayed, 0.0), like)
         handed += tl.dot(tl.trans(corner), later, input_precision="ieee") * decayed
-    place, inside = rows_of(line, first, length, column, keys, C, X)
-    tl.store(dq + place, narrowed(asked, dq.dtype.element_ty), mask=inside)
-    tl.store(dk + place, narrowed(handed, dk.dtype.element_ty), mask=inside)
-    d_total = tl.where(inside, queries * asked - key * handed, 0.0)
-    tl.store(d_logs + place, tl.cumsum(d_total, 0, reverse=True) + passed[None, :], mask=inside)
+    put_rows(dq, line, first, length, column, keys, asked, C, X)
+    put_rows(dk, line, first, length, column, keys, handed, C, X)
+    found = tl.cumsum(queries * asked - key * handed, 0, reverse=True) + passed[None, :]
+    put_rows(d_logs, line, first, length, column, keys, found, C, X)
 
 
 # -- tiles ---------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _totals(totals, line, first, length, column, width, C: tl.constexpr, W: tl.constexpr):
-    place, inside = rows_of(line, first, length, column, width, C, W)
-    return tl.load(totals + place, mask=inside, other=0.0)
 
 
 @triton.jit

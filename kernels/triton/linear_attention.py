@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from headway.kernels.attention.masks import Mask
-from headway.kernels.triton.numbers import as_operand, narrowed
+from headway.kernels.triton.numbers import as_operand
 from headway.kernels.triton.state_tiles import (
     CHUNK,
     block,
@@ -43,8 +43,9 @@ from headway.kernels.triton.state_tiles import (
     of_tokens,
     part,
     put_part,
+    put_state,
     put_tokens,
-    state_at,
+    state_of,
     through,
     within,
 )
@@ -207,8 +208,7 @@ def linear_attention_states_kernel(
             n = chunks - 1 - step
         first = n * C
         number = tl.cast(line, tl.int64) * chunks + n
-        places, inside = state_at(states, number, features, width, row, column, False, X, Z)
-        tl.store(places, narrowed(state, states.dtype.element_ty), mask=inside)
+        put_state(states, number, features, width, row, column, state, X, Z)
         if column == 0:
             tl.store(sums + number * features + feature, total, mask=feature < features)
         kept = through(level, documents, b, line, first, length, C)
@@ -267,13 +267,11 @@ def linear_attention_outputs_kernel(
         left = part(a, sample, head, first, length, x, summed, C, X)
         right = part(b, sample, other, first, length, x, summed, C, X)
         weights = tl.dot(left, tl.trans(right), weights, input_precision="ieee")
-        places, inside = state_at(states, number, summed, columns, x, column, False, X, Z)
         if WHAT == "dq" or WHAT == "dk":
-            places, inside = state_at(states, number, columns, summed, x, column, True, X, Z)
-        state = tl.load(places, mask=inside, other=0.0)
-        found = tl.dot(
-            left, as_operand(state.to(tl.float32), a.data.dtype.element_ty), found, input_precision="ieee"
-        )
+            state = state_of(states, number, columns, summed, x, column, True, X, Z)
+        else:
+            state = state_of(states, number, summed, columns, x, column, False, X, Z)
+        found = tl.dot(left, as_operand(state, a.data.dtype.element_ty), found, input_precision="ieee")
         if WHAT == "out":
             term = x + tl.arange(0, X)
             sum_of = tl.load(sums + number * summed + term, mask=term < summed, other=0.0)

@@ -109,6 +109,22 @@ def state_at(
 
 
 @triton.jit
+def state_of(
+    states, number, rows, columns, row, column, ACROSS: tl.constexpr, R: tl.constexpr, W: tl.constexpr
+):
+    """Numbers of a state, fp32 [R, W]: those at `state_at`, zeros beyond the ends."""
+    places, inside = state_at(states, number, rows, columns, row, column, ACROSS, R, W)
+    return tl.load(places, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def put_state(states, number, rows, columns, row, column, value, R: tl.constexpr, W: tl.constexpr):
+    """Writes what `state_of` reads, not across."""
+    places, inside = state_at(states, number, rows, columns, row, column, False, R, W)
+    tl.store(places, narrowed(value, states.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def of_tokens(x, line, first, length, C: tl.constexpr):
     """A number of each token of a chunk, from x [lines, S]; 0 beyond the end; [C]."""
     place = tl.arange(0, C)
@@ -147,14 +163,30 @@ def rows_of(line, first, length, column, width, C: tl.constexpr, W: tl.constexpr
 
 
 @triton.jit
+def of_rows(x, line, first, length, column, width, C: tl.constexpr, W: tl.constexpr):
+    """W numbers of each token of a chunk from `column` on, of x [lines, S, width]; 0 beyond the ends; fp32 [C, W]."""
+    place, inside = rows_of(line, first, length, column, width, C, W)
+    return tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def put_rows(x, line, first, length, column, width, value, C: tl.constexpr, W: tl.constexpr):
+    """Writes what `of_rows` reads."""
+    place, inside = rows_of(line, first, length, column, width, C, W)
+    tl.store(x + place, narrowed(value, x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def products_of(weights, line, first, length, BACK: tl.constexpr, C: tl.constexpr):
-    """A chunk's rows of [lines, S, C], [C, C]; transposed if `BACK`."""
+    """A chunk's rows of [lines, S, C], fp32 [C, C]; transposed if `BACK`."""
     row = tl.arange(0, C)[:, None]
     column = tl.arange(0, C)[None, :]
     start = weights + (wide(line) * length + first) * C
     if BACK:
-        return tl.load(start + column * C + row, mask=(column < length - first) & (row < C), other=0.0)
-    return tl.load(start + row * C + column, mask=(row < length - first) & (column < C), other=0.0)
+        place, inside = column * C + row, (column < length - first) & (row < C)
+    else:
+        place, inside = row * C + column, (row < length - first) & (column < C)
+    return tl.load(start + place, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
