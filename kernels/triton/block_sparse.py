@@ -23,6 +23,7 @@ from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.scopes import Scope
 from headway.kernels.triton import block_sparse_kernels as kernels
 from headway.kernels.triton.block_layout import Tiles, block_layout
+from headway.kernels.triton.key_gradients import gradients_of
 from headway.kernels.triton.map_tiles import Heads, Sizes
 from headway.kernels.triton.tuning import Config, Space
 from headway.kernels.triton.weight_dropout import Drop, drop_of
@@ -41,15 +42,24 @@ def _query_configs(target: str, width: int, itemsize: int) -> list[Config]:
         return [Config({"M": 64, "N": 32}, 8, 2)]
     if target == "sm_80":
         return [Config({"M": 64, "N": 32}, 4, 1), Config({"M": 64, "N": 64}, 8, 2)]
+    if width > 64:
+        return [Config({"M": 128, "N": 32}, 8, 2), Config({"M": 64, "N": 32}, 4, 2)]
     return [Config({"M": 64, "N": 64}, 4, 2), Config({"M": 128, "N": 64}, 8, 2)]
+
+
+_WIDE_KEYS = {
+    "sm_80": Config({"M": 32, "N": 32}, 8, 1),
+    "sm_90a": Config({"M": 16, "N": 64}, 8, 2),
+    "sm_100a": Config({"M": 16, "N": 64}, 8, 1),
+    "gfx942": Config({"M": 16, "N": 64}, 8, 1),
+}
 
 
 def _key_configs(target: str, width: int, itemsize: int) -> list[Config]:
     if itemsize == 4:
         return [Config({"M": 32, "N": 32}, 4, 1)]
     if width > 128:
-        tiles = {"M": 16, "N": 64} if target == "gfx942" else {"M": 64, "N": 32}
-        return [Config(tiles, 8, 1)]
+        return [_WIDE_KEYS[target]]
     return [Config({"M": 32, "N": 64}, 8, 2 if target in ("sm_90a", "sm_100a") else 1)]
 
 
@@ -144,7 +154,8 @@ class _Attention(torch.autograd.Function):
             _, tiles, grid, options = _launch(KEYS, q, k.shape[1], how, by_keys=True)
             operands = *map(_heads, (q, k, v)), lse, _heads(d_out), delta, _heads(d_k), _heads(d_v)
             given = *operands, tiles, documents, *_shared(q, k, how)
-            kernels.block_sparse_key_kernel[grid](*given, **options)
+            for of in gradients_of(q.shape[-1]):
+                kernels.block_sparse_key_kernel[grid](*given, **of, **options)
         return d_q, d_k, d_v, None, None
 
 

@@ -151,14 +151,16 @@ def block_sparse_query_kernel(
 @triton.jit
 def block_sparse_key_kernel(
     q, k, v, lse, d_out, delta, d_k, d_v, tiles, documents, drop, sizes, scale, group,
+    OF_KEYS: tl.constexpr, OF_VALUES: tl.constexpr,
     D: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """A program: N keys of a key head, and all query heads that read it; gradients of keys and values."""
+    """A program: N keys of a key head, and all query heads that read it; gradients of keys, of values, or of both."""
     b, head, block = block_of(tiles, sizes, sizes.heads // group)
     first = block * N
     rows, cols = tl.arange(0, M), tl.arange(0, N)
     left = operand(tile(k, b, head, first, sizes.queries, N, D, W))
-    value = operand(tile(v, b, head, first, sizes.queries, N, D, W))
+    if OF_KEYS:
+        value = operand(tile(v, b, head, first, sizes.queries, N, D, W))
     like = q.data.dtype.element_ty
     d_keys = tl.zeros([N, W], tl.float32)
     d_values = tl.zeros([N, W], tl.float32)
@@ -174,14 +176,21 @@ def block_sparse_key_kernel(
                 )
                 p = tl.exp2(s - row(lse, b, sizes.heads, h, query + rows, sizes)[None, :])
                 slope = operand(tile(d_out, b, h, query, sizes.queries, M, D, W))
-                d_p = tl.dot(value, tl.trans(slope), input_precision="ieee")
-                used = p
                 if drop.key is not None:
                     stays = tl.trans(kept(drop, b, h, query, first, sizes.queries, M, N))
-                    used = tl.where(stays, p * drop.scale, 0.0)
-                    d_p = tl.where(stays, d_p * drop.scale, 0.0)
-                d_values += tl.dot(as_operand(used, like), slope, input_precision="ieee")
-                d_s = p * (d_p - row(delta, b, sizes.heads, h, query + rows, sizes)[None, :])
-                d_keys += tl.dot(as_operand(d_s, like), right, input_precision="ieee")
-    put(d_k, b, head, first, sizes.queries, narrowed(d_keys * scale, d_k.data.dtype.element_ty), N, D, W)
-    put(d_v, b, head, first, sizes.queries, narrowed(d_values, d_v.data.dtype.element_ty), N, D, W)
+                if OF_VALUES:
+                    used = p
+                    if drop.key is not None:
+                        used = tl.where(stays, p, 0.0)
+                    d_values += tl.dot(as_operand(used, like), slope, input_precision="ieee")
+                if OF_KEYS:
+                    d_p = tl.dot(value, tl.trans(slope), input_precision="ieee")
+                    if drop.key is not None:
+                        d_p = tl.where(stays, d_p * drop.scale, 0.0)
+                    d_s = p * (d_p - row(delta, b, sizes.heads, h, query + rows, sizes)[None, :])
+                    d_keys += tl.dot(as_operand(d_s, like), right, input_precision="ieee")
+    if OF_KEYS:
+        put(d_k, b, head, first, sizes.queries, narrowed(d_keys * scale, d_k.data.dtype.element_ty), N, D, W)
+    if OF_VALUES:
+        d_values *= drop.scale
+        put(d_v, b, head, first, sizes.queries, narrowed(d_values, d_v.data.dtype.element_ty), N, D, W)

@@ -161,14 +161,15 @@ def sparse_weights_query_kernel(
 @triton.jit
 def sparse_weights_key_kernel(
     q, k, v, taus, d_out, delta, d_k, d_v, seen, drop, sizes, scale, group,
-    POWER: tl.constexpr, CAUSAL: tl.constexpr,
+    POWER: tl.constexpr, CAUSAL: tl.constexpr, OF_KEYS: tl.constexpr, OF_VALUES: tl.constexpr,
     D: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """A program: N keys of a key head, and all query heads that read it; gradients of keys and values."""
+    """A program: N keys of a key head, and all query heads that read it; gradients of keys, of values, or of both."""
     b, head, first = place_of(sizes.heads // group, sizes.keys, N)
     rows, cols = tl.arange(0, M), first + tl.arange(0, N)
     left = operand(tile(k, b, head, first, sizes.keys, N, D, W))
-    value = operand(tile(v, b, head, first, sizes.keys, N, D, W))
+    if OF_KEYS:
+        value = operand(tile(v, b, head, first, sizes.keys, N, D, W))
     like = q.data.dtype.element_ty
     start, stop = query_range(seen, b, first, sizes, CAUSAL, M, N)
     d_keys = tl.zeros([N, W], tl.float32)
@@ -179,14 +180,21 @@ def sparse_weights_key_kernel(
             z = seen_scores(left, right, scale, seen, b, query + rows[None, :], cols[:, None], sizes, CAUSAL)
             w, g = weighed(z, row(taus, b, sizes.heads, h, query + rows, sizes)[None, :], POWER)
             slope = operand(tile(d_out, b, h, query, sizes.queries, M, D, W))
-            d_w = tl.dot(value, tl.trans(slope), input_precision="ieee")
             if drop.key is not None:
                 stays = tl.trans(kept(drop, b, h, query, first, sizes.queries, M, N))
-                w = tl.where(stays, w * drop.scale, 0.0)
-                d_w = tl.where(stays, d_w * drop.scale, 0.0)
-            d_values += tl.dot(as_operand(w, like), slope, input_precision="ieee")
-            d_s = g * (d_w - row(delta, b, sizes.heads, h, query + rows, sizes)[None, :])
-            d_keys += tl.dot(as_operand(d_s, like), right, input_precision="ieee")
-    d_keys *= scale * POWER
-    put(d_k, b, head, first, sizes.keys, narrowed(d_keys, d_k.data.dtype.element_ty), N, D, W)
-    put(d_v, b, head, first, sizes.keys, narrowed(d_values, d_v.data.dtype.element_ty), N, D, W)
+            if OF_VALUES:
+                if drop.key is not None:
+                    w = tl.where(stays, w, 0.0)
+                d_values += tl.dot(as_operand(w, like), slope, input_precision="ieee")
+            if OF_KEYS:
+                d_w = tl.dot(value, tl.trans(slope), input_precision="ieee")
+                if drop.key is not None:
+                    d_w = tl.where(stays, d_w * drop.scale, 0.0)
+                d_s = g * (d_w - row(delta, b, sizes.heads, h, query + rows, sizes)[None, :])
+                d_keys += tl.dot(as_operand(d_s, like), right, input_precision="ieee")
+    if OF_KEYS:
+        d_keys *= scale * POWER
+        put(d_k, b, head, first, sizes.keys, narrowed(d_keys, d_k.data.dtype.element_ty), N, D, W)
+    if OF_VALUES:
+        d_values *= drop.scale
+        put(d_v, b, head, first, sizes.keys, narrowed(d_values, d_v.data.dtype.element_ty), N, D, W)

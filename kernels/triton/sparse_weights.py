@@ -20,6 +20,7 @@ from headway.kernels.attention.dense import WeightDropout, score_scale
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.weights import Entmax15, Sparsemax, Weighting
 from headway.kernels.triton import sparse_weight_kernels as kernels
+from headway.kernels.triton.key_gradients import gradients_of
 from headway.kernels.triton.map_tiles import Heads, Seen, Sizes
 from headway.kernels.triton.tuning import Config, Space
 from headway.kernels.triton.weight_dropout import Drop, drop_of
@@ -40,12 +41,19 @@ def _query_configs(target: str, width: int, itemsize: int) -> list[Config]:
     return [Config({"M": 64, "N": 32}, 4, stages), Config({"M": 64, "N": 64}, 8, stages)]
 
 
+_WIDE_KEYS = {
+    "sm_80": Config({"M": 32, "N": 32}, 8, 1),
+    "sm_90a": Config({"M": 16, "N": 64}, 8, 2),
+    "sm_100a": Config({"M": 16, "N": 64}, 8, 1),
+    "gfx942": Config({"M": 16, "N": 64}, 8, 1),
+}
+
+
 def _key_configs(target: str, width: int, itemsize: int) -> list[Config]:
     if itemsize == 4:
         return [Config({"M": 32, "N": 32}, 4, 1)]
     if width > 128:
-        tiles = {"M": 16, "N": 64} if target == "gfx942" else {"M": 64, "N": 32}
-        return [Config(tiles, 8, 1)]
+        return [_WIDE_KEYS[target]]
     stages = 1 if target == "gfx942" else 2
     return [Config({"M": 32, "N": 64}, 8, stages)]
 
@@ -154,7 +162,8 @@ class _Attention(torch.autograd.Function):
             tiles, options = _options(KEYS, q, how)
             grid = (k.shape[0] * k.shape[1] * triton.cdiv(k.shape[2], tiles["N"]),)
             given = *operands, _heads(d_k), _heads(d_v), seen, *_shared(q, k, how)
-            kernels.sparse_weights_key_kernel[grid](*given, **options)
+            for of in gradients_of(q.shape[-1]):
+                kernels.sparse_weights_key_kernel[grid](*given, **of, **options)
         return d_q, d_k, d_v, None, None
 
 

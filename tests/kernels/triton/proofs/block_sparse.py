@@ -216,10 +216,13 @@ def _query(launch: Launch) -> Cost:
 
 def _key(launch: Launch) -> Cost:
     given = launch.arguments
-    read, product = _walking(launch, True, 2, 2)
-    read += sum(_bytes(given[name].data) for name in ("k", "v"))
-    written = sum(_bytes(given[name].data) for name in ("d_k", "d_v"))
-    return Cost(read, written, once(launch), 4 * product, 3 * product / given["W"])
+    of_keys, of_values = given["OF_KEYS"], given["OF_VALUES"]
+    read, product = _walking(launch, True, 2, 1 + of_keys)
+    read += (1 + of_keys) * _bytes(given["k"].data)
+    written = of_keys * _bytes(given["d_k"].data) + of_values * _bytes(given["d_v"].data)
+    return Cost(
+        read, written, once(launch), (1 + 2 * of_keys + of_values) * product, 3 * product / given["W"]
+    )
 
 
 COSTS = {

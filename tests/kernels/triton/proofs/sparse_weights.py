@@ -245,9 +245,11 @@ def _key(launch: Launch) -> Cost:
     given = launch.arguments
     read, product = _walking(launch, True, 1, 2, 1)
     rows = given["sizes"].heads * _walk(launch, True)[2]
-    read += 8 * rows + sum(_bytes(given[name].data) for name in ("k", "v"))
-    written = sum(_bytes(given[name].data) for name in ("d_k", "d_v"))
-    return Cost(read, written, once(launch), 4 * product, 8 * product / (2 * given["W"]))
+    of_keys, of_values = given["OF_KEYS"], given["OF_VALUES"]
+    read += (1 + of_keys) * (4 * rows + _bytes(given["k"].data))
+    written = of_keys * _bytes(given["d_k"].data) + of_values * _bytes(given["d_v"].data)
+    products = (1 + 2 * of_keys + of_values) * product
+    return Cost(read, written, once(launch), products, 8 * product / (2 * given["W"]))
 
 
 COSTS = {
