@@ -94,18 +94,16 @@ def teacher_map(
         mean = teacher_scores(own, teacher, b, h, query, key, sizes, TURNED, M, N, D, W)
         if LOSS != "scores":
             mean -= row(lse, b, sizes.heads, h, rows, sizes)
-    elif LOSS == "scores":
-        mean = teacher_scores(None, teacher, b, h * G, query, key, sizes, TURNED, M, N, D, W)
-        for head in range(h * G + 1, h * G + G):
-            mean += teacher_scores(None, teacher, b, head, query, key, sizes, TURNED, M, N, D, W)
-        mean = mean / G
     else:
-        mean = teacher_scores(None, teacher, b, h * G, query, key, sizes, TURNED, M, N, D, W)
-        mean -= row(lse, b, sizes.heads * G, h * G, rows, sizes)
-        for head in range(h * G + 1, h * G + G):
-            log_p = teacher_scores(None, teacher, b, head, query, key, sizes, TURNED, M, N, D, W)
-            mean = log_add(mean, log_p - row(lse, b, sizes.heads * G, head, rows, sizes))
-        mean -= tl.log(1.0 * G)
+        mean = tl.full([N, M] if TURNED else [M, N], 0.0 if LOSS == "scores" else float("-inf"), tl.float32)
+        for head in range(h * G, h * G + G):
+            found = teacher_scores(None, teacher, b, head, query, key, sizes, TURNED, M, N, D, W)
+            if LOSS == "scores":
+                mean += found / G
+            else:
+                mean = log_add(mean, found - row(lse, b, sizes.heads * G, head, rows, sizes))
+        if LOSS != "scores":
+            mean -= tl.log(1.0 * G)
     return mean
 
 
