@@ -24,7 +24,7 @@ from headway.kernels.attention.dense import WeightDropout, score_scale
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.slopes import Fixed, learned
 from headway.kernels.triton import attention_kernels as kernels
-from headway.kernels.triton.attention_configs import BIAS, DELTA, FORWARD, KEYS, QUERIES
+from headway.kernels.triton.attention_configs import BIAS, DELTA, FORWARD, KEYS, QUERIES, VALUES
 from headway.kernels.triton.attention_operands import Lowered, biases, dropped, heads, lowered, padded
 from headway.kernels.triton.attention_tiles import Dropped
 from headway.kernels.triton.map_tiles import Model, Sizes
@@ -194,13 +194,15 @@ def _of_queries(call: _Call, q: Tensor, kept: tuple[Any, ...]) -> Tensor:
 def _of_keys(
     call: _Call, k: Tensor, v: Tensor, kept: tuple[Any, ...], wanted: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of keys and values, those that are wanted; `kept`: as `_of_queries` has it. Of wide heads a launch computes one of them: sums of both do not fit into registers."""
+    """Gradients of keys and values, those that are wanted; `kept`: as `_of_queries` has it. Of wide heads a launch
+    computes one of them: sums of both do not fit into registers."""
     dk, dv = (_by_place(x, x.shape[-1]) if want else None for x, want in zip((k, v), wanted, strict=True))
-    config, size, place = call.config(KEYS), call.sizes, call.place
-    programs = size.batch * k.shape[1] * triton.cdiv(size.keys, config.tiles["N"])
+    size, place = call.sizes, call.place
     given = call.model, call.v, place.cap, *place.mask[:2], place.drop, size
     for pair in ((dk, None), (None, dv)) if call.width > TOGETHER else ((dk, dv),):
         if any(x is not None for x in pair):
+            config = call.config(VALUES if pair[0] is None else KEYS)
+            programs = size.batch * k.shape[1] * triton.cdiv(size.keys, config.tiles["N"])
             into = (None if x is None else heads(x) for x in pair)
             kernels.attention_keys_kernel[programs,](*given, *kept, *into, **call.constants, **config.options)
     return dk, dv
