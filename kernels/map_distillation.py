@@ -47,8 +47,6 @@ from headway.kernels.maps.operands import Scores, Sums
 from headway.kernels.precision import product_dtype
 
 KERNELS = ("reference", "chunked", "triton")
-WIDEST = 256
-"""Head dimension up to which Triton's tiles fit."""
 
 
 class MapSums(NamedTuple):
@@ -140,18 +138,17 @@ def map_distillation_sums(
 
 
 def choose(kernel: str, teacher: Scores, student: Scores) -> Sums:
-    """The function that computes the sums: Triton on GPUs, but for fp64 and heads that are too wide for it.
+    """The function that computes the sums: Triton on GPUs, but for fp64.
 
     Raises:
         KernelUnavailable: it is unknown, or cannot compute these.
     """
     if kernel not in ("auto", *KERNELS):
         raise KernelUnavailable(kernel, f"maps are distilled by {', '.join(KERNELS)}", "auto")
-    device, narrow = student.q.device, torch.float64 not in (teacher.q.dtype, student.q.dtype)
-    fits = max(student.q.shape[3], teacher.q.shape[3]) <= WIDEST
-    able = device.type == "cuda" and narrow and fits
+    device = student.q.device
+    able = device.type == "cuda" and torch.float64 not in (teacher.q.dtype, student.q.dtype)
     if kernel == "triton" and not able:
-        rule = f"it takes no fp64 and heads up to {WIDEST} wide, and runs on cuda, not on {device}"
+        rule = f"it takes no fp64 and runs on cuda, not on {device}"
         raise KernelUnavailable(kernel, rule, "chunked")
     if kernel == "triton" or (kernel == "auto" and able):
         from headway.kernels.triton.map_distillation import sums  # Triton is not installed everywhere

@@ -1,4 +1,5 @@
-"""With which tiles map distillation's Triton kernels are compiled, by target and by the width of the wider head.
+"""With which tiles map distillation's Triton kernels are compiled, by target and by the width of the wider head,
+or of what is read of it at once.
 
 A program owns a block of queries (`KEYS`: of keys) and walks over blocks of keys (of queries). It owns 64 at least
 where tensor cores want that many rows (wgmma, tcgen05). Chosen so that nothing is spilled in bf16; not tuned by time.
@@ -15,32 +16,31 @@ _NEW: dict[str, _Choices] = {
     "forward": {
         64: [(128, 64, 8, 2), (64, 64, 4, 2)],
         128: [(128, 64, 8, 2), (64, 32, 4, 2)],
-        256: [(64, 32, 8, 1)],
     },
-    "queries": {64: [(64, 64, 8, 2), (64, 32, 4, 2)], 128: [(64, 64, 8, 2)], 256: [(64, 16, 8, 1)]},
-    "keys": {64: [(64, 32, 8, 2), (64, 32, 4, 1)], 128: [(64, 32, 8, 1)], 256: [(64, 16, 8, 1)]},
-    "bias": {64: [(64, 64, 8, 2), (64, 32, 4, 2)], 128: [(64, 32, 8, 1)], 256: [(64, 16, 8, 1)]},
+    "queries": {64: [(64, 64, 8, 2), (64, 32, 4, 2)], 128: [(64, 64, 8, 2)]},
+    "keys": {64: [(64, 32, 8, 2), (64, 32, 4, 1)], 128: [(64, 32, 8, 1)]},
+    "bias": {64: [(64, 64, 8, 2), (64, 32, 4, 2)], 128: [(64, 32, 8, 1)]},
 }
 """NVIDIA's since the H100."""
 
 _TILES: dict[str, dict[str, _Choices]] = {
     "sm_80": {
-        "forward": {64: [(64, 64, 4, 2)], 128: [(64, 32, 4, 2)], 256: [(64, 32, 8, 1)]},
-        "queries": {64: [(64, 32, 4, 2)], 128: [(64, 32, 8, 1)], 256: [(32, 32, 8, 1)]},
-        "keys": {64: [(64, 32, 4, 1)], 128: [(64, 32, 8, 1)], 256: [(32, 32, 8, 1)]},
-        "bias": {64: [(64, 32, 4, 1)], 128: [(64, 32, 8, 1)], 256: [(32, 16, 8, 1)]},
+        "forward": {64: [(64, 64, 4, 2)], 128: [(64, 32, 4, 2)]},
+        "queries": {64: [(64, 32, 4, 2)], 128: [(64, 32, 8, 1)]},
+        "keys": {64: [(64, 32, 4, 1)], 128: [(64, 32, 8, 1)]},
+        "bias": {64: [(64, 32, 4, 1)], 128: [(64, 32, 8, 1)]},
     },
     "sm_90a": _NEW,
     "sm_100a": _NEW,
     "gfx942": {
-        "forward": {64: [(64, 64, 4, 1)], 128: [(64, 32, 4, 1)], 256: [(32, 32, 4, 1)]},
-        "queries": {64: [(64, 32, 4, 1)], 128: [(64, 32, 4, 1)], 256: [(32, 32, 4, 1)]},
-        "keys": {64: [(64, 32, 4, 1)], 128: [(64, 32, 4, 1)], 256: [(32, 32, 4, 1)]},
-        "bias": {64: [(64, 32, 4, 1)], 128: [(64, 32, 4, 1)], 256: [(32, 32, 4, 1)]},
+        "forward": {64: [(64, 64, 4, 1)], 128: [(64, 32, 4, 1)]},
+        "queries": {64: [(64, 32, 4, 1)], 128: [(64, 32, 4, 1)]},
+        "keys": {64: [(64, 32, 4, 1)], 128: [(64, 32, 4, 1)]},
+        "bias": {64: [(64, 32, 4, 1)], 128: [(64, 32, 4, 1)]},
     },
 }
 
-_WIDE: _Choices = {64: [(32, 32, 4, 1)], 256: [(16, 16, 4, 1)]}
+_WIDE: _Choices = {64: [(32, 32, 4, 1)], 128: [(16, 16, 4, 1)]}
 """Of fp32, whose products are of vector units, everywhere."""
 
 

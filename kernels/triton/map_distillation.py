@@ -30,8 +30,8 @@ from headway.kernels.triton.map_tiles import Model, Sizes
 from headway.kernels.triton.tuning import Config, Space
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WIDEST = 256
-"""Head dimension at most."""
+PART = 128
+"""Columns of heads that are multiplied at once, and of a gradient that a launch computes, at most."""
 
 
 @torch.compiler.disable  # Triton compiles the kernels itself
@@ -42,7 +42,7 @@ def sums(teacher: Scores, student: Scores, loss: str, seen: operands.Seen, rows:
     bias gets a gradient as large as it is.
 
     Raises:
-        KernelUnavailable: a dtype or a head dimension is not for these kernels.
+        KernelUnavailable: a dtype is not for these kernels.
     """
     _check("teacher", teacher)
     _check("student", student)
@@ -53,13 +53,9 @@ def sums(teacher: Scores, student: Scores, loss: str, seen: operands.Seen, rows:
 
 
 def _check(whose: str, scores: Scores) -> None:
-    dtype, width = scores.q.dtype, scores.q.shape[-1]
-    rule = None
+    dtype = scores.q.dtype
     if dtype not in DTYPES:
         rule = f"it takes fp32, bf16 and fp16, and q_{whose} is {dtype}"
-    elif width > WIDEST:
-        rule = f"it takes heads up to {WIDEST} wide, not q_{whose} of {width}"
-    if rule is not None:
         raise KernelUnavailable("triton", rule, "chunked")
 
 
@@ -128,7 +124,7 @@ class _Call(NamedTuple):
     def of(teacher: Scores, student: Scores, loss: str, mask: Lowered) -> _Call:
         batch, count, queries, width = student.q.shape
         theirs = teacher.q.shape[-1]
-        widths = {"D_T": theirs, "W_T": padded(theirs), "D_S": width, "W_S": padded(width)}
+        widths = {"D_T": theirs, "W_T": _columns(theirs), "D_S": width, "W_S": _columns(width)}
         key = {
             "width": max(widths["W_T"], widths["W_S"]),
             "itemsize": max(teacher.q.element_size(), student.q.element_size()),
@@ -156,6 +152,11 @@ class _Call(NamedTuple):
         """Room for a number of every row of so many heads, fp32 [B, heads, Q]."""
         shape = self.sizes.batch, count, self.sizes.queries
         return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+
+def _columns(width: int) -> int:
+    """How many columns of a head are multiplied at once."""
+    return min(PART, padded(width))
 
 
 def _model(scores: Scores) -> Model:
@@ -202,26 +203,38 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the student's queries, keys and bias, those that are wanted; `given`: what the forward gave after
     the losses, and the gradient of a row's loss [B]."""
-    size, constants = call.sizes, {"G": call.group, **call.constants}
+    size, (q, k) = call.sizes, student[:2]
     dq = dk = d_bias = None
     if wanted[0]:
-        dq = torch.empty_like(student.q, memory_format=torch.contiguous_format)
-        config = call.config(QUERIES)
+        dq, config = torch.empty_like(q, memory_format=torch.contiguous_format), call.config(QUERIES)
         programs = size.batch * size.heads * triton.cdiv(size.queries, config.tiles["M"])
-        into = *call.operands, *given, heads(dq)
-        kernels.map_queries_kernel[programs,](*into, **constants, **config.options)
+        _by_parts(kernels.map_queries_kernel, programs, call, given, (k, dq), config)
     if wanted[1]:
-        dk = torch.empty_like(student.k, memory_format=torch.contiguous_format)
-        config = call.config(KEYS)
-        programs = size.batch * student.k.shape[1] * triton.cdiv(size.keys, config.tiles["N"])
-        into = *call.operands, *given, heads(dk)
-        kernels.map_keys_kernel[programs,](*into, **constants, **config.options)
+        dk, config = torch.empty_like(k, memory_format=torch.contiguous_format), call.config(KEYS)
+        programs = size.batch * k.shape[1] * triton.cdiv(size.keys, config.tiles["N"])
+        _by_parts(kernels.map_keys_kernel, programs, call, given, (q, dk), config)
     bias = learned(student.bias)
     if wanted[2] and bias is not None:
         wide = torch.empty(bias.shape, dtype=torch.float32, device=bias.device)
         config = call.config(BIAS)
         tiles = (triton.cdiv(size.queries, config.tiles["M"]), triton.cdiv(size.keys, config.tiles["N"]))
         into = call.teacher, call.student, call.mask.seen, size, *given, wide
-        kernels.map_bias_kernel[size.heads * tiles[0] * tiles[1],](*into, **constants, **config.options)
+        constants = {"G": call.group, **call.constants, **config.options}
+        kernels.map_bias_kernel[size.heads * tiles[0] * tiles[1],](*into, **constants)
         d_bias = wide.to(bias.dtype)
     return dq, dk, d_bias
+
+
+def _by_parts(
+    kernel: Any, programs: int, call: _Call, given: tuple[Tensor | None, ...], pair: tuple[Tensor, Tensor], config: Config
+) -> None:  # fmt: skip
+    """Write a gradient, the second of a pair, from products with the first; of wide heads a launch computes PART
+    columns."""
+    width = pair[0].shape[-1]
+    constants = {"G": call.group, **call.constants, **config.options}
+    part = width if width <= PART else PART
+    for first in range(0, width, part):
+        columns, into = (heads(x[..., first : first + part]) for x in pair)
+        here = min(part, width - first)
+        own = *call.operands, *given, None if part == width else columns, into
+        kernel[programs,](*own, D_P=here, W_P=_columns(part), **constants)

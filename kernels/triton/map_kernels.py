@@ -8,12 +8,14 @@ both log-sum-exps, and take a pass over each model first.
 Where G teacher heads stand for a student's, p is the mean of their maps; for `scores`, t is the mean of their scores.
 
 Queries of a program are read once, and keys once by every block of queries that may see them, as nothing smaller than a
-sequence fits into a multiprocessor; of the keys' kernel vice versa. Of several teacher heads both are read again for
-every tile: one pair of tiles is held, not G, so that any G fits, and caches hold what a program reads again. Numbers of
-documents, places and log-sum-exps are read once a tile: they are some hundredths of it.
+sequence fits into a multiprocessor; of the keys' kernel vice versa. Of several teacher heads, and of wide heads, both are
+read again for every tile, head by head and W columns by W columns, as in any product of matrices: so any number and any
+width fits, and caches hold what a program reads again. A gradient of wide heads takes a launch for every W columns, each
+of which computes scores anew. Numbers of documents, places and log-sum-exps are read once a tile:
+they are some hundredths of it.
 
 Shapes: see `map_tiles`; D_T and D_S are head dimensions of teacher and student, W_T and W_S the powers of two that hold
-them.
+them, or how many columns of wide heads are multiplied at once.
 """
 
 # Triton gives the arguments their types; only constants are marked.
@@ -27,6 +29,7 @@ import triton.language as tl
 from headway.kernels.triton.attention_tiles import keys_seen, queries_seen
 from headway.kernels.triton.map_losses import log_add, score_gradient, terms
 from headway.kernels.triton.map_tiles import (
+    chunk,
     key_range,
     place_of,
     put,
@@ -54,56 +57,56 @@ def along(first, LAST: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def sole(x, b, head, first, length, G: tl.constexpr, N: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
-    """A program's own tile of the teacher, where it has one head for the student's; else None."""
+def held(x, b, head, first, length, HELD: tl.constexpr, N: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
+    """N rows of a head where they are held, else None: `head_scores` then reads them, in chunks."""
     found = None
-    if G == 1:
+    if HELD and D <= W:
         found = operand(tile(x, b, head, first, length, N, D, W))
     return found
 
 
 @triton.jit
-def teacher_scores(
-    own, teacher, b, head, query, key, sizes,
+def head_scores(
+    queries, keys, model, b, head, query, key, sizes,
     TURNED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a teacher head, [M, N]; if TURNED [N, M]. `own`: tile of its queries, if TURNED of its keys; it is read
-    here where that is None."""
-    left = own
-    if TURNED:
-        if own is None:
-            left = operand(tile(teacher.k, b, head // teacher.group, key, sizes.keys, N, D, W))
-        right = operand(tile(teacher.q, b, head, query, sizes.queries, M, D, W))
-    else:
-        if own is None:
-            left = operand(tile(teacher.q, b, head, query, sizes.queries, M, D, W))
-        right = operand(tile(teacher.k, b, head // teacher.group, key, sizes.keys, N, D, W))
-    rows = along(query, TURNED, M)
-    cols = along(key, not TURNED, N)
-    return scores(left, right, teacher, head, rows, cols, sizes)
+    """Scores of a head, [M, N], if TURNED [N, M]; `queries`, `keys`: tiles, those that are held."""
+    key_head = head // model.group
+    products = tl.zeros([N, M] if TURNED else [M, N], tl.float32)
+    for column in range(0, D, W):
+        left = queries
+        right = keys
+        if queries is None:
+            left = operand(chunk(model.q, b, head, query, sizes.queries, column, M, D, W))
+        if keys is None:
+            right = operand(chunk(model.k, b, key_head, key, sizes.keys, column, N, D, W))
+        if TURNED:
+            products = tl.dot(right, tl.trans(left), products, input_precision="ieee")
+        else:
+            products = tl.dot(left, tl.trans(right), products, input_precision="ieee")
+    return scores(products, model, head, along(query, TURNED, M), along(key, not TURNED, N), sizes)
 
 
 @triton.jit
 def teacher_map(
-    own, teacher, lse, b, h, query, key, sizes, LOSS: tl.constexpr, G: tl.constexpr,
+    queries, keys, teacher, lse, b, h, query, key, sizes, LOSS: tl.constexpr, G: tl.constexpr,
     TURNED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """log p, or for `scores` t, of the G teacher heads of student head h; `own`: see `sole`."""
+    """log p, or for `scores` t, of the G teacher heads of student head h; tiles as in `head_scores`."""
     rows = along(query, TURNED, M)
-    if G == 1:
-        mean = teacher_scores(own, teacher, b, h, query, key, sizes, TURNED, M, N, D, W)
+    mean = tl.full([N, M] if TURNED else [M, N], 0.0 if LOSS == "scores" else float("-inf"), tl.float32)
+    for head in range(h * G, h * G + G):
+        found = head_scores(queries, keys, teacher, b, head, query, key, sizes, TURNED, M, N, D, W)
         if LOSS != "scores":
-            mean -= row(lse, b, sizes.heads, h, rows, sizes)
-    else:
-        mean = tl.full([N, M] if TURNED else [M, N], 0.0 if LOSS == "scores" else float("-inf"), tl.float32)
-        for head in range(h * G, h * G + G):
-            found = teacher_scores(None, teacher, b, head, query, key, sizes, TURNED, M, N, D, W)
-            if LOSS == "scores":
-                mean += found / G
-            else:
-                mean = log_add(mean, found - row(lse, b, sizes.heads * G, head, rows, sizes))
-        if LOSS != "scores":
-            mean -= tl.log(1.0 * G)
+            found -= row(lse, b, sizes.heads * G, head, rows, sizes)
+        if G == 1:
+            mean = found
+        elif LOSS == "scores":
+            mean += found / G
+        else:
+            mean = log_add(mean, found)
+    if G > 1 and LOSS != "scores":
+        mean -= tl.log(1.0 * G)
     return mean
 
 
@@ -127,14 +130,13 @@ def map_log_sums_kernel(
     """Log-sum-exp of the rows' scores, [B, H, Q], of a model with `sizes.heads` heads; 0 where nothing is seen."""
     b, h, first = place_of(sizes.heads, sizes.queries, M)
     rows = first + tl.arange(0, M)
-    q = operand(tile(model.q, b, h, first, sizes.queries, M, D, W))
+    q = held(model.q, b, h, first, sizes.queries, True, M, D, W)
     top = tl.full([M], -1e38, tl.float32)
     total = tl.zeros([M], tl.float32)
     start, stop = keys_seen(seen, spans, b, first, sizes, CAUSAL, M, N)
     for key in range(start, stop, N):
         cols = key + tl.arange(0, N)
-        k = operand(tile(model.k, b, h // model.group, key, sizes.keys, N, D, W))
-        s = scores(q, k, model, h, rows[:, None], cols[None, :], sizes)
+        s = head_scores(q, None, model, b, h, first, key, sizes, False, M, N, D, W)
         s = tl.where(sees(seen, b, rows[:, None], cols[None, :], sizes, CAUSAL), s, float("-inf"))
         top, total, _, _ = more(top, total, s)
     value = tl.where(total > 0, top + tl.log(tl.where(total > 0, total, 1.0)), 0.0)
@@ -153,8 +155,8 @@ def map_divergence_kernel(
     more digits where the models are alike."""
     b, h, first = place_of(sizes.heads, sizes.queries, M)
     rows = first + tl.arange(0, M)
-    q_t = operand(tile(teacher.q, b, h, first, sizes.queries, M, D_T, W_T))
-    q_s = operand(tile(student.q, b, h, first, sizes.queries, M, D_S, W_S))
+    q_t = held(teacher.q, b, h, first, sizes.queries, True, M, D_T, W_T)
+    q_s = held(student.q, b, h, first, sizes.queries, True, M, D_S, W_S)
     top_t = tl.full([M], -1e38, tl.float32)
     top_s = tl.full([M], -1e38, tl.float32)
     total_t = tl.zeros([M], tl.float32)
@@ -164,10 +166,8 @@ def map_divergence_kernel(
     for key in range(start, stop, N):
         cols = key + tl.arange(0, N)
         ok = sees(seen, b, rows[:, None], cols[None, :], sizes, CAUSAL)
-        k_t = operand(tile(teacher.k, b, h // teacher.group, key, sizes.keys, N, D_T, W_T))
-        k_s = operand(tile(student.k, b, h // student.group, key, sizes.keys, N, D_S, W_S))
-        t = scores(q_t, k_t, teacher, h, rows[:, None], cols[None, :], sizes)
-        s = scores(q_s, k_s, student, h, rows[:, None], cols[None, :], sizes)
+        t = head_scores(q_t, None, teacher, b, h, first, key, sizes, False, M, N, D_T, W_T)
+        s = head_scores(q_s, None, student, b, h, first, key, sizes, False, M, N, D_S, W_S)
         top_t, total_t, powers_t, shrunk_t = more(top_t, total_t, tl.where(ok, t, float("-inf")))
         top_s, total_s, powers_s, shrunk_s = more(top_s, total_s, tl.where(ok, s, float("-inf")))
         if LOSS == "kl":
@@ -199,8 +199,8 @@ def map_terms_kernel(
     b, h, first = place_of(sizes.heads, sizes.queries, M)
     places = first + tl.arange(0, M)
     rows = places[:, None]
-    q_t = sole(teacher.q, b, h, first, sizes.queries, G, M, D_T, W_T)
-    q_s = operand(tile(student.q, b, h, first, sizes.queries, M, D_S, W_S))
+    q_t = held(teacher.q, b, h, first, sizes.queries, G == 1, M, D_T, W_T)
+    q_s = held(student.q, b, h, first, sizes.queries, True, M, D_S, W_S)
     lse = 0.0
     if LOSS != "scores":
         lse = row(lse_s, b, sizes.heads, h, rows, sizes)
@@ -211,9 +211,8 @@ def map_terms_kernel(
     for key in range(start, stop, N):
         cols = (key + tl.arange(0, N))[None, :]
         ok = sees(seen, b, rows, cols, sizes, CAUSAL)
-        k_s = operand(tile(student.k, b, h // student.group, key, sizes.keys, N, D_S, W_S))
-        t = teacher_map(q_t, teacher, lse_t, b, h, first, key, sizes, LOSS, G, False, M, N, D_T, W_T)
-        s = scores(q_s, k_s, student, h, rows, cols, sizes) - lse
+        t = teacher_map(q_t, None, teacher, lse_t, b, h, first, key, sizes, LOSS, G, False, M, N, D_T, W_T)
+        s = head_scores(q_s, None, student, b, h, first, key, sizes, False, M, N, D_S, W_S) - lse
         each, weighted = terms(t, s, LOSS)
         value += tl.sum(tl.where(ok, each, 0.0), 1)
         centre += tl.sum(tl.where(ok, weighted, 0.0), 1)
@@ -263,57 +262,66 @@ def gradient_dot(d_scores, x, total, like):
 
 @triton.jit
 def map_queries_kernel(
-    teacher, student, seen, spans, sizes, lse_t, lse_s, centres, shares, upstream, dq,
+    teacher, student, seen, spans, sizes, lse_t, lse_s, centres, shares, upstream, columns, dq,
     LOSS: tl.constexpr, G: tl.constexpr, CAUSAL: tl.constexpr,
     D_T: tl.constexpr, W_T: tl.constexpr, D_S: tl.constexpr, W_S: tl.constexpr,
+    D_P: tl.constexpr, W_P: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of M student queries; `upstream` [B]: that of a row's loss."""
+    """Gradient of M student queries; `upstream` [B]: that of a row's loss. `columns`: those of the student's keys that a
+    launch multiplies with, where it computes a part of wide heads; else None. `dq` has these columns alone."""
     b, h, first = place_of(sizes.heads, sizes.queries, M)
     rows = along(first, False, M)
-    q_t = sole(teacher.q, b, h, first, sizes.queries, G, M, D_T, W_T)
-    q_s = operand(tile(student.q, b, h, first, sizes.queries, M, D_S, W_S))
+    q_t = held(teacher.q, b, h, first, sizes.queries, G == 1, M, D_T, W_T)
+    q_s = held(student.q, b, h, first, sizes.queries, True, M, D_S, W_S)
     like = student.q.data.dtype.element_ty
-    total = tl.zeros([M, W_S], tl.float32)
+    total = tl.zeros([M, W_P], tl.float32)
     start, stop = keys_seen(seen, spans, b, first, sizes, CAUSAL, M, N)
     for key in range(start, stop, N):
         cols = along(key, True, N)
-        k_s = operand(tile(student.k, b, h // student.group, key, sizes.keys, N, D_S, W_S))
-        t = teacher_map(q_t, teacher, lse_t, b, h, first, key, sizes, LOSS, G, False, M, N, D_T, W_T)
-        s = scores(q_s, k_s, student, h, rows, cols, sizes)
+        k_s = held(student.k, b, h // student.group, key, sizes.keys, True, N, D_S, W_S)
+        t = teacher_map(q_t, None, teacher, lse_t, b, h, first, key, sizes, LOSS, G, False, M, N, D_T, W_T)
+        s = head_scores(q_s, k_s, student, b, h, first, key, sizes, False, M, N, D_S, W_S)
         ds = masked_gradient(t, s, seen, lse_s, centres, shares, b, h, rows, cols, sizes, LOSS, CAUSAL)
-        total = gradient_dot(ds, k_s, total, like)
+        part = k_s
+        if columns is not None:
+            part = operand(tile(columns, b, h // student.group, key, sizes.keys, N, D_P, W_P))
+        total = gradient_dot(ds, part, total, like)
     total *= student.scale * tl.load(upstream + b)
-    put(dq, b, h, first, sizes.queries, narrowed(total, like), M, D_S, W_S)
+    put(dq, b, h, first, sizes.queries, narrowed(total, like), M, D_P, W_P)
 
 
 @triton.jit
 def map_keys_kernel(
-    teacher, student, seen, spans, sizes, lse_t, lse_s, centres, shares, upstream, dk,
+    teacher, student, seen, spans, sizes, lse_t, lse_s, centres, shares, upstream, columns, dk,
     LOSS: tl.constexpr, G: tl.constexpr, CAUSAL: tl.constexpr,
     D_T: tl.constexpr, W_T: tl.constexpr, D_S: tl.constexpr, W_S: tl.constexpr,
+    D_P: tl.constexpr, W_P: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Gradient of N student keys, summed over the query heads that read them. Scores are [N, M]: as they are, they
-    are what the last product needs on its left."""
+    are what the last product needs on its left. `columns`: of the student's queries; see `map_queries_kernel`."""
     b, key_head, first = place_of(sizes.heads // student.group, sizes.keys, N)
     cols = along(first, False, N)
-    k_s = operand(tile(student.k, b, key_head, first, sizes.keys, N, D_S, W_S))
+    k_s = held(student.k, b, key_head, first, sizes.keys, True, N, D_S, W_S)
     like = student.k.data.dtype.element_ty
-    total = tl.zeros([N, W_S], tl.float32)
+    total = tl.zeros([N, W_P], tl.float32)
     start, stop = queries_seen(seen, spans, b, first, sizes, CAUSAL, M, N)
     for member in range(student.group):
         h = key_head * student.group + member
-        k_t = sole(teacher.k, b, h // teacher.group, first, sizes.keys, G, N, D_T, W_T)
+        k_t = held(teacher.k, b, h // teacher.group, first, sizes.keys, G == 1, N, D_T, W_T)
         for query in range(start, stop, M):
             rows = along(query, True, M)
-            q_s = operand(tile(student.q, b, h, query, sizes.queries, M, D_S, W_S))
-            t = teacher_map(k_t, teacher, lse_t, b, h, query, first, sizes, LOSS, G, True, M, N, D_T, W_T)
-            s = scores(k_s, q_s, student, h, rows, cols, sizes)
+            q_s = held(student.q, b, h, query, sizes.queries, True, M, D_S, W_S)
+            t = teacher_map(None, k_t, teacher, lse_t, b, h, query, first, sizes, LOSS, G, True, M, N, D_T, W_T)
+            s = head_scores(q_s, k_s, student, b, h, query, first, sizes, True, M, N, D_S, W_S)
             ds = masked_gradient(t, s, seen, lse_s, centres, shares, b, h, rows, cols, sizes, LOSS, CAUSAL)
-            total = gradient_dot(ds, q_s, total, like)
+            part = q_s
+            if columns is not None:
+                part = operand(tile(columns, b, h, query, sizes.queries, M, D_P, W_P))
+            total = gradient_dot(ds, part, total, like)
     total *= student.scale * tl.load(upstream + b)
-    put(dk, b, key_head, first, sizes.keys, narrowed(total, like), N, D_S, W_S)
+    put(dk, b, key_head, first, sizes.keys, narrowed(total, like), N, D_P, W_P)
 
 
 @triton.jit
@@ -334,11 +342,11 @@ def map_bias_kernel(
         start, stop = key_range(seen, 0, first, sizes, CAUSAL, M, N)
         samples = tl.where((key < stop) & (key + N > start), sizes.batch, 0)
     for b in range(samples):
-        q_t = sole(teacher.q, b, h, first, sizes.queries, G, M, D_T, W_T)
-        q_s = operand(tile(student.q, b, h, first, sizes.queries, M, D_S, W_S))
-        k_s = operand(tile(student.k, b, h // student.group, key, sizes.keys, N, D_S, W_S))
-        t = teacher_map(q_t, teacher, lse_t, b, h, first, key, sizes, LOSS, G, False, M, N, D_T, W_T)
-        s = scores(q_s, k_s, student, h, rows, cols, sizes)
+        q_t = held(teacher.q, b, h, first, sizes.queries, G == 1, M, D_T, W_T)
+        q_s = held(student.q, b, h, first, sizes.queries, True, M, D_S, W_S)
+        k_s = held(student.k, b, h // student.group, key, sizes.keys, True, N, D_S, W_S)
+        t = teacher_map(q_t, None, teacher, lse_t, b, h, first, key, sizes, LOSS, G, False, M, N, D_T, W_T)
+        s = head_scores(q_s, k_s, student, b, h, first, key, sizes, False, M, N, D_S, W_S)
         ds = masked_gradient(t, s, seen, lse_s, centres, shares, b, h, rows, cols, sizes, LOSS, CAUSAL)
         total += ds * tl.load(upstream + b)
     start = d_bias + wide(h) * sizes.queries * sizes.keys

@@ -105,13 +105,19 @@ def wide(number):
 @triton.jit
 def tile(x, b, head, first, length, N: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
     """N rows of x[b, head] from `first` on, zeros beyond the ends, [N, W]."""
-    start = start_of(x, b, head, first)
+    return chunk(x, b, head, first, length, 0, N, D, W)
+
+
+@triton.jit
+def chunk(x, b, head, first, length, column, N: tl.constexpr, D: tl.constexpr, C: tl.constexpr):
+    """C columns of N rows of x[b, head] from `column` and `first` on, zeros beyond the ends, [N, C]."""
+    start = start_of(x, b, head, first) + column
     row = tl.arange(0, N)[:, None]
-    column = tl.arange(0, W)[None, :]
+    place = tl.arange(0, C)[None, :]
     inside = row < length - first
-    if D != W:
-        inside = inside & (column < D)
-    return tl.load(start + row * x.place + column, mask=inside, other=0.0)
+    if D % C != 0:
+        inside = inside & (place < D - column)
+    return tl.load(start + row * x.place + place, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -125,9 +131,9 @@ def put(x, b, head, first, length, value, N: tl.constexpr, D: tl.constexpr, W: t
 
 
 @triton.jit
-def scores(left, right, model, head, rows, cols, sizes):
-    """scale left right^T + bias, fp32. Places beyond the ends give something finite."""
-    found = tl.dot(left, tl.trans(right), input_precision="ieee") * model.scale
+def scores(products, model, head, rows, cols, sizes):
+    """scale q k^T + bias, fp32, from the products. Places beyond the ends give something finite."""
+    found = products * model.scale
     bias = model.bias
     if bias.dense is not None:
         start = bias.dense + wide(head) * bias.head

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from headway.kernels.triton.map_distillation import PART
 from headway.tests.kernels.triton.attention_costs import Walk
 from headway.tests.kernels.triton.launches import Launch
 from headway.tests.kernels.triton.proof import Cost, once
@@ -46,17 +47,21 @@ def _by_keys(walk: Walk) -> list[Tiles]:
 
 
 def _model(walk: Walk, name: str, owned: Tiles, tiles: Tiles, group: int = 1) -> int:
-    """Bytes of a model's scores: of a head the owned rows or columns are read once, those of several heads for every
-    tile. `owned`: rows and columns that a tile reads of what a block owns, `tiles`: of all tiles."""
+    """Bytes of a model's scores: owned rows or columns are read once where they are held, else for every tile.
+    `owned`: rows and columns that a block's tiles read if so, `tiles`: if not."""
     model = walk.given[name]
     width, item = model.q.data.shape[-1], model.q.data.element_size()
-    own = owned if group == 1 else tiles
+    own = owned if group == 1 and _held(model) else tiles
     found = 0
     if model.bias.dense is not None:
         found += tiles.pairs * model.bias.dense.element_size()
     if model.bias.slopes is not None:
         found += (tiles.rows + tiles.cols) * 8 + tiles.count * model.bias.slopes.element_size()
     return group * (found + (own.rows + own.cols) * width * item)
+
+
+def _held(model: Any) -> bool:
+    return bool(model.q.data.shape[-1] <= PART)
 
 
 def _seen(walk: Walk, tiles: Tiles) -> int:
@@ -80,7 +85,13 @@ def _group(walk: Walk) -> int:
 
 def _widths(walk: Walk) -> int:
     """Of the products of both models' scores."""
-    return _group(walk) * int(walk.given["W_T"]) + int(walk.given["W_S"])
+    return _group(walk) * _width(walk, "_T") + _width(walk, "_S")
+
+
+def _width(walk: Walk, whose: str) -> int:
+    """Of the products of a model's scores: whole parts of its heads."""
+    d, w = (int(walk.given[name + whose]) for name in "DW")
+    return -(-d // w) * w
 
 
 def _log_sums_of(walk: Walk) -> int:
@@ -91,6 +102,12 @@ def _log_sums_of(walk: Walk) -> int:
 def _kept(walk: Walk) -> int:
     """Bytes of a row of the student's numbers that gradients need."""
     return sum(4 for name in ("lse_s", "centres", "shares") if walk.given[name] is not None)
+
+
+def _columns(walk: Walk) -> int:
+    """Bytes of a row or column of the part that a launch multiplies gradients of scores with, if that is read again."""
+    columns = walk.given["columns"]
+    return 0 if columns is None else int(walk.given["D_P"] * columns.data.element_size())
 
 
 def _wide(tiles: Tiles) -> Tiles:
@@ -111,8 +128,8 @@ def log_sums(launch: Launch) -> Cost:
         all_ = _wide(tiles)
         each = _model(walk, "model", tiles, all_) + _seen(walk, all_) + walk.ranges(tiles.rows)
         read += tiles.blocks * each
-        products += tiles.blocks * tiles.count * 2 * walk.m * walk.n * walk.given["W"]
-    return Cost(read, 4 * _rows(walk), once(launch), products, products / walk.given["W"] / 2 * 8)
+        products += tiles.blocks * tiles.count * 2 * walk.m * walk.n * _width(walk, "")
+    return Cost(read, 4 * _rows(walk), once(launch), products, products / _width(walk, "") / 2 * 8)
 
 
 def _rows(walk: Walk) -> int:
@@ -154,9 +171,9 @@ def queries(launch: Launch) -> Cost:
     for tiles in _by_queries(walk):
         all_ = _wide(tiles)
         each = _model(walk, "teacher", tiles, all_, _group(walk)) + _model(walk, "student", tiles, all_)
-        each += all_.rows * (_log_sums_of(walk) + _kept(walk)) + 4
+        each += all_.rows * (_log_sums_of(walk) + _kept(walk)) + tiles.cols * _columns(walk) + 4
         read += tiles.blocks * (each + _seen(walk, all_) + walk.ranges(tiles.rows))
-        products += tiles.blocks * tiles.count * 2 * walk.m * walk.n * (_widths(walk) + walk.given["W_S"])
+        products += tiles.blocks * tiles.count * 2 * walk.m * walk.n * (_widths(walk) + walk.given["W_P"])
     return Cost(read, _bytes(walk, "dq"), once(launch), products, _others(walk, products))
 
 
@@ -164,15 +181,17 @@ def keys(launch: Launch) -> Cost:
     """Of `map_keys_kernel`: a student's keys are read once for all the query heads that read them."""
     walk = Walk.of(launch)
     student, members = walk.given["student"].k.data, walk.given["student"].group
+    held = _held(walk.given["student"])
     read = products = 0
     for tiles in _by_keys(walk):
         all_ = _turned(tiles)
         each = _model(walk, "teacher", tiles, all_, _group(walk))
         each += _model(walk, "student", tiles._replace(cols=0), all_)
-        each += tiles.rows * (_log_sums_of(walk) + _kept(walk)) + _seen(walk, all_)
-        own = tiles.cols * student.shape[-1] * student.element_size() + walk.ranges(tiles.cols) + 4
+        each += tiles.rows * (_log_sums_of(walk) + _kept(walk) + _columns(walk)) + _seen(walk, all_)
+        own = walk.ranges(tiles.cols) + 4
+        own += tiles.cols * student.shape[-1] * student.element_size() if held else 0
         read += tiles.blocks * each + tiles.blocks // members * own
-        products += tiles.blocks * tiles.count * 2 * walk.m * walk.n * (_widths(walk) + walk.given["W_S"])
+        products += tiles.blocks * tiles.count * 2 * walk.m * walk.n * (_widths(walk) + walk.given["W_P"])
     return Cost(read, _bytes(walk, "dk"), once(launch), products, _others(walk, products))
 
 
