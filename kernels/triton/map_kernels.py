@@ -313,7 +313,9 @@ def map_keys_kernel(
         for query in range(start, stop, M):
             rows = along(query, True, M)
             q_s = held(student.q, b, h, query, sizes.queries, True, M, D_S, W_S)
-            t = teacher_map(None, k_t, teacher, lse_t, b, h, query, first, sizes, LOSS, G, True, M, N, D_T, W_T)
+            t = teacher_map(
+                None, k_t, teacher, lse_t, b, h, query, first, sizes, LOSS, G, True, M, N, D_T, W_T
+            )
             s = head_scores(q_s, k_s, student, b, h, query, first, sizes, True, M, N, D_S, W_S)
             ds = masked_gradient(t, s, seen, lse_s, centres, shares, b, h, rows, cols, sizes, LOSS, CAUSAL)
             part = q_s

@@ -33,3 +33,9 @@ def normal(device: torch.device, *shape: int, dtype: torch.dtype = torch.bfloat1
 def below(device: torch.device, limit: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
     """Whole numbers from 0, equally likely."""
     return torch.randint(limit, shape, dtype=dtype, device=device)
+
+
+def packed(device: torch.device, batch: int, length: int) -> Tensor:
+    """Ids of four documents a row, int32 [B, S]."""
+    ids = torch.arange(length, device=device) * 4 // length
+    return ids.to(torch.int32).expand(batch, length)

@@ -11,6 +11,7 @@ from torch import Tensor
 from headway.kernels.attention.masks import Mask
 from headway.kernels.triton.delta_rule import delta_rule
 from headway.kernels.triton.state_tiles import CHUNK
+from headway.kernels.triton.workloads import delta_rule as workload
 from headway.tests.kernels.triton.launches import Launch
 from headway.tests.kernels.triton.proof import Case, Cost, Result, once, seed
 from headway.tests.kernels.triton.proofs.linear_attention import documents_of
@@ -96,21 +97,11 @@ CASES: dict[str, Case] = (
 )
 
 
-def _call(heads: int, length: int, width: int, documents: bool) -> None:
-    def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.empty(8, heads, length, *size, dtype=dtype, device="meta").requires_grad_()
-
-    q, k, v = (empty(width) for _ in range(3))
-    beta, log = (empty(dtype=torch.float32) for _ in range(2))
-    ids = torch.empty(8, length, dtype=torch.int32, device="meta") if documents else None
-    out = delta_rule(q, k, v, Mask(documents=ids), beta_BHS=beta, log_decay_BHS=log)
-    torch.autograd.grad(out, (q, k, v, beta, log), torch.empty_like(out))
-
-
-SIZES = {
-    "8 x 12 heads of 64 x 1,024": lambda: _call(12, 1024, 64, False),
-    "8 x 32 heads of 128 x 4,096": lambda: _call(32, 4096, 128, True),
-    "8 x 8 heads of 256 x 8,192": lambda: _call(8, 8192, 256, False),
+META = torch.device("meta")
+COMPILED = {
+    "fp32": lambda: workload.call(META, 4, 1024, 64, True, torch.float32),
+    "fp32, 256 wide": lambda: workload.call(META, 4, 1024, 256, True, torch.float32),
+    "bf16, 256 wide, documents": lambda: workload.call(META, 4, 1024, 256, True),
 }
 
 

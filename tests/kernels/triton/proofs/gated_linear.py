@@ -11,6 +11,7 @@ from headway.kernels.attention.linear.gated import TEMPERATURE, log_decay, refer
 from headway.kernels.attention.masks import Mask, lower
 from headway.kernels.triton.gated_linear import gated_linear
 from headway.kernels.triton.state_tiles import CHUNK
+from headway.kernels.triton.workloads import gated_linear as workload
 from headway.tests.kernels.triton.launches import Launch
 from headway.tests.kernels.triton.proof import Case, Cost, Result, once, seed
 from headway.tests.kernels.triton.proofs.linear_attention import documents_of
@@ -108,20 +109,11 @@ CASES: dict[str, Case] = (
 )
 
 
-def _call(heads: int, key_heads: int, length: int, width: int, documents: bool) -> None:
-    def empty(count: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.empty(8, count, length, width, dtype=dtype, device="meta").requires_grad_()
-
-    q, k, v, decay = empty(heads), empty(key_heads), empty(key_heads), empty(heads)
-    ids = torch.empty(8, length, dtype=torch.int32, device="meta") if documents else None
-    out = gated_linear(q, k, v, Mask(documents=ids), decay=decay)
-    torch.autograd.grad(out, (q, k, v, decay), torch.empty_like(out))
-
-
-SIZES = {
-    "8 x 12 heads of 64 x 1,024": lambda: _call(12, 12, 1024, 64, False),
-    "8 x 32 heads, 8 of keys, of 128 x 4,096": lambda: _call(32, 8, 4096, 128, True),
-    "8 x 8 heads of 256 x 8,192": lambda: _call(8, 8, 8192, 256, False),
+META = torch.device("meta")
+COMPILED = {
+    "fp32": lambda: workload.call(META, 4, 2, 1024, 64, True, torch.float32),
+    "fp32, 256 wide": lambda: workload.call(META, 4, 4, 1024, 256, True, torch.float32),
+    "bf16, 256 wide, documents": lambda: workload.call(META, 4, 4, 1024, 256, True),
 }
 
 

@@ -12,6 +12,7 @@ from headway.kernels.attention.linear.linear import elu_features, quadratic
 from headway.kernels.attention.masks import Mask, lower
 from headway.kernels.triton.linear_attention import linear_attention
 from headway.kernels.triton.state_tiles import CHUNK
+from headway.kernels.triton.workloads import linear_attention as workload
 from headway.tests.kernels.triton.launches import Launch
 from headway.tests.kernels.triton.proof import Case, Cost, Result, once, seed
 from headway.tests.kernels.triton.roundings import Roundings, bounds
@@ -138,24 +139,11 @@ CASES: dict[str, Case] = (
 )
 
 
-def _call(heads: int, key_heads: int, length: int, features: int, width: int, joined: bool) -> None:
-    def empty(count: int, size: int) -> Tensor:
-        x = torch.empty(8, count, length, size, dtype=torch.bfloat16, device="meta")
-        return x.requires_grad_()
-
-    given = empty(heads, features), empty(key_heads, features), empty(key_heads, width)
-    mask, level = Mask(), None
-    if joined:
-        mask = Mask(documents=torch.empty(8, length, dtype=torch.int32, device="meta"))
-        level = torch.empty(8, key_heads, length, device="meta")
-    out = linear_attention(*given, mask, level)
-    torch.autograd.grad(out, given, torch.empty_like(out))
-
-
-SIZES = {
-    "8 x 12 heads x 1,024, 64 features": lambda: _call(12, 12, 1024, 64, 64, False),
-    "8 x 32 heads, 8 of keys, x 4,096, 128 features": lambda: _call(32, 8, 4096, 128, 128, False),
-    "8 x 16 heads x 8,192, 256 features, documents": lambda: _call(16, 16, 8192, 256, 64, True),
+META = torch.device("meta")
+COMPILED = {
+    "fp32": lambda: workload.call(META, 4, 2, 1024, 64, 64, True, torch.float32),
+    "fp32, 256 features": lambda: workload.call(META, 4, 4, 1024, 256, 128, True, torch.float32),
+    "bf16, documents": lambda: workload.call(META, 4, 2, 1024, 128, 128, True),
 }
 
 

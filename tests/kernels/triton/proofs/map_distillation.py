@@ -68,9 +68,7 @@ def _case(loss: str, sizes: Sizes, dtype: torch.dtype, masks: Masks, extra: Extr
         rows = seen.rows(student)
         upstream = torch.randn(sizes.batch, generator=draw)
         leaves = _leaves(_on(student, device))
-        ours = sums(
-            _on(teacher, device), _of(student, leaves), loss, _on(seen, device), _on(rows, device)
-        )
+        ours = sums(_on(teacher, device), _of(student, leaves), loss, _on(seen, device), _on(rows, device))
         found = torch.autograd.grad(ours, list(leaves.values()), upstream.to(device))
         wide = _leaves(_wide(student))
         wanted = reference.sums(_wide(teacher), _of(_wide(student), wide), loss, seen, rows)
@@ -167,9 +165,7 @@ def _twins(loss: str) -> Case:
         leaves = _leaves(student)
         found = sums(student, _of(student, leaves), loss, Seen(Mask()), None)
         gradients = torch.autograd.grad(found.sum(), list(leaves.values()))
-        results = {"sums": found} | {
-            f"d_{name}": x for name, x in zip(leaves, gradients, strict=True)
-        }
+        results = {"sums": found} | {f"d_{name}": x for name, x in zip(leaves, gradients, strict=True)}
         return {name: Result(x, torch.zeros(x.shape).double(), 8 * FINE) for name, x in results.items()}
 
     return compute
