@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headway.kernels import random
 from headway.kernels.attention.compose import Form
-from headway.kernels.attention.dense import WeightDropout, per_query_head
+from headway.kernels.attention.dense import WeightDropout
 from headway.kernels.attention.masks import Mask, lower
 from headway.kernels.attention.scopes import Window
 from headway.kernels.attention.scores import DOT_PRODUCT, SoftCap
@@ -21,6 +21,7 @@ from headway.kernels.attention.slopes import Distances, Slopes, block_of, geomet
 from headway.kernels.attention.weights import SOFTMAX, Sink
 from headway.kernels.triton.attention import attention
 from headway.tests.kernels.triton import attention_costs as costs
+from headway.tests.kernels.triton.attention_bounds import tolerances
 from headway.tests.kernels.triton.proof import Case, Result, drawn, seed
 
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -84,7 +85,7 @@ def _case(sizes: Sizes, dtype: torch.dtype, masks: Masks, extra: Extra = Extra()
         wanted_out = _reference(wide, mask, dropout, slopes, extra)
         wanted = torch.autograd.grad(wanted_out, list(wide.values()), d_out.double())
         with torch.no_grad():
-            far = _bounds(wide, mask, dropout, slopes, extra, d_out.double(), ROUNDING[dtype])
+            far = _tolerances(wide, mask, dropout, slopes, extra, d_out.double(), ROUNDING[dtype])
         results = {"out": Result(out, wanted_out, far["out"])}
         for name, gradient, true in zip(given, found, wanted, strict=True):
             results[f"d_{name}"] = Result(gradient, true, far[name])
@@ -131,67 +132,17 @@ def _reference(
     return form.reference(x["q"], x["k"], x["v"], mask, dropout, None, x.get("bias", slopes), **own)
 
 
-def _bounds(
+def _tolerances(
     x: dict[str, Tensor], mask: Mask, dropout: WeightDropout | None, slopes: Slopes | Distances | None, extra: Extra,
-    d_out: Tensor, u: float,
+    d_out: Tensor, unit: float,
 ) -> dict[str, float]:  # fmt: skip
-    """How far rounding may carry results, to first order, the largest of every tensor.
-
-    A score is a sum of D products, off by sqrt(D) 2^-24 of their absolute sum A (errors are of either sign; four times
-    that, to be sure), by 2^-22 of a cap, and by 2^-23 of itself; a weight, exp of it less another, by twice as much
-    and 2^-21. Weights and gradients of scores are rounded to u before their products, and so are results; delta is of
-    a rounded output.
-    """
-    fine, (q, k, v) = 2.0**-24, (x[name] for name in "qkv")
-    k, v, scale = per_query_head(k, q), per_query_head(v, q), q.shape[-1] ** -0.5
-    s = q @ k.mT * scale
-    size = q.abs() @ k.abs().mT * scale
-    off_s = 4 * q.shape[-1] ** 0.5 * fine * size
-    slope = torch.ones_like(s)
-    if extra.cap:
-        slope = 1 - (s / extra.cap).tanh() ** 2
-        s = extra.cap * (s / extra.cap).tanh()
-        off_s = off_s + 4 * fine * extra.cap
+    q, keys = x["q"], x["k"].shape[2]
     bias = x.get("bias", slopes)
-    s = s if bias is None else s + block_of(bias)
-    off_s = off_s + 2 * fine * s.abs()
-    seen = lower(mask, q.shape[2], k.shape[2], q.device)
-    seen = torch.ones_like(s, dtype=torch.bool) if seen is None else seen.expand_as(s)
-    s = s.masked_fill(~seen, -torch.inf)
-    lse = s.logsumexp(-1, keepdim=True)
-    if extra.sink:
-        lse = torch.logaddexp(lse, x["sink"][:, None, None])
-    lse = torch.where(lse.isfinite(), lse, 0.0)
-    p = (s - lse).exp()
-    off = 2 * off_s.masked_fill(~seen, 0).amax(-1, keepdim=True) + 8 * fine  # of a weight, relative
-    factor = torch.ones_like(s)
+    factor: Tensor | float = 1.0
     if dropout is not None:
-        factor = dropout.kept(q.shape[1], slice(None), slice(0, k.shape[2])) * random.kept_scale(dropout.p)
-    used = p * factor
-    out = used @ v
-    off_out = (used * (off + u)) @ v.abs() + u * out.abs()
-    dp, off_dp = d_out @ v.mT * factor, 4 * v.shape[-1] ** 0.5 * fine * (d_out.abs() @ v.abs().mT) * factor
-    delta, off_delta = (d_out * out).sum(-1, True), (d_out.abs() * off_out).sum(-1, True)
-    ds = p * (dp - delta)
-    off_ds = p * (off_dp + off_delta) + ds.abs() * off
-    off_product = slope * (off_ds + u * ds.abs()) + ds.abs() * 16 * fine
-    d_k = scale * (ds * slope).mT @ q
-    d_q = scale * (ds * slope) @ k
-    far = {
-        "out": off_out,
-        "q": scale * off_product @ k.abs() + u * d_q.abs(),
-        "k": _grouped(scale * off_product.mT @ q.abs() + u * d_k.abs(), x["k"]),
-        "v": _grouped((used * (off + 2 * u)).mT @ d_out.abs(), x["v"]),
-        "bias": off_ds.sum(0) + 2 * fine * ds.abs().sum(0),
-    }
-    if extra.sink:
-        share = (x["sink"][:, None, None] - lse).exp()
-        far["sink"] = (share * (off_delta + delta.abs() * (off + 8 * fine))).sum((0, 2))
-    return {name: float(each.max()) + 2.0**-20 * fine for name, each in far.items()}
-
-
-def _grouped(each: Tensor, like: Tensor) -> Tensor:
-    return each.unflatten(1, (like.shape[1], -1)).sum(2)
+        factor = dropout.kept(q.shape[1], slice(None), slice(0, keys)).double() * random.kept_scale(dropout.p)
+    seen = lower(mask, q.shape[2], keys, q.device)
+    return tolerances(x, None if bias is None else block_of(bias), extra.cap, seen, factor, d_out, unit)
 
 
 # -- masks ---------------------------------------------------------------------------------------------------------
@@ -251,11 +202,12 @@ def _later(sizes: Sizes) -> Mask:
 _F, _B = torch.float32, torch.bfloat16
 EVERYTHING = Extra("learned", True, 5.0, 0.1)
 CASES: dict[str, Case] = {
-    "causal, fp32, learned bias, dropout": _case(Sizes(2, 2, 2, 67, 67, 40, 40), _F, _causal, Extra("learned", p=0.2)),
+    "documents, fp32, everything": _case(Sizes(1, 2, 1, 37, 37, 20, 24), _F, _packed, EVERYTHING),
+    "causal, fp32, learned bias, dropout": _case(Sizes(2, 1, 1, 67, 67, 40, 40), _F, _causal, Extra("learned", p=0.2)),
     "causal, bf16": _case(Sizes(1, 2, 1, 131, 131, 64, 64), _B, _causal),
     "full, bf16, learned bias": _case(Sizes(2, 2, 2, 50, 70, 64, 64), _B, _full, Extra("learned")),
     "full, fp32, values narrower": _case(Sizes(1, 2, 2, 33, 50, 128, 80), _F, _full),
-    "documents, bf16, everything": _case(Sizes(2, 4, 2, 71, 71, 80, 40), _B, _packed, EVERYTHING),
+    "documents, bf16, everything": _case(Sizes(2, 2, 1, 71, 71, 80, 40), _B, _packed, EVERYTHING),
     "documents, fp32": _case(Sizes(2, 2, 1, 70, 70, 64, 64), _F, _packed),
     "padding, fp32, sink": _case(Sizes(2, 2, 2, 41, 60, 40, 40), _F, _padded, Extra(sink=True)),
     "padding, bf16, dropout": _case(Sizes(2, 2, 2, 41, 60, 64, 64), _B, _padded, Extra(p=0.5)),
@@ -274,9 +226,10 @@ CASES: dict[str, Case] = {
     "head dimension 128, bf16": _case(Sizes(1, 1, 1, 70, 70, 128, 128), _B, _causal, Extra("slopes")),
     "head dimension 256, bf16": _case(Sizes(1, 1, 1, 50, 50, 256, 256), _B, _causal),
     "head dimension 256, fp32": _case(Sizes(1, 1, 1, 20, 20, 256, 256), _F, _causal),
-    "fp16": _case(Sizes(1, 2, 1, 66, 66, 64, 64), torch.float16, _causal, Extra("learned")),
-    "large logits, fp32": _case(Sizes(1, 2, 2, 40, 40, 40, 40), _F, _causal, Extra(sink=True, scale=1e3)),
-    "large logits, bf16, cap": _case(Sizes(1, 2, 2, 40, 40, 40, 40), _B, _causal, Extra(cap=30.0, scale=1e3)),
+    "fp16, learned bias": _case(Sizes(1, 2, 1, 66, 66, 64, 64), torch.float16, _causal, Extra("learned")),
+    "large logits, fp32": _case(Sizes(1, 2, 2, 40, 40, 40, 40), _F, _causal, Extra(sink=True, scale=3e3)),
+    "large logits, bf16": _case(Sizes(1, 2, 2, 40, 40, 40, 40), _B, _causal, Extra(scale=3e3)),
+    "large logits, bf16, cap": _case(Sizes(1, 2, 2, 40, 40, 40, 40), _B, _causal, Extra(cap=30.0, scale=3e3)),
 }  # fmt: skip
 
 
@@ -292,18 +245,28 @@ def _call(
 
     q, k, v = (empty(batch, n, length, dim) for n in (heads, kv_heads, kv_heads))
     places = torch.empty(batch, length, dtype=torch.int64, device=device)
-    bias = empty(heads, length, length, dtype=torch.float32) if extra.bias else None
+    bias = empty(heads, length, length, dtype=torch.float32) if extra.bias == "learned" else None
+    slopes = None
+    if extra.bias == "slopes":
+        slopes = Slopes(places[0, :heads].float(), places[0], places[0])
     sink = empty(heads, dtype=torch.float32) if extra.sink else None
     dropout = WeightDropout(extra.p, places[0, 0], places[:, 0], places[0]) if extra.p else None
     inputs = [x for x in (q, k, v, bias, sink) if x is not None]
-    out = attention(q, k, v, mask, dropout, bias_HQK=bias, softcap=extra.cap, sink=sink)
+    out = attention(q, k, v, mask, dropout, bias_HQK=slopes or bias, softcap=extra.cap, sink=sink)
     torch.autograd.grad(out, inputs, torch.empty_like(out))
 
 
-def _compiled(dim: int, dtype: torch.dtype) -> Callable[[], None]:
-    """All that attention may have at once, of a head dimension."""
+def _compiled(dim: int, dtype: torch.dtype, *, places: bool = False) -> Callable[[], None]:
+    """All that attention may have at once, of a head dimension: with a learned bias, or else what places decide."""
     documents = torch.zeros(2, 256, dtype=torch.int64)
-    return lambda: _call(2, 4, 2, 256, dim, EVERYTHING, Mask(True, documents), dtype, "cpu")
+    mask, extra = Mask(True, documents), EVERYTHING
+    if places:
+        prefix = torch.zeros(2, dtype=torch.int64)
+        mask, extra = (
+            Mask(True, documents, None, prefix, scope=Window(100)),
+            EVERYTHING._replace(bias="slopes"),
+        )
+    return lambda: _call(2, 4, 2, 256, dim, extra, mask, dtype, "cpu")
 
 
 SIZES = {
@@ -320,7 +283,7 @@ COMPILED = {
     f"head dimension {dim}, {name}": _compiled(dim, dtype)
     for name, dtype in (("bf16", _B), ("fp32", _F))
     for dim in (64, 128, 256)
-}
+} | {f"head dimension {dim}, bf16, places": _compiled(dim, _B, places=True) for dim in (64, 128, 256)}
 """One for every row of tiles."""
 
 COSTS = {
