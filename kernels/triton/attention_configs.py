@@ -1,8 +1,8 @@
 """With which tiles attention's Triton kernels are compiled, by target and by the width of a head.
 
 A program owns a block of queries (`KEYS`, `VALUES`: of keys) and walks over blocks of keys (of queries). It owns 64
-at least where tensor cores want that many rows (wgmma, tcgen05). Chosen so that nothing is spilled, with a learned
-bias, a cap, a sink, documents and dropout at once; not tuned by time.
+at least where tensor cores want that many rows (wgmma, tcgen05). Chosen so that nothing is spilled, with a bias, a
+cap, a sink, documents and dropout at once; not tuned by time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _HOPPER: dict[str, _Choices] = {
     "queries": {
         64: [(64, 64, 8, 2), (64, 32, 4, 2)],
         128: [(128, 32, 8, 1), (64, 32, 4, 1)],
-        256: [(64, 16, 4, 1), (128, 16, 8, 1)],
+        256: [(128, 16, 8, 1)],
     },
     "keys": {64: [(64, 32, 4, 1)], 128: [(128, 16, 8, 1), (64, 16, 4, 1)], 256: [(128, 16, 8, 1)]},
     "values": {256: [(128, 16, 8, 1)]},
@@ -31,20 +31,16 @@ _HOPPER: dict[str, _Choices] = {
 _BLACKWELL = _HOPPER | {
     "queries": {
         64: [(128, 64, 8, 2), (64, 32, 4, 2)],
-        128: [(128, 32, 8, 1)],
+        128: [(128, 64, 8, 1), (64, 32, 8, 1)],
         256: [(64, 16, 4, 1), (128, 16, 8, 1)],
     },
-    "keys": {
-        64: [(128, 32, 8, 1), (64, 32, 8, 1)],
-        128: [(128, 16, 8, 1)],
-        256: [(64, 32, 8, 1), (64, 16, 8, 1)],
-    },
+    "keys": {64: [(64, 32, 8, 1)], 128: [(128, 16, 8, 1)], 256: [(64, 16, 8, 1)]},
     "values": {256: [(128, 32, 8, 1)]},
 }
 
 _TILES: dict[str, dict[str, _Choices]] = {
     "sm_80": {
-        "forward": {64: [(128, 64, 8, 2)], 128: [(128, 32, 8, 2)], 256: [(64, 32, 8, 1)]},
+        "forward": {64: [(128, 64, 8, 2)], 128: [(128, 32, 8, 2)], 256: [(64, 16, 8, 1), (32, 32, 8, 1)]},
         "queries": {64: [(64, 32, 4, 2)], 128: [(64, 32, 8, 1)], 256: [(32, 32, 8, 1)]},
         "keys": {64: [(32, 32, 4, 1), (64, 16, 4, 1)], 128: [(32, 32, 4, 1)], 256: [(32, 32, 8, 1)]},
         "values": {256: [(64, 16, 8, 1), (32, 32, 8, 1)]},

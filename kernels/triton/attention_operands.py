@@ -35,11 +35,13 @@ def heads(x_BHSD: Tensor) -> Heads:
 
 
 def biases(bias_HQK: Fixed | None) -> Biases:
-    """A bias with its strides: those of a table of distances are of a tensor [H, Q, K] that is not written out."""
+    """A bias with its strides: those of a table of distances are of a tensor [H, Q, K] that is not written out; or
+    slopes, with places in 32 bits, as `_of_samples` has numbers of documents."""
     if bias_HQK is None:
         return Biases(None, 0, 0, 0, None, None, None)
     if isinstance(bias_HQK, Slopes):
-        return Biases(None, 0, 0, 0, *(x.contiguous() for x in bias_HQK))
+        places = (x.to(torch.int32).contiguous() for x in (bias_HQK.queries, bias_HQK.keys))
+        return Biases(None, 0, 0, 0, bias_HQK.slopes.contiguous(), *places)
     if isinstance(bias_HQK, Distances):
         table = bias_HQK.table.contiguous()
         return Biases(table.view(-1)[bias_HQK.zero :], table.shape[1], -1, 1, None, None, None)

@@ -111,7 +111,7 @@ class Walk(NamedTuple):
         if bias.dense is not None:
             found += pairs * bias.dense.element_size()
         if bias.slopes is not None:
-            found += (rows + cols) * 8 + tiles * bias.slopes.element_size()
+            found += (rows + cols) * 4 + tiles * bias.slopes.element_size()
         if self.prefixes is not None:
             found += tiles * 4
         if seen.documents is not None:
