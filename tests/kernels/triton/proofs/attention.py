@@ -20,6 +20,7 @@ from headway.kernels.attention.scores import DOT_PRODUCT, SoftCap
 from headway.kernels.attention.slopes import Distances, Slopes, block_of, geometric
 from headway.kernels.attention.weights import SOFTMAX, Sink
 from headway.kernels.triton.attention import attention
+from headway.kernels.triton.workloads import attention as workload
 from headway.tests.kernels.triton import attention_costs as costs
 from headway.tests.kernels.triton.attention_bounds import tolerances
 from headway.tests.kernels.triton.proof import Case, Result, drawn, seed
@@ -236,48 +237,15 @@ CASES: dict[str, Case] = {
 # -- sizes ---------------------------------------------------------------------------------------------------------
 
 
-def _call(
-    batch: int, heads: int, kv_heads: int, length: int, dim: int, extra: Extra, mask: Mask,
-    dtype: torch.dtype = torch.bfloat16, device: str = "meta",
-) -> None:  # fmt: skip
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device=device, requires_grad=True)
-
-    q, k, v = (empty(batch, n, length, dim) for n in (heads, kv_heads, kv_heads))
-    places = torch.empty(batch, length, dtype=torch.int64, device=device)
-    bias = empty(heads, length, length, dtype=torch.float32) if extra.bias == "learned" else None
-    slopes = None
-    if extra.bias == "slopes":
-        slopes = Slopes(places[0, :heads].float(), places[0], places[0])
-    sink = empty(heads, dtype=torch.float32) if extra.sink else None
-    dropout = WeightDropout(extra.p, places[0, 0], places[:, 0], places[0]) if extra.p else None
-    inputs = [x for x in (q, k, v, bias, sink) if x is not None]
-    out = attention(q, k, v, mask, dropout, bias_HQK=slopes or bias, softcap=extra.cap, sink=sink)
-    torch.autograd.grad(out, inputs, torch.empty_like(out))
-
-
 def _compiled(dim: int, dtype: torch.dtype, *, places: bool = False) -> Callable[[], None]:
     """All that attention may have at once, of a head dimension: with a learned bias, or else what places decide."""
-    documents = torch.zeros(2, 256, dtype=torch.int64)
-    mask, extra = Mask(True, documents), EVERYTHING
+    documents, prefix = torch.zeros(2, 256, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    mask, beside = Mask(True, documents), workload.Beside("learned", 5.0, True, 0.1)
     if places:
-        prefix = torch.zeros(2, dtype=torch.int64)
-        mask, extra = (
-            Mask(True, documents, None, prefix, scope=Window(100)),
-            EVERYTHING._replace(bias="slopes"),
-        )
-    return lambda: _call(2, 4, 2, 256, dim, extra, mask, dtype, "cpu")
+        mask = Mask(True, documents, None, prefix, scope=Window(100))
+        beside = beside._replace(bias="slopes")
+    return lambda: workload.call(torch.device("cpu"), (2, 4, 2, 256, dim), beside, mask, dtype)
 
-
-SIZES = {
-    "8 x 12 x 1,024 x 64, learned bias, dropout": lambda: _call(
-        8, 12, 12, 1024, 64, Extra("learned", p=0.1), Mask(False)
-    ),
-    "4 x 32 over 8 x 4,096 x 128, causal, sink": lambda: _call(4, 32, 8, 4096, 128, Extra(sink=True), Mask()),
-    "2 x 8 over 4 x 4,096 x 256, window, cap": lambda: _call(
-        2, 8, 4, 4096, 256, Extra(cap=50.0), Mask(scope=Window(1024))
-    ),
-}  # fmt: skip
 
 COMPILED = {
     f"head dimension {dim}, {name}": _compiled(dim, dtype)
