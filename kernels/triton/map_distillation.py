@@ -226,8 +226,13 @@ def _backward(
 
 
 def _by_parts(
-    kernel: Any, programs: int, call: _Call, given: tuple[Tensor | None, ...], pair: tuple[Tensor, Tensor], config: Config
-) -> None:  # fmt: skip
+    kernel: Any,
+    programs: int,
+    call: _Call,
+    given: tuple[Tensor | None, ...],
+    pair: tuple[Tensor, Tensor],
+    config: Config,
+) -> None:
     """Write a gradient, the second of a pair, from products with the first; of wide heads a launch computes PART
     columns."""
     width = pair[0].shape[-1]

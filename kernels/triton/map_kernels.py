@@ -1,18 +1,18 @@
 """Triton kernels of map distillation: losses of attention maps and their gradients, tile by tile, no map in memory.
 
-Log-sum-exps of all rows are kept, and of a row's loss what `map_losses` calls the centre; the gradients' kernels compute
-the scores again (Dao et al. 2022, algorithm 4), and none adds by atomics: a program owns what it writes. `kl` and
-`reverse_kl` of single teacher heads are summed beside the log-sum-exps, in one pass; other losses know no term before
-both log-sum-exps, and take a pass over each model first.
+Log-sum-exps of all rows are kept, and of a row's loss what `map_losses` calls the centre; the gradients' kernels
+compute the scores again (Dao et al. 2022, algorithm 4), and none adds by atomics: a program owns what it writes. `kl`
+and `reverse_kl` of single teacher heads are summed beside the log-sum-exps, in one pass; other losses know no term
+before both log-sum-exps, and take a pass over each model first.
 
 Where G teacher heads stand for a student's, p is the mean of their maps; for `scores`, t is the mean of their scores.
 
 Queries of a program are read once, and keys once by every block of queries that may see them, as nothing smaller than a
-sequence fits into a multiprocessor; of the keys' kernel vice versa. Of several teacher heads, and of wide heads, both are
-read again for every tile, head by head and W columns by W columns, as in any product of matrices: so any number and any
-width fits, and caches hold what a program reads again. A gradient of wide heads takes a launch for every W columns, each
-of which computes scores anew. Numbers of documents, places and log-sum-exps are read once a tile:
-they are some hundredths of it.
+sequence fits into a multiprocessor; of the keys' kernel vice versa. Of several teacher heads, and of wide heads, both
+are read again for every tile, head by head and W columns by W columns, as in any product of matrices: so any number and
+any width fits, and caches hold what a program reads again. A gradient of wide heads takes a launch for every W columns,
+each of which computes scores anew. Numbers of documents, places and log-sum-exps are read once a tile: they are some
+hundredths of it.
 
 Shapes: see `map_tiles`; D_T and D_S are head dimensions of teacher and student, W_T and W_S the powers of two that hold
 them, or how many columns of wide heads are multiplied at once.
@@ -61,13 +61,13 @@ def held(x, b, head, first, length, HELD: tl.constexpr, N: tl.constexpr, D: tl.c
     """N rows of a head where they are held, else None: `head_scores` then reads them, in chunks."""
     found = None
     if HELD and D <= W:
-        found = operand(tile(x, b, head, first, length, N, D, W))
+        found = operand(chunk(x, b, head, first, length, 0, N, D, W))
     return found
 
 
 @triton.jit
 def head_scores(
-    queries, keys, model, b, head, query, key, sizes,
+    queries, keys, model, b, head, rows, cols, query, key, sizes,
     TURNED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Scores of a head, [M, N], if TURNED [N, M]; `queries`, `keys`: tiles, those that are held."""
@@ -84,19 +84,20 @@ def head_scores(
             products = tl.dot(right, tl.trans(left), products, input_precision="ieee")
         else:
             products = tl.dot(left, tl.trans(right), products, input_precision="ieee")
-    return scores(products, model, head, along(query, TURNED, M), along(key, not TURNED, N), sizes)
+    return scores(products, model, head, rows, cols, sizes)
 
 
 @triton.jit
 def teacher_map(
-    queries, keys, teacher, lse, b, h, query, key, sizes, LOSS: tl.constexpr, G: tl.constexpr,
+    queries, keys, teacher, lse, b, h, rows, cols, query, key, sizes, LOSS: tl.constexpr, G: tl.constexpr,
     TURNED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """log p, or for `scores` t, of the G teacher heads of student head h; tiles as in `head_scores`."""
-    rows = along(query, TURNED, M)
     mean = tl.full([N, M] if TURNED else [M, N], 0.0 if LOSS == "scores" else float("-inf"), tl.float32)
     for head in range(h * G, h * G + G):
-        found = head_scores(queries, keys, teacher, b, head, query, key, sizes, TURNED, M, N, D, W)
+        found = head_scores(
+            queries, keys, teacher, b, head, rows, cols, query, key, sizes, TURNED, M, N, D, W
+        )
         if LOSS != "scores":
             found -= row(lse, b, sizes.heads * G, head, rows, sizes)
         if G == 1:
@@ -129,18 +130,19 @@ def map_log_sums_kernel(
 ):  # fmt: skip
     """Log-sum-exp of the rows' scores, [B, H, Q], of a model with `sizes.heads` heads; 0 where nothing is seen."""
     b, h, first = place_of(sizes.heads, sizes.queries, M)
-    rows = first + tl.arange(0, M)
+    places = first + tl.arange(0, M)
+    rows = places[:, None]
     q = held(model.q, b, h, first, sizes.queries, True, M, D, W)
     top = tl.full([M], -1e38, tl.float32)
     total = tl.zeros([M], tl.float32)
     start, stop = keys_seen(seen, spans, b, first, sizes, CAUSAL, M, N)
     for key in range(start, stop, N):
-        cols = key + tl.arange(0, N)
-        s = head_scores(q, None, model, b, h, first, key, sizes, False, M, N, D, W)
-        s = tl.where(sees(seen, b, rows[:, None], cols[None, :], sizes, CAUSAL), s, float("-inf"))
+        cols = along(key, True, N)
+        s = head_scores(q, None, model, b, h, rows, cols, first, key, sizes, False, M, N, D, W)
+        s = tl.where(sees(seen, b, rows, cols, sizes, CAUSAL), s, float("-inf"))
         top, total, _, _ = more(top, total, s)
     value = tl.where(total > 0, top + tl.log(tl.where(total > 0, total, 1.0)), 0.0)
-    put_row(lse, b, sizes.heads, h, rows, sizes, value)
+    put_row(lse, b, sizes.heads, h, places, sizes, value)
 
 
 @triton.jit
@@ -154,7 +156,8 @@ def map_divergence_kernel(
     KL(p || q) = sum_j p_j (t_j - s_j) - lse_t + lse_s, whose last two are subtracted by their parts, which are exact to
     more digits where the models are alike."""
     b, h, first = place_of(sizes.heads, sizes.queries, M)
-    rows = first + tl.arange(0, M)
+    places = first + tl.arange(0, M)
+    rows = places[:, None]
     q_t = held(teacher.q, b, h, first, sizes.queries, True, M, D_T, W_T)
     q_s = held(student.q, b, h, first, sizes.queries, True, M, D_S, W_S)
     top_t = tl.full([M], -1e38, tl.float32)
@@ -164,10 +167,10 @@ def map_divergence_kernel(
     apart = tl.zeros([M], tl.float32)
     start, stop = keys_seen(seen, spans, b, first, sizes, CAUSAL, M, N)
     for key in range(start, stop, N):
-        cols = key + tl.arange(0, N)
-        ok = sees(seen, b, rows[:, None], cols[None, :], sizes, CAUSAL)
-        t = head_scores(q_t, None, teacher, b, h, first, key, sizes, False, M, N, D_T, W_T)
-        s = head_scores(q_s, None, student, b, h, first, key, sizes, False, M, N, D_S, W_S)
+        cols = along(key, True, N)
+        ok = sees(seen, b, rows, cols, sizes, CAUSAL)
+        t = head_scores(q_t, None, teacher, b, h, rows, cols, first, key, sizes, False, M, N, D_T, W_T)
+        s = head_scores(q_s, None, student, b, h, rows, cols, first, key, sizes, False, M, N, D_S, W_S)
         top_t, total_t, powers_t, shrunk_t = more(top_t, total_t, tl.where(ok, t, float("-inf")))
         top_s, total_s, powers_s, shrunk_s = more(top_s, total_s, tl.where(ok, s, float("-inf")))
         if LOSS == "kl":
@@ -182,9 +185,9 @@ def map_divergence_kernel(
         value = apart / total_t - between
     else:
         value = apart / total_s + between
-    put_row(lse_t, b, sizes.heads, h, rows, sizes, tl.where(some, top_t + tl.log(total_t), 0.0))
-    put_row(lse_s, b, sizes.heads, h, rows, sizes, tl.where(some, top_s + tl.log(total_s), 0.0))
-    put_row(values, b, sizes.heads, h, rows, sizes, tl.where(some, value, 0.0))
+    put_row(lse_t, b, sizes.heads, h, places, sizes, tl.where(some, top_t + tl.log(total_t), 0.0))
+    put_row(lse_s, b, sizes.heads, h, places, sizes, tl.where(some, top_s + tl.log(total_s), 0.0))
+    put_row(values, b, sizes.heads, h, places, sizes, tl.where(some, value, 0.0))
 
 
 @triton.jit
@@ -209,10 +212,12 @@ def map_terms_kernel(
     count = tl.zeros([M], tl.float32)
     start, stop = keys_seen(seen, spans, b, first, sizes, CAUSAL, M, N)
     for key in range(start, stop, N):
-        cols = (key + tl.arange(0, N))[None, :]
+        cols = along(key, True, N)
         ok = sees(seen, b, rows, cols, sizes, CAUSAL)
-        t = teacher_map(q_t, None, teacher, lse_t, b, h, first, key, sizes, LOSS, G, False, M, N, D_T, W_T)
-        s = head_scores(q_s, None, student, b, h, first, key, sizes, False, M, N, D_S, W_S) - lse
+        t = teacher_map(
+            q_t, None, teacher, lse_t, b, h, rows, cols, first, key, sizes, LOSS, G, False, M, N, D_T, W_T
+        )  # fmt: skip
+        s = head_scores(q_s, None, student, b, h, rows, cols, first, key, sizes, False, M, N, D_S, W_S) - lse
         each, weighted = terms(t, s, LOSS)
         value += tl.sum(tl.where(ok, each, 0.0), 1)
         centre += tl.sum(tl.where(ok, weighted, 0.0), 1)
@@ -225,7 +230,7 @@ def map_terms_kernel(
     if centres is not None:
         put_row(centres, b, sizes.heads, h, places, sizes, centre)
     if shares is not None:
-        if h == 0:
+        if h == 0:  # noqa: SIM102  # what is None is known when a kernel is compiled, h is not
             put_row(shares, b, 1, 0, places, sizes, share)
 
 
@@ -268,8 +273,8 @@ def map_queries_kernel(
     D_P: tl.constexpr, W_P: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of M student queries; `upstream` [B]: that of a row's loss. `columns`: those of the student's keys that a
-    launch multiplies with, where it computes a part of wide heads; else None. `dq` has these columns alone."""
+    """Gradient of M student queries; `upstream` [B]: that of a row's loss. `columns`: those of the student's keys that
+    a launch multiplies with, where it computes a part of wide heads; else None. `dq` has these columns alone."""
     b, h, first = place_of(sizes.heads, sizes.queries, M)
     rows = along(first, False, M)
     q_t = held(teacher.q, b, h, first, sizes.queries, G == 1, M, D_T, W_T)
@@ -280,8 +285,10 @@ def map_queries_kernel(
     for key in range(start, stop, N):
         cols = along(key, True, N)
         k_s = held(student.k, b, h // student.group, key, sizes.keys, True, N, D_S, W_S)
-        t = teacher_map(q_t, None, teacher, lse_t, b, h, first, key, sizes, LOSS, G, False, M, N, D_T, W_T)
-        s = head_scores(q_s, k_s, student, b, h, first, key, sizes, False, M, N, D_S, W_S)
+        t = teacher_map(
+            q_t, None, teacher, lse_t, b, h, rows, cols, first, key, sizes, LOSS, G, False, M, N, D_T, W_T
+        )  # fmt: skip
+        s = head_scores(q_s, k_s, student, b, h, rows, cols, first, key, sizes, False, M, N, D_S, W_S)
         ds = masked_gradient(t, s, seen, lse_s, centres, shares, b, h, rows, cols, sizes, LOSS, CAUSAL)
         part = k_s
         if columns is not None:
@@ -314,9 +321,9 @@ def map_keys_kernel(
             rows = along(query, True, M)
             q_s = held(student.q, b, h, query, sizes.queries, True, M, D_S, W_S)
             t = teacher_map(
-                None, k_t, teacher, lse_t, b, h, query, first, sizes, LOSS, G, True, M, N, D_T, W_T
-            )
-            s = head_scores(q_s, k_s, student, b, h, query, first, sizes, True, M, N, D_S, W_S)
+                None, k_t, teacher, lse_t, b, h, rows, cols, query, first, sizes, LOSS, G, True, M, N, D_T, W_T
+            )  # fmt: skip
+            s = head_scores(q_s, k_s, student, b, h, rows, cols, query, first, sizes, True, M, N, D_S, W_S)
             ds = masked_gradient(t, s, seen, lse_s, centres, shares, b, h, rows, cols, sizes, LOSS, CAUSAL)
             part = q_s
             if columns is not None:
@@ -347,8 +354,10 @@ def map_bias_kernel(
         q_t = held(teacher.q, b, h, first, sizes.queries, G == 1, M, D_T, W_T)
         q_s = held(student.q, b, h, first, sizes.queries, True, M, D_S, W_S)
         k_s = held(student.k, b, h // student.group, key, sizes.keys, True, N, D_S, W_S)
-        t = teacher_map(q_t, None, teacher, lse_t, b, h, first, key, sizes, LOSS, G, False, M, N, D_T, W_T)
-        s = head_scores(q_s, k_s, student, b, h, first, key, sizes, False, M, N, D_S, W_S)
+        t = teacher_map(
+            q_t, None, teacher, lse_t, b, h, rows, cols, first, key, sizes, LOSS, G, False, M, N, D_T, W_T
+        )  # fmt: skip
+        s = head_scores(q_s, k_s, student, b, h, rows, cols, first, key, sizes, False, M, N, D_S, W_S)
         ds = masked_gradient(t, s, seen, lse_s, centres, shares, b, h, rows, cols, sizes, LOSS, CAUSAL)
         total += ds * tl.load(upstream + b)
     start = d_bias + wide(h) * sizes.queries * sizes.keys

@@ -1,4 +1,4 @@
-"""Losses of attention maps in Triton kernels, key by key: what each adds to its row's loss, and the gradient of its score.
+"""Losses of attention maps in Triton kernels, key by key: what it adds to its row's loss, and its score's gradient.
 
 With p = softmax(t) of the teacher, q = softmax(s) of the student and a row's loss D = sum_j f(p_j, q_j): dD/ds_j =
 q_j (g_j - centre), g = df/dq, centre = sum_k q_k g_k.

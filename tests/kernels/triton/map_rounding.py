@@ -4,8 +4,9 @@ without noise.
 
 A rounding's root mean square is at most half of its unit: 2^-25 of a result in fp32, or of the parts that it is of; of
 a sum of D products, 2^-25 of their absolute sum. A power e^x is off by another |x| 2^-25, as GPUs multiply x by log2 e
-first; a sum of rows or of their terms passes some sixteen roundings, or four times one. Gradients of scores are rounded to 16 bits before their products, and results again. No element is likely to be
-further off than six times its root mean square.
+first; a sum of rows or of their terms passes some sixteen roundings, or four times one. Gradients of scores are rounded
+to 16 bits before their products, and results again. No element is likely to be further off than six times its root mean
+square.
 
 Shapes: B batch, H student heads, G teacher heads for each, Q queries, S keys, D head dimension.
 """

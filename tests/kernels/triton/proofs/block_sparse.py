@@ -133,26 +133,6 @@ CASES: dict[str, Case] = {
 }
 
 
-def _call(scope: scopes.Scope, length: int, width: int, drops: bool) -> None:
-    shapes = (1, 8, length, width), (1, 2, length, width)
-    q, k = (torch.empty(*s, dtype=_BF16, device="meta", requires_grad=True) for s in shapes)
-    drop = _moved(_dropout(1, length, 0.1), torch.device("meta")) if drops else None
-    mask = Mask(
-        True, torch.empty(1, length, dtype=torch.int64, device="meta") if drops else None, scope=scope
-    )
-    out = attention(q, k, k, mask, drop)
-    torch.autograd.grad(out, [q, k], out)
-
-
-SIZES = {
-    "longformer, 8,192 x 64, documents, dropout": lambda: _call(scopes.Global(512, 64, True), 8192, 64, True),
-    "bigbird, 8,192 x 128": lambda: _call(
-        scopes.BigBird(64, 2, 3, random.key(0, "bigbird")), 8192, 128, False
-    ),
-    "strided, 4,096 x 256": lambda: _call(scopes.Strided(128), 4096, 256, False),
-}
-
-
 class _Walk(NamedTuple):
     """Of all tiles of a layout: how many there are, how many of them in part, and how many places that exist lie in
     their walkers' blocks and in those on the other side."""

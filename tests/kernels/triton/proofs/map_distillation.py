@@ -262,7 +262,9 @@ def _sizes(
     return Sizes(batch, heads, teacher_heads, queries, keys or queries, dims)
 
 
+_ONE: dict[str, Any] = {"heads": (1, 1), "teacher_heads": (1, 1)}
 _TWO = _sizes(50, batch=2)
+_LEARNED = Extra(("", "learned"))
 _AVERAGED = _sizes(40, dims=(16, 24), teacher_heads=(6, 2))
 CASES: dict[str, Case] = {
     "js, bf16, documents, learned bias": _case(
@@ -270,36 +272,45 @@ CASES: dict[str, Case] = {
     ),
     "kl, fp32, causal, grouped keys": _case("kl", _sizes(67, heads=(4, 2), teacher_heads=(4, 1)), _F, _causal),
     "kl, bf16, causal, grouped keys": _case("kl", _sizes(131, dims=(80, 64), heads=(2, 1)), _B, _causal),
-    "kl, bf16, learned bias": _case("kl", _sizes(33, 70, (64, 64), batch=2), _B, _full, Extra(("", "learned"))),
+    "kl, bf16, learned bias": _case("kl", _sizes(33, 70, (64, 64), batch=2), _B, _full, _LEARNED),
     "reverse_kl, fp32": _case("reverse_kl", _sizes(70, dims=(32, 24)), _F, _full),
     "reverse_kl, bf16, window": _case("reverse_kl", _sizes(150, dims=(64, 64)), _B, _windowed),
-    "js, fp32, one head": _case("js", _sizes(70, heads=(1, 1), teacher_heads=(1, 1)), _F, _full),
+    "js, fp32, one head": _case("js", _sizes(70, **_ONE), _F, _full),
     "mse, fp32, documents": _case("mse", _TWO, _F, _packed(False)),
-    "mse, bf16, prefix, learned bias": _case("mse", _sizes(70, dims=(64, 40), batch=2), _B, _prefixed, Extra(("", "learned"))),
+    "mse, bf16, prefix, learned bias": _case("mse", _sizes(70, dims=(64, 40), batch=2), _B, _prefixed, _LEARNED),
     "scores, fp32, documents": _case("scores", _TWO, _F, _packed(True)),
-    "scores, bf16, causal, learned bias": _case("scores", _sizes(66, dims=(64, 64)), _B, _causal, Extra(("", "learned"))),
-    **{f"{loss}, fp32, averaged teacher heads": _case(loss, _AVERAGED, _F, _causal) for loss in ("kl", "reverse_kl", "scores")},
+    "scores, bf16, causal, learned bias": _case("scores", _sizes(66, dims=(64, 64)), _B, _causal, _LEARNED),
+    **{
+        f"{loss}, fp32, averaged teacher heads": _case(loss, _AVERAGED, _F, _causal)
+        for loss in ("kl", "reverse_kl", "scores")
+    },
     "js, bf16, averaged teacher heads": _case("js", _AVERAGED, _B, _causal),
     "mse, bf16, averaged wide teacher heads": _case(
-        "mse", _sizes(20, dims=(128, 40), heads=(1, 1), teacher_heads=(3, 1)), _B, _causal, Extra(("learned", "learned"))
+        "mse", _sizes(20, 0, (128, 40), (1, 1), (3, 1)), _B, _causal, Extra(("learned", "learned"))
     ),
     "kl, fp32, prefix": _case("kl", _sizes(70, batch=2), _F, _prefixed),
-    "kl, fp32, window both ways": _case("kl", _sizes(100, heads=(1, 1), teacher_heads=(1, 1)), _F, _near),
-    "mse, fp32, window behind a prefix": _case("mse", _sizes(100, heads=(1, 1), teacher_heads=(1, 1)), _F, _prefixed_window),
+    "kl, fp32, window both ways": _case("kl", _sizes(100, **_ONE), _F, _near),
+    "mse, fp32, window behind a prefix": _case("mse", _sizes(100, **_ONE), _F, _prefixed_window),
     "kl, fp32, dilated scope": _case("kl", _TWO, _F, _strided),
     "mse, fp32, pairs and a scope": _case("mse", _TWO, _F, _strided_spots),
     "js, fp32, pairs and causality, biases": _case("js", _TWO, _F, _spotted, Extra(("shared", "slopes"))),
     "kl, fp32, part of a sequence": _case("kl", _sizes(40, 60), _F, _later),
     "kl, fp32, biases by distance": _case("kl", _sizes(50), _F, _causal, Extra(("distances", "slopes"))),
     **{f"{loss}, fp32, hidden sample": _case(loss, _sizes(40, 50, batch=2), _F, _padded) for loss in ("kl", "js")},
-    **{f"{loss}, nothing seen": _case(loss, _sizes(20, 30), _F, _hidden, Extra(("", "learned"))) for loss in ("kl", "mse")},
-    "js, bf16, nothing seen": _case("js", _sizes(20, 30), _B, _hidden, Extra(("", "learned"))),
-    "kl, fp32, one row": _case("kl", _sizes(1, heads=(1, 1), teacher_heads=(1, 1)), _F, _causal),
+    **{f"{loss}, nothing seen": _case(loss, _sizes(20, 30), _F, _hidden, _LEARNED) for loss in ("kl", "mse")},
+    "js, bf16, nothing seen": _case("js", _sizes(20, 30), _B, _hidden, _LEARNED),
+    "kl, fp32, one row": _case("kl", _sizes(1, **_ONE), _F, _causal),
     "reverse_kl, bf16, one query": _case("reverse_kl", _sizes(1, 65, (128, 64), (1, 1), (1, 1)), _B, _full),
-    "kl, bf16, head dimension 128": _case("kl", _sizes(70, dims=(128, 128), heads=(1, 1), teacher_heads=(1, 1)), _B, _causal),
-    "js, bf16, head dimension 256": _case("js", _sizes(50, dims=(256, 256), heads=(1, 1), teacher_heads=(1, 1)), _B, _causal),
-    "kl, fp32, head dimension 256": _case("kl", _sizes(20, dims=(256, 80), heads=(1, 1), teacher_heads=(1, 1)), _F, _causal),
-    "kl, fp16": _case("kl", _sizes(66, dims=(64, 40)), _H, _causal, Extra(("", "learned"))),
+    "kl, bf16, head dimension 128": _case("kl", _sizes(70, dims=(128, 128), **_ONE), _B, _causal),
+    "js, bf16, head dimension 256": _case("js", _sizes(50, dims=(256, 256), **_ONE), _B, _causal),
+    "kl, fp32, head dimension 256": _case("kl", _sizes(20, dims=(256, 80), **_ONE), _F, _causal),
+    "reverse_kl, bf16, heads of 300 and 160, averaged": _case(
+        "reverse_kl", _sizes(40, 0, (300, 160), (2, 1), (4, 2)), _B, _causal, _LEARNED
+    ),
+    "scores, fp32, relation of 160": _case(
+        "scores", _sizes(20, dims=(160, 160), **_ONE), _F, _causal, Extra(relation=True)
+    ),
+    "kl, fp16": _case("kl", _sizes(66, dims=(64, 40)), _H, _causal, _LEARNED),
     "mse, teacher in bf16": _case("mse", _sizes(50), _F, _causal, Extra(teacher_dtype=_B)),
     "kl, bf16, relation": _case("kl", _sizes(50, dims=(64, 40)), _B, _causal, Extra(relation=True)),
     **{
@@ -315,34 +326,6 @@ CASES: dict[str, Case] = {
 
 # -- sizes ---------------------------------------------------------------------------------------------------------
 
-
-def _call(loss: str, sizes: Sizes, mask: Mask, learned: bool) -> None:
-    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=True)
-
-    batch, heads, teacher_heads, queries, keys, dims = sizes
-    (q_t, k_t), (q, k) = (
-        (empty(batch, n[0], queries, dim), empty(batch, n[1], keys, dim))
-        for n, dim in zip((teacher_heads, heads), dims, strict=True)
-    )
-    bias = empty(heads[0], queries, keys, dtype=torch.float32) if learned else None
-    teacher = Scores(q_t.detach(), k_t.detach(), dims[0] ** -0.5)
-    found = sums(teacher, Scores(q, k, dims[1] ** -0.5, bias), loss, Seen(mask), None)
-    inputs = [x for x in (q, k, bias) if x is not None]
-    torch.autograd.grad(found, inputs, torch.empty_like(found))
-
-
-SIZES = {
-    "kl, 8 x 12 x 1,024 x 64, learned bias": lambda: _call(
-        "kl", Sizes(8, (12, 12), (12, 12), 1024, 1024, (64, 64)), Mask(False), True
-    ),
-    "js, 4 x 32 over 8 x 4,096 x 128, causal": lambda: _call(
-        "js", Sizes(4, (32, 8), (32, 8), 4096, 4096, (128, 128)), Mask(), False
-    ),
-    "mse, 2 x 8 over 4 x 4,096 x 256, of 16 teacher heads, window": lambda: _call(
-        "mse", Sizes(2, (8, 4), (16, 8), 4096, 4096, (256, 256)), Mask(scope=Window(1024)), True
-    ),
-}
 
 COSTS = {
     "map_log_sums_kernel": costs.log_sums,

@@ -164,21 +164,6 @@ CASES: dict[str, Case] = {
 }
 
 
-def _call(power: int, length: int, width: int, packed: bool) -> None:
-    shapes = (1, 8, length, width), (1, 2, length, width)
-    q, k = (torch.empty(*s, dtype=_BF16, device="meta", requires_grad=True) for s in shapes)
-    documents = torch.empty(1, length, dtype=torch.int64, device="meta") if packed else None
-    out = attention(q, k, k, Mask(True, documents), WEIGHTINGS[power])
-    torch.autograd.grad(out, [q, k], out)
-
-
-SIZES = {
-    "entmax, 4,096 x 64, documents": lambda: _call(2, 4096, 64, True),
-    "sparsemax, 4,096 x 128": lambda: _call(1, 4096, 128, False),
-    "entmax, 2,048 x 256": lambda: _call(2, 2048, 256, False),
-}
-
-
 def _walk(launch: Launch, by_keys: bool) -> tuple[float, float, float, float]:
     """Over all programs of one head: tiles, of one pass over the other side; places that exist on the own and on the
     other side of them; and programs."""
