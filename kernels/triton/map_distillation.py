@@ -83,6 +83,7 @@ class _Sums(torch.autograd.Function):
         student = Scores(q, k, scale, bias if slopes is None else slopes)
         with torch.cuda.device_of(q):
             values_BHQ, *kept = _forward(_Call.of(Scores(q_t, k_t, scale_t, bias_t), student, loss, mask))
+        assert values_BHQ is not None
         ctx.save_for_backward(q, k, bias, q_t, k_t, *kept)
         ctx.described = slopes, scale, scale_t, bias_t, loss, mask
         return values_BHQ.sum((1, 2)) / q.shape[1]
