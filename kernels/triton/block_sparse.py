@@ -23,49 +23,14 @@ from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.scopes import Scope
 from headway.kernels.triton import block_sparse_kernels as kernels
 from headway.kernels.triton.block_layout import Tiles, block_layout
-from headway.kernels.triton.key_gradients import gradients_of
 from headway.kernels.triton.map_tiles import Heads, Sizes
-from headway.kernels.triton.tuning import Config, Space
+from headway.kernels.triton.sparse_configs import BLOCK_FORWARD, BLOCK_KEYS, BLOCK_QUERIES, key_launches
+from headway.kernels.triton.tuning import Space
 from headway.kernels.triton.weight_dropout import Drop, drop_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 256
 """D at most."""
-
-
-def _query_configs(target: str, width: int, itemsize: int) -> list[Config]:
-    if itemsize == 4:
-        return [Config({"M": 32, "N": 32}, 4, 1)]
-    if target == "gfx942":
-        return [Config({"M": 64, "N": 64 if width <= 128 else 32}, 4, 1)]
-    if width > 128:
-        return [Config({"M": 64, "N": 32}, 8, 2)]
-    if target == "sm_80":
-        return [Config({"M": 64, "N": 32}, 4, 1), Config({"M": 64, "N": 64}, 8, 2)]
-    if width > 64:
-        return [Config({"M": 128, "N": 32}, 8, 2), Config({"M": 64, "N": 32}, 4, 2)]
-    return [Config({"M": 64, "N": 64}, 4, 2), Config({"M": 128, "N": 64}, 8, 2)]
-
-
-_WIDE_KEYS = {
-    "sm_80": Config({"M": 32, "N": 32}, 8, 1),
-    "sm_90a": Config({"M": 16, "N": 64}, 8, 2),
-    "sm_100a": Config({"M": 16, "N": 64}, 8, 1),
-    "gfx942": Config({"M": 16, "N": 64}, 8, 1),
-}
-
-
-def _key_configs(target: str, width: int, itemsize: int) -> list[Config]:
-    if itemsize == 4:
-        return [Config({"M": 32, "N": 32}, 4, 1)]
-    if width > 128:
-        return [_WIDE_KEYS[target]]
-    return [Config({"M": 32, "N": 64}, 8, 2 if target in ("sm_90a", "sm_100a") else 1)]
-
-
-FORWARD = Space("block_sparse_forward", _query_configs)
-QUERIES = Space("block_sparse_query", _query_configs)
-KEYS = Space("block_sparse_key", _key_configs)
 
 
 @torch.compiler.disable  # Triton compiles the kernels itself
@@ -131,7 +96,7 @@ class _Attention(torch.autograd.Function):
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-        tiles, _, grid, options = _launch(FORWARD, q, q.shape[1], how)
+        tiles, _, grid, options = _launch(BLOCK_FORWARD, q, q.shape[1], how)
         given = *map(_heads, (q, k, v, out)), lse, tiles, documents, *_shared(q, k, how)
         with torch.cuda.device_of(q):
             kernels.block_sparse_forward_kernel[grid](*given, **options)
@@ -147,29 +112,30 @@ class _Attention(torch.autograd.Function):
         d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
         delta, d_q, d_k, d_v = (torch.empty_like(x) for x in (lse, q, k, v))
         with torch.cuda.device_of(q):
-            tiles, _, grid, options = _launch(QUERIES, q, q.shape[1], how)
+            tiles, _, grid, options = _launch(BLOCK_QUERIES, q, q.shape[1], how)
             operands = *map(_heads, (q, k, v, out)), lse, _heads(d_out), delta, _heads(d_q)
             given = *operands, tiles, documents, *_shared(q, k, how)
             kernels.block_sparse_query_kernel[grid](*given, **options)
-            _, tiles, grid, options = _launch(KEYS, q, k.shape[1], how, by_keys=True)
             operands = *map(_heads, (q, k, v)), lse, _heads(d_out), delta, _heads(d_k), _heads(d_v)
-            given = *operands, tiles, documents, *_shared(q, k, how)
-            for of in gradients_of(q.shape[-1]):
-                kernels.block_sparse_key_kernel[grid](*given, **of, **options)
+            for of, which in key_launches(q.shape[-1]):
+                _, tiles, grid, options = _launch(BLOCK_KEYS, q, k.shape[1], how, of=of)
+                given = *operands, tiles, documents, *_shared(q, k, how)
+                kernels.block_sparse_key_kernel[grid](*given, **which, **options)
         return d_q, d_k, d_v, None, None
 
 
 def _launch(
-    space: Space, q: Tensor, heads: int, how: _How, by_keys: bool = False
+    space: Space, q: Tensor, heads: int, how: _How, **key: str
 ) -> tuple[Tiles, Tiles, tuple[int], dict[str, Any]]:
-    """Tiles by queries and by keys, grid, and constants of a kernel whose programs own blocks of so many heads."""
+    """Tiles by queries and by keys, grid, and constants of a kernel whose programs own blocks of so many heads: of
+    queries, or with a key of keys."""
     batch, _, length, width = q.shape
     padded = max(16, triton.next_power_of_2(width))
-    config = space.choose(q.device, width=padded, itemsize=q.element_size())
+    config = space.choose(q.device, width=padded, itemsize=q.element_size(), **key)
     tile = config.tiles["M"], config.tiles["N"]
     assert how.scope is not None
     layout = block_layout(how.causal, how.scope, length, tile, q.device)
-    programs = batch * heads * triton.cdiv(length, tile[by_keys])
+    programs = batch * heads * triton.cdiv(length, tile[bool(key)])
     return *layout, (programs,), {"D": width, "W": padded, **config.options}
 
 

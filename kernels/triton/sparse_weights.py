@@ -20,9 +20,9 @@ from headway.kernels.attention.dense import WeightDropout, score_scale
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.weights import Entmax15, Sparsemax, Weighting
 from headway.kernels.triton import sparse_weight_kernels as kernels
-from headway.kernels.triton.key_gradients import gradients_of
 from headway.kernels.triton.map_tiles import Heads, Seen, Sizes
-from headway.kernels.triton.tuning import Config, Space
+from headway.kernels.triton.sparse_configs import WEIGHT_FORWARD, WEIGHT_KEYS, WEIGHT_QUERIES, key_launches
+from headway.kernels.triton.tuning import Space
 from headway.kernels.triton.weight_dropout import Drop, drop_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,37 +30,6 @@ WIDEST = 256
 """D at most."""
 PASSES = 8
 """Over the keys, for a threshold: it is off by 2^-8 at most, and by a few roundings of a score in practice."""
-
-
-def _query_configs(target: str, width: int, itemsize: int) -> list[Config]:
-    if itemsize == 4:
-        return [Config({"M": 32, "N": 32}, 4, 1)]
-    stages = 1 if target == "gfx942" else 2
-    if width > 128:
-        return [Config({"M": 64, "N": 32}, 4 if target == "gfx942" else 8, stages)]
-    return [Config({"M": 64, "N": 32}, 4, stages), Config({"M": 64, "N": 64}, 8, stages)]
-
-
-_WIDE_KEYS = {
-    "sm_80": Config({"M": 32, "N": 32}, 8, 1),
-    "sm_90a": Config({"M": 16, "N": 64}, 8, 2),
-    "sm_100a": Config({"M": 16, "N": 64}, 8, 1),
-    "gfx942": Config({"M": 16, "N": 64}, 8, 1),
-}
-
-
-def _key_configs(target: str, width: int, itemsize: int) -> list[Config]:
-    if itemsize == 4:
-        return [Config({"M": 32, "N": 32}, 4, 1)]
-    if width > 128:
-        return [_WIDE_KEYS[target]]
-    stages = 1 if target == "gfx942" else 2
-    return [Config({"M": 32, "N": 64}, 8, stages)]
-
-
-FORWARD = Space("sparse_weights_forward", _query_configs)
-QUERIES = Space("sparse_weights_query", _query_configs)
-KEYS = Space("sparse_weights_key", _key_configs)
 
 
 @torch.compiler.disable  # Triton compiles the kernels itself
@@ -137,7 +106,7 @@ class _Attention(torch.autograd.Function):
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         out = torch.empty_like(q)
         taus = q.new_empty(q.shape[:3], dtype=torch.float32)
-        tiles, options = _options(FORWARD, q, how)
+        tiles, options = _options(WEIGHT_FORWARD, q, how)
         grid = (q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], tiles["M"]),)
         given = *map(_heads, (q, k, v, out)), taus, seen, *_shared(q, k, how)
         with torch.cuda.device_of(q):
@@ -155,23 +124,23 @@ class _Attention(torch.autograd.Function):
         delta, d_q, d_k, d_v = (torch.empty_like(x) for x in (taus, q, k, v))
         operands = *map(_heads, (q, k, v)), taus, _heads(d_out), delta
         with torch.cuda.device_of(q):
-            tiles, options = _options(QUERIES, q, how)
+            tiles, options = _options(WEIGHT_QUERIES, q, how)
             grid = (q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], tiles["M"]),)
             given = *operands, _heads(d_q), seen, *_shared(q, k, how)
             kernels.sparse_weights_query_kernel[grid](*given, **options)
-            tiles, options = _options(KEYS, q, how)
-            grid = (k.shape[0] * k.shape[1] * triton.cdiv(k.shape[2], tiles["N"]),)
             given = *operands, _heads(d_k), _heads(d_v), seen, *_shared(q, k, how)
-            for of in gradients_of(q.shape[-1]):
-                kernels.sparse_weights_key_kernel[grid](*given, **of, **options)
+            for of, which in key_launches(q.shape[-1]):
+                tiles, options = _options(WEIGHT_KEYS, q, how, of=of)
+                grid = (k.shape[0] * k.shape[1] * triton.cdiv(k.shape[2], tiles["N"]),)
+                kernels.sparse_weights_key_kernel[grid](*given, **which, **options)
         return d_q, d_k, d_v, None, None
 
 
-def _options(space: Space, q: Tensor, how: _How) -> tuple[Any, dict[str, Any]]:
+def _options(space: Space, q: Tensor, how: _How, **key: str) -> tuple[Any, dict[str, Any]]:
     """Sizes of tiles, and all constants that the three kernels share."""
     width = q.shape[-1]
     padded = max(16, triton.next_power_of_2(width))
-    config = space.choose(q.device, width=padded, itemsize=q.element_size())
+    config = space.choose(q.device, width=padded, itemsize=q.element_size(), **key)
     constants = {"POWER": how.power, "CAUSAL": how.causal, "D": width, "W": padded}
     return config.tiles, {**constants, **config.options}
 

@@ -17,10 +17,16 @@ from headway.kernels.attention.scopes import Window
 from headway.kernels.attention.weights import Entmax15, Sparsemax
 from headway.kernels.triton.sparse_weights import attention
 from headway.tests import oracles
+from headway.tests.kernels.triton.attention_roundings import (
+    ROUNDING,
+    Off,
+    products_off,
+    sums_over_keys,
+    sums_over_queries,
+)
 from headway.tests.kernels.triton.launches import Launch
 from headway.tests.kernels.triton.proof import Case, Cost, Result, drawn, once, seed
 
-ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 WEIGHTINGS = {1: Sparsemax(), 2: Entmax15()}
 
 
@@ -61,14 +67,15 @@ def _case(
             places = torch.arange(batch) + 5, torch.arange(lengths[0]) + 7
             drop = WeightDropout(p, torch.tensor(random.key(3, "weights")), *places, 2)
         wide = [x.double().requires_grad_() for x in (q, k, v)]
-        out_64, weights, near = _usual(power, *wide, mask, drop)
+        out_64, weights, grows, near = _usual(power, *wide, mask, drop)
         slope = slope * ~near[..., None]
         wanted = (out_64.detach(), *torch.autograd.grad(out_64, wide, slope.double()))
         given = [x.to(device).requires_grad_() for x in (q, k, v)]
         there = _there(mask, device), WEIGHTINGS[power], None if drop is None else _there(drop, device)
         out = attention(*given, *there)
         found = (out, *torch.autograd.grad(out, given, slope.to(device)))
-        tolerances = _tolerances(power, *(x.detach() for x in wide), slope.double(), weights, p, dtype)
+        operands = [x.detach() for x in wide]
+        tolerances = _tolerances(power, operands, slope.double(), weights, grows, wanted, dtype)
         names = ("out", "d_q", "d_k", "d_v")
         rows = zip(names, found, wanted, tolerances, strict=True)
         return {name: Result(f, w, t) for name, f, w, t in rows}
@@ -83,8 +90,8 @@ def _there(x, device: torch.device):
 
 def _usual(
     power: int, q: Tensor, k: Tensor, v: Tensor, mask: Mask, drop: WeightDropout | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, weights, and rows [B, H, Q] with a score at the threshold."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, weights, what dropout multiplies them with, and rows [B, H, Q] with a score at the threshold."""
     scores = q @ per_query_head(k, q).mT * q.shape[-1] ** -0.5
     seen = lower(mask, q.shape[2], k.shape[2], q.device)
     seen = torch.ones(1, 1, *scores.shape[2:], dtype=torch.bool) if seen is None else seen
@@ -93,11 +100,11 @@ def _usual(
         best = weights.argmax(-1, keepdim=True)
         tau = scores.gather(-1, best) / power - weights.gather(-1, best) ** (1 / power)
         near = ((scores / power - tau).abs() < _apart(q, k)) & seen
-    used = weights
+    grows = torch.ones_like(weights)
     if drop is not None:
-        stays = drop.kept(q.shape[1], slice(None), slice(0, k.shape[2]))
-        used = torch.where(stays, weights * random.kept_scale(drop.p), 0)
-    return used @ per_query_head(v, q), weights.detach(), near.any(-1) & (power == 1)
+        grows = drop.kept(q.shape[1], slice(None), slice(0, k.shape[2])) * random.kept_scale(drop.p)
+    out = (weights * grows) @ per_query_head(v, q)
+    return out, weights.detach(), grows.detach(), near.any(-1) & (power == 1)
 
 
 def _apart(q: Tensor, k: Tensor) -> float:
@@ -108,31 +115,44 @@ def _apart(q: Tensor, k: Tensor) -> float:
 
 
 def _tolerances(
-    power: int, q: Tensor, k: Tensor, v: Tensor, slope: Tensor, weights: Tensor, p: float, dtype: torch.dtype
+    power: int,
+    operands: list[Tensor],
+    slope: Tensor,
+    weights: Tensor,
+    grows: Tensor,
+    wanted: tuple,
+    dtype: torch.dtype,
 ) -> tuple[float, float, float, float]:
-    """Scores and thresholds are off by `apart`: so w by 2 g of it, of 1.5-entmax g by it, and delta by what that makes
-    of a mean of dw; beside it weights, gradients of scores and results are each rounded once to the dtype."""
-    apart, rounding = _apart(q, k), ROUNDING[dtype] + 2.0**-20
-    group, grows = q.shape[1] // k.shape[1], 1 / (1 - p)
-    keys, values = (per_query_head(x, q).abs() for x in (k, v))
+    """By `attention_roundings`. Scores z are off, and thresholds by their mean, weighed by g, and by roundings of
+    their own: so w by POWER g of it, and of 1.5-entmax g by it, as is delta; weights and gradients of scores are
+    rounded to the dtype."""
+    q, k, v = operands
+    scale, unit = q.shape[-1] ** -0.5, ROUNDING[dtype] / 3**0.5
     support = (weights > 0).double()
     g = support if power == 1 else weights.sqrt()
-    d_weights = (grows * slope.abs() @ values.mT).amax(-1, keepdim=True)
-    mean = apart * support.sum(-1, keepdim=True) / g.sum(-1, keepdim=True).clamp(min=1e-9)
-    off = d_weights * (4 * rounding * g + 2 * (power - 1) * (apart * support + mean * g))
-    d_values = grows * (2 * apart * g + 2 * rounding * weights)
-
-    def summed(x: Tensor) -> Tensor:
-        return x.unflatten(1, (-1, group)).sum(2)
-
-    scale = q.shape[-1] ** -0.5
-    sums = (
-        d_values @ values,
-        scale * off @ keys,
-        summed(scale * off.mT @ q.abs()),
-        summed(d_values.mT @ slope.abs()),
+    scores_off = products_off(q, k, scale) / power * support
+    total = g.sum(-1, keepdim=True).clamp(min=1e-30)
+    largest = scale / power * (q @ per_query_head(k, q).mT * support).abs().amax(-1, keepdim=True)
+    threshold_off = (g * scores_off).square().sum(-1, keepdim=True).sqrt() / total + 2.0**-24 * largest
+    weights_off = Off(
+        grows * ((unit * weights) ** 2 + (power * g * scores_off) ** 2).sqrt(),
+        power * threshold_off,
+        grows * g,
     )
-    return tuple(float(x.max()) for x in sums)  # type: ignore[return-value]
+    d_weights = grows * (slope @ per_query_head(v, q).mT)
+    apart = support * (d_weights - (g * d_weights).sum(-1, keepdim=True) / total)
+    product_off = g * grows * products_off(slope, v)
+    of_scores = (power - 1) * apart * (scores_off**2 + threshold_off**2).sqrt()  # by what g is off
+    each_squared = product_off**2 + of_scores**2
+    delta_off = each_squared.sum(-1, keepdim=True).sqrt() / total
+    each = (each_squared + (unit * g * apart) ** 2).sqrt()
+    d_scores_off = Off(scale * each, scale * delta_off, g)
+    return (
+        sums_over_keys(weights_off, v, wanted[0], dtype),
+        sums_over_keys(d_scores_off, k, wanted[1], dtype),
+        sums_over_queries(d_scores_off, q, wanted[2], dtype),
+        sums_over_queries(weights_off, slope, wanted[3], dtype),
+    )
 
 
 def _documents(lengths: list[list[int]], total: int) -> Tensor:
@@ -141,13 +161,15 @@ def _documents(lengths: list[list[int]], total: int) -> Tensor:
 
 
 _BF16 = torch.bfloat16
-_PACKED = Mask(True, _documents([[40, 20], [3]], 70))
+_PACKED = Mask(True, _documents([[20, 10], [3]], 40))
 _CROSS = Mask(False, _documents([[40], [30]], 40), _documents([[45], []], 50))
+_FEW = Mask(False, _documents([[5, 4]], 9), _documents([[20, 17]], 40))
 CASES: dict[str, Case] = {
-    "sparsemax, causal documents, grouped keys": _case(1, _PACKED, heads=(4, 2), batch=2),
+    "entmax, other keys, documents, grouped keys": _case(2, _FEW, lengths=(9, 40), heads=(2, 1)),
+    "sparsemax, causal documents, grouped keys": _case(1, _PACKED, lengths=(40, 40), heads=(2, 1), batch=2),
     "sparsemax, bf16": _case(1, dtype=_BF16, width=64),
-    "sparsemax, whole, width 80, dropout": _case(1, Mask(False), width=80, p=0.25),
-    "entmax, causal documents, grouped keys": _case(2, _PACKED, heads=(4, 2), batch=2),
+    "sparsemax, whole, width 80, dropout": _case(1, Mask(False), width=80, lengths=(40, 40), p=0.25),
+    "entmax, causal documents, grouped keys": _case(2, _PACKED, lengths=(40, 40), heads=(4, 2), batch=2),
     "entmax, whole, bf16, dropout": _case(2, Mask(False), _BF16, 128, p=0.25),
     "sparsemax, a window behind a prefix": _case(1, Mask(True, prefix=torch.tensor([30]), scope=Window(20))),
     "entmax, other keys, all hidden from one sample": _case(2, _CROSS, lengths=(40, 50), batch=2),
@@ -157,9 +179,9 @@ CASES: dict[str, Case] = {
     "entmax, one query, many keys": _case(2, Mask(False), lengths=(1, 300), width=64),
     "sparsemax, scores of 10,000": _case(1, size=40.0, width=64),
     "entmax, scores of 10,000": _case(2, size=40.0, width=64),
-    "sparsemax, scores near 0": _case(1, Mask(False), size=0.1, lengths=(40, 500)),
-    "entmax, scores near 0": _case(2, Mask(False), size=0.1, lengths=(40, 500)),
-    "sparsemax, 2,000 keys of like scores": _case(1, Mask(False), size=0.4, lengths=(3, 2000), width=64),
+    "sparsemax, scores near 0": _case(1, Mask(False), size=0.1, lengths=(20, 250)),
+    "entmax, scores near 0": _case(2, Mask(False), size=0.1, lengths=(20, 250)),
+    "sparsemax, 300 keys of like scores": _case(1, Mask(False), size=0.4, lengths=(3, 300), width=64),
     "entmax, fp16": _case(2, dtype=torch.float16, width=64),
 }
 
