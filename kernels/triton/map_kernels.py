@@ -229,8 +229,8 @@ def map_terms_kernel(
     put_row(values, b, sizes.heads, h, places, sizes, value)
     if centres is not None:
         put_row(centres, b, sizes.heads, h, places, sizes, centre)
-    if shares is not None:
-        if h == 0:  # noqa: SIM102  # what is None is known when a kernel is compiled, h is not
+    if shares is not None:  # noqa: SIM102  # what is None is known when a kernel is compiled, h is not
+        if h == 0:
             put_row(shares, b, 1, 0, places, sizes, share)
 
 
