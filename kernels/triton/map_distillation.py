@@ -82,8 +82,7 @@ class _Sums(torch.autograd.Function):
     def forward(ctx, q, k, bias, slopes, scale, q_t, k_t, scale_t, bias_t, loss, mask):
         student = Scores(q, k, scale, bias if slopes is None else slopes)
         with torch.cuda.device_of(q):
-            values_BHQ, *kept = _forward(_Call.of(Scores(q_t, k_t, scale_t, bias_t), student, loss, mask))
-        assert values_BHQ is not None
+            values_BHQ, kept = _forward(_Call.of(Scores(q_t, k_t, scale_t, bias_t), student, loss, mask))
         ctx.save_for_backward(q, k, bias, q_t, k_t, *kept)
         ctx.described = slopes, scale, scale_t, bias_t, loss, mask
         return values_BHQ.sum((1, 2)) / q.shape[1]
@@ -165,9 +164,9 @@ def _model(scores: Scores) -> Model:
     return Model(heads(scores.q), heads(scores.k), biases(scores.bias), float(scores.scale), group)
 
 
-def _forward(call: _Call) -> tuple[Tensor | None, ...]:
-    """Losses of rows [B, H, Q], log-sum-exps of teacher and student, centres [B, H, Q], and 1 / n [B, 1, Q]; None for
-    what the gradient of the loss does not need."""
+def _forward(call: _Call) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Losses of rows [B, H, Q]; and for gradients log-sum-exps of teacher and student, centres [B, H, Q], and 1 / n
+    [B, 1, Q], None for what the loss does not need."""
     size, loss = call.sizes, call.constants["LOSS"]
     config = call.config(FORWARD)
     programs = size.batch * size.heads * triton.cdiv(size.queries, config.tiles["M"])
@@ -186,7 +185,7 @@ def _forward(call: _Call) -> tuple[Tensor | None, ...]:
             _log_sums(call, call.student, lse_s, "S")
         given = *call.operands, lse_t, lse_s, values, centres, shares
         kernels.map_terms_kernel[programs,](*given, G=call.group, **call.constants, **config.options)
-    return values, lse_t, lse_s, values if loss == "reverse_kl" else centres, shares
+    return values, (lse_t, lse_s, values if loss == "reverse_kl" else centres, shares)
 
 
 def _log_sums(call: _Call, model: Model, lse: Tensor, whose: str) -> None:
@@ -202,8 +201,8 @@ def _log_sums(call: _Call, model: Model, lse: Tensor, whose: str) -> None:
 def _backward(
     call: _Call, student: Scores, given: tuple[Tensor | None, ...], wanted: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of the student's queries, keys and bias, those that are wanted; `given`: what the forward gave after
-    the losses, and the gradient of a row's loss [B]."""
+    """Gradients of the student's queries, keys and bias, those that are wanted; `given`: what the forward kept,
+    and the gradient of a row's loss [B]."""
     size, (q, k) = call.sizes, student[:2]
     dq = dk = d_bias = None
     if wanted[0]:

@@ -229,7 +229,7 @@ def map_terms_kernel(
     put_row(values, b, sizes.heads, h, places, sizes, value)
     if centres is not None:
         put_row(centres, b, sizes.heads, h, places, sizes, centre)
-    if shares is not None:  # noqa: SIM102 -- Triton does not cut an `and` short
+    if shares is not None:  # noqa: SIM102  # what is None is known when a kernel is compiled, h is not
         if h == 0:
             put_row(shares, b, 1, 0, places, sizes, share)
 
@@ -321,8 +321,8 @@ def map_keys_kernel(
             rows = along(query, True, M)
             q_s = held(student.q, b, h, query, sizes.queries, True, M, D_S, W_S)
             t = teacher_map(
-                None, k_t, teacher, lse_t, b, h, rows, cols, query, first, sizes, LOSS, G, True, M, N, D_T, W_T
-            )  # fmt: skip
+            None, k_t, teacher, lse_t, b, h, rows, cols, query, first, sizes, LOSS, G, True, M, N, D_T, W_T
+        )  # fmt: skip
             s = head_scores(q_s, k_s, student, b, h, rows, cols, query, first, sizes, True, M, N, D_S, W_S)
             ds = masked_gradient(t, s, seen, lse_s, centres, shares, b, h, rows, cols, sizes, LOSS, CAUSAL)
             part = q_s
