@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -40,12 +40,13 @@ def launches_of(op: str, target: str, most: int | None = None) -> Iterator[Recor
     Args:
         most: configurations of a space at most; a space with fewer gives its default for the others.
     """
+    from headway.kernels.triton import workloads
     from headway.kernels.triton.tuning import Choice, Space, forced, watched
     from headway.tests.kernels.triton.launches import recorded
 
     module = importlib.import_module(f"headway.tests.kernels.triton.proofs.{op}")
     spaces = [x.name for x in vars(_kernels(op)).values() if isinstance(x, Space)]
-    sizes = _sizes(op, module)
+    sizes = {name: partial(call, torch.device("meta")) for name, call in workloads.sizes_of(op).items()}
     for size, call in (sizes | getattr(module, "COMPILED", {})).items():
         number, count = 0, 1
         while number < min(count, most or count):
@@ -81,15 +82,6 @@ def rows(op: str, target: str, most: int | None = None) -> list[dict[str, Any]]:
         cost = module.COSTS[launch.name](launch)._asdict()
         found.setdefault((key, size), row | {"how": how} | known[key] | cost)
     return list(found.values())
-
-
-def _sizes(op: str, module: Any) -> dict[str, Callable[[], None]]:
-    """An op's sizes, on operands without data. Some ops have them in their proofs."""
-    from headway.kernels.triton import workloads
-
-    if op not in workloads.OPS:
-        return dict(module.SIZES)
-    return {name: partial(call, torch.device("meta")) for name, call in workloads.sizes_of(op).items()}
 
 
 def _kernels(op: str) -> Any:

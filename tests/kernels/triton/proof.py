@@ -1,8 +1,7 @@
-"""What a proof of a kernel is made of. The modules in `proofs` have, for an op:
+"""What a proof of a kernel is made of. Sizes are those of `kernels.triton.workloads`; the modules in `proofs` have, for an
+op:
 
 CASES      name -> function that computes on a device; what it found beside what it must be
-SIZES      three names -> function that calls forward and backward on operands of a size, on `meta`; only of ops that
-           are not among `kernels.triton.workloads` yet, whose sizes are there
 COSTS      name of a kernel -> function of a launch that gives its `Cost`, by the kernel's own loops
 COMPILED   more names and calls, which are compiled but not in the tables; may be left out
 NARROW     name of a kernel -> why none of its loads has 16 bytes; may be left out
