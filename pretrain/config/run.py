@@ -110,9 +110,9 @@ class Train(Section):
     compile: bool | Literal["auto"] = "auto"
     """torch.compile; `auto` compiles where a compiler is found and the run is long enough to win."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
-    """Who computes norms, gates, rotary, dropout, losses over words, experts' rows and optimizer steps where they are not
-    compiled: `auto` takes Triton's fused kernels on GPUs, `torch` PyTorch's operators everywhere, `triton` refuses where
-    they cannot run. `model.attention.kernel` is beside."""
+    """Who computes norms, gates, rotary, dropout, losses over words, experts' rows and optimizer steps where they are
+    not compiled: `auto` takes Triton's fused kernels on GPUs, `torch` PyTorch's operators everywhere, `triton` refuses
+    where they cannot run. `model.attention.kernel` is beside."""
     eval_every: Count = 0
     """Steps between evaluations on held-out rows; 0 evaluates at the end only."""
     eval_rows: Positive = 64

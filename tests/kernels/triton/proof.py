@@ -1,5 +1,4 @@
-"""What a proof of a kernel is made of. Sizes are those of `kernels.triton.workloads`; the modules in `proofs` have, for an
-op:
+"""What a proof of a kernel is made of. Sizes are those of `kernels.triton.workloads`; modules of `proofs` have:
 
 CASES      name -> function that computes on a device; what it found beside what it must be
 COSTS      name of a kernel -> function of a launch that gives its `Cost`, by the kernel's own loops
