@@ -56,7 +56,7 @@ def _model(walk: Walk, name: str, owned: Tiles, tiles: Tiles, group: int = 1) ->
     if model.bias.dense is not None:
         found += tiles.pairs * model.bias.dense.element_size()
     if model.bias.slopes is not None:
-        found += (tiles.rows + tiles.cols) * 8 + tiles.count * model.bias.slopes.element_size()
+        found += (tiles.rows + tiles.cols) * 4 + tiles.count * model.bias.slopes.element_size()
     return group * (found + (own.rows + own.cols) * width * item)
 
 

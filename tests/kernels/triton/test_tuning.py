@@ -34,11 +34,9 @@ def gpu(tmp_path, monkeypatch):
     tuning.measured.cache_clear()
 
 
-def smallest(op: str) -> dict[str, workloads.Call]:
-    """One size of an op."""
-    sizes = workloads.sizes_of(op)
-    name = LISTS.get(op, next(iter(sizes)))
-    return {name: sizes[name]}
+def sizes_of(op: str) -> dict[str, workloads.Call]:
+    """Sizes of an op, of lists the smallest."""
+    return {name: call for name, call in workloads.sizes_of(op).items() if name == LISTS.get(op, name)}
 
 
 # -- launches and choices ------------------------------------------------------------------------------------------
@@ -50,26 +48,26 @@ def space_names(op: str) -> list[str]:
 
 
 @pytest.mark.parametrize("op", workloads.OPS)
-def test_every_kernel_goes_by_one_space_whatever_is_chosen(op: str) -> None:
+def test_every_kernel_goes_by_a_space_whatever_is_chosen(op: str) -> None:
     from headway.kernels.triton.measuring import launched
 
     spaces: dict[str, set[Any]] = defaultdict(set)
     names = space_names(op)
     for target, number in (("sm_80", 0), ("sm_90a", 1), ("gfx942", 2)):
         with tuning.forced(target, **dict.fromkeys(names, number)):
-            for call in smallest(op).values():
+            for call in sizes_of(op).values():
                 for launch in launched(call, META):
                     spaces[launch.name].add(launch.choice and launch.choice.space)
                     assert (
                         launch.choice is None
                         or launch.choice.config.options.items() <= launch.options.items()
                     )
-    assert all(len(found) == 1 for found in spaces.values()), spaces
+    assert all(found == {None} or None not in found for found in spaces.values()), spaces
     assert {name for found in spaces.values() for name in found} >= set(names), (
         "a space that no size launches"
     )
     unmeasured = {name for name, found in spaces.items() if found == {None}}
-    assert unmeasured <= {"lamb_norms_kernel"}
+    assert unmeasured <= {"lamb_norms_kernel", "linear_attention_rows_kernel"}
 
 
 @pytest.mark.parametrize("target", TARGETS)
