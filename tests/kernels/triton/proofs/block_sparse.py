@@ -121,7 +121,7 @@ def _tolerances(
 def _output_off(
     weights: Tensor, grows: Tensor, scores_off: Tensor, unit: float, values: Tensor, out: Tensor
 ) -> Tensor:
-    """Standard deviations of sum w v: w are rounded, and where a score is off by e the sum is by p e (grows v - out)."""
+    """Standard deviations of sum w v: w are rounded; where a score is off by e, the sum is by p e (grows v - out)."""
     squares = (weights * scores_off) ** 2
     apart = (squares * grows**2) @ values**2 - 2 * out * ((squares * grows) @ values)
     apart = apart + out**2 * squares.sum(-1, keepdim=True)
