@@ -65,6 +65,5 @@ def kept(drop, b, h, first, first_key, queries, M: tl.constexpr, N: tl.constexpr
     slot = tl.load(drop.slots + b)
     position = tl.load(drop.positions + rows, mask=rows < queries, other=0)
     head = tl.full([M], 0, tl.int32) + h + drop.first_head
-    return keep(
-        tl.load(drop.key, volatile=True), drop.least, slot, head, position, drop.first_key + first_key, M, N
-    )
+    key = tl.load(drop.key, volatile=True)  # else ten rounds' keys are kept in registers from tile to tile
+    return keep(key, drop.least, slot, head, position, drop.first_key + first_key, M, N)
