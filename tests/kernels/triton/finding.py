@@ -1,7 +1,10 @@
 """Where tests find Triton: torch's CUDA builds bring it, else it is with the oracles."""
 
 import sys
+from collections.abc import Iterable
 from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import Distribution, MetadataPathFinder
+from importlib.metadata import DistributionFinder as Finder
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,6 +17,15 @@ class Alone:
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         return PathFinder.find_spec(name, [str(oracles.FOLDER)]) if name == "triton" else None
+
+    @staticmethod
+    def find_distributions(context: Any) -> Iterable[Distribution]:
+        """Its metadata, in which it finds its backends."""
+        if context.name not in (None, "triton"):
+            return ()
+        return MetadataPathFinder.find_distributions(
+            Finder.Context(name="triton", path=[str(oracles.FOLDER)])
+        )
 
 
 def find_triton() -> bool:
