@@ -35,18 +35,15 @@ CASES: dict[str, tuple[str, list[str], str, set[str]]] = {
         "blocks",
         ATTENTION | {"rotary_kernel"},
     ),
-    "bert": (
-        "bert/tiny",
-        ["model.layers=2", "optimizer.name=lamb"],
-        "blocks",
-        ATTENTION | {"rotary_kernel"} | LAMB,
-    ),
+    "bert": ("bert/tiny", ["model.layers=2"], "blocks", ATTENTION | {"rotary_kernel"}),
 }
 LONG: dict[str, tuple[str, list[str], str, set[str]]] = {
+    "lamb": ("bert/tiny", ["model.layers=1", "optimizer.name=lamb"], "blocks", ATTENTION | LAMB),
     "the whole gpt": ("gpt/tiny", ["model.attention.dropout=0.1"], "blocks", ATTENTION | {"rotary_kernel"}),
     "the whole bert": ("bert/tiny", ["model.attention.dropout=0.1"], "blocks", ATTENTION | {"rotary_kernel"}),
     "t5, whose bias learns": ("t5/tiny", ["model.layers=2"], "blocks", {*ATTENTION, "attention_bias_kernel"}),
-    "experts": ("moe/tiny", ["model.layers=2"], "blocks", ATTENTION | EXPERTS | {"grouped_product_kernel"}),
+    "experts": ("moe/tiny", ["model.layers=2", "model.experts.kernel=grouped"], "blocks",
+                ATTENTION | EXPERTS | {"grouped_product_kernel"}),
     "gates": ("gpt/tiny", ["model.layers=2", "model.activation=swiglu"], "blocks", ATTENTION | GATED),
     "linear": ("gpt/tiny", ["model.layers=2", "model.attention.mechanism=linear"], "chunks",
                {"linear_attention_states_kernel", "linear_attention_outputs_kernel"}),
