@@ -173,7 +173,7 @@ def choose_hardware(job: Job, world: World) -> Hardware:
         )
     if job.precision == "auto":
         precision = names[int(world.sum(names.index(precision) if world.main else 0, along=mesh.AXES)[0])]
-    choose_kernels(job, world.device, precision)
+    computing = choose_kernels(job, world.device, precision)
     compiled, why = choose_compile(job, world.device, world.layout)
     peak, source = devices.peak_rate(world.device, devices.PRECISIONS[precision])
     notes = [
@@ -184,6 +184,7 @@ def choose_hardware(job: Job, world: World) -> Hardware:
             f"attention {word}, kernel {attention_kernel(job, word, world.device, precision, compiled)}"
             for word in job.model.attention.mechanisms
         ),
+        *computing,
         f"compile {'on' if compiled else 'off'}: {why}",
         f"peak {peak / 1e9:,.0f} GFLOP/s a device: {source}",
     ]
@@ -207,8 +208,11 @@ def attention_kernel(job: Job, word: str, device: torch.device, precision: str, 
     ).name
 
 
-def choose_kernels(job: Job, device: torch.device, precision: str) -> None:
-    """Let this process compute by the kernels that the job wants; raises JobError where they cannot run."""
+def choose_kernels(job: Job, device: torch.device, precision: str) -> list[str]:
+    """Let this process compute by the kernels that the job wants; raises JobError where they cannot run.
+
+    Returns: where there was a choice, what people should know of it.
+    """
     wanted = job.train.kernels
     if wanted == "triton":
         rule = fused.unavailable(device.type)
@@ -219,6 +223,12 @@ def choose_kernels(job: Job, device: torch.device, precision: str) -> None:
         if rule:
             raise JobError("train.kernels", wanted, rule, "auto")
     fused.prefer(wanted)
+    if wanted == "auto" and device.type != "cuda":
+        return []
+    if wanted != "auto":
+        return [f"kernels {wanted}: set in the job"]
+    missing = fused.unavailable(device.type)
+    return [f"kernels torch: {missing}" if missing else "kernels triton, where blocks are not compiled: auto"]
 
 
 def choose_compile(job: Job, device: torch.device, layout: Layout) -> tuple[bool, str]:

@@ -23,6 +23,7 @@ from headway.kernels.attention.choose import KernelUnavailable
 from headway.kernels.attention.dense import WeightDropout, score_scale
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.slopes import Fixed, learned
+from headway.kernels.attention.triton import WIDEST
 from headway.kernels.triton import attention_kernels as kernels
 from headway.kernels.triton.attention_configs import BIAS, DELTA, FORWARD, KEYS, QUERIES, VALUES
 from headway.kernels.triton.attention_operands import Lowered, biases, dropped, heads, lowered, padded
@@ -30,8 +31,6 @@ from headway.kernels.triton.attention_tiles import Dropped
 from headway.kernels.triton.map_tiles import Model, Sizes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WIDEST = 256
-"""Head dimension at most, of keys and of values."""
 TOGETHER = 128
 """Head dimension up to which gradients of keys and of values are computed together."""
 

@@ -21,6 +21,7 @@ from headway.kernels.attention.choose import KernelUnavailable
 from headway.kernels.attention.dense import WeightDropout, score_scale
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.scopes import Scope
+from headway.kernels.attention.triton import WIDEST
 from headway.kernels.triton import block_sparse_kernels as kernels
 from headway.kernels.triton.block_layout import Tiles, block_layout
 from headway.kernels.triton.map_tiles import Heads, Sizes
@@ -29,8 +30,6 @@ from headway.kernels.triton.tuning import Space
 from headway.kernels.triton.weight_dropout import Drop, drop_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WIDEST = 256
-"""D at most."""
 
 
 @torch.compiler.disable  # Triton compiles the kernels itself

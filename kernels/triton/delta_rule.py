@@ -31,6 +31,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from headway.kernels.attention.linear.delta import WIDEST
 from headway.kernels.attention.masks import Mask
 from headway.kernels.triton import delta_kernels as kernels
 from headway.kernels.triton.state_tiles import (
@@ -41,9 +42,6 @@ from headway.kernels.triton.state_tiles import (
     heads_of,
 )
 from headway.kernels.triton.tuning import Config, Space
-
-WIDEST = 256
-"""D at most: a walk has all of a key's dimensions in registers."""
 
 
 def _walk_configs(target: str, keys: int, values: int) -> list[Config]:

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from headway.kernels.attention.choose import KernelUnavailable
 from headway.kernels.attention.dense import WeightDropout, score_scale
 from headway.kernels.attention.masks import Mask
+from headway.kernels.attention.triton import WIDEST
 from headway.kernels.attention.weights import Entmax15, Sparsemax, Weighting
 from headway.kernels.triton import sparse_weight_kernels as kernels
 from headway.kernels.triton.map_tiles import Heads, Seen, Sizes
@@ -26,8 +27,6 @@ from headway.kernels.triton.tuning import Space
 from headway.kernels.triton.weight_dropout import Drop, drop_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WIDEST = 256
-"""D at most."""
 PASSES = 8
 """Over the keys, for a threshold: it is off by 2^-8 at most, and by a few roundings of a score in practice."""
 

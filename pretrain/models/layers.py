@@ -81,6 +81,11 @@ class Summed(NamedTuple):
     normed: Tensor
     total: Tensor
 
+    @classmethod
+    def same(cls, x: Tensor) -> Summed:
+        """A stream that is read as it is."""
+        return cls(x, x)
+
 
 class LayerNorm(nn.Module):
     """LayerNorm with statistics in fp32 or wider; returns the input's dtype. See `summed`."""

@@ -190,10 +190,9 @@ class Block(nn.Module):
             total = dropout(added, noise, x_BSE)
         norm = after if self.pre else getattr(self, f"{name}_norm")
         if norm is None:
-            total = x_BSE + added if total is None else total
-            return Summed(total, total)
+            return Summed.same(x_BSE + added if total is None else total)
         found = summed(norm, x_BSE, added) if total is None else summed(norm, total, None)
-        return found if self.pre else Summed(found.normed, found.normed)
+        return found if self.pre else Summed.same(found.normed)
 
 
 class BottleneckBlock(Block):
@@ -210,7 +209,7 @@ class BottleneckBlock(Block):
         inner, inputs, others = self.bottleneck.enter(x_BSE)
         stream = self._attend(inner, inputs, context, side, self.mlp_norm, **others)
         for ffn in self.bottleneck.ffns:
-            stream = Summed(*[ffn(stream.total)] * 2)
+            stream = Summed.same(ffn(stream.total))
         inner = self._feed_forward(stream, context, side)
         outside = self.bottleneck.leave(inner, x_BSE[:, : context.outputs], context.noise)
         return self._tapped(x_BSE, outside, context, side)

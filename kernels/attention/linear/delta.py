@@ -20,7 +20,7 @@ from headway.kernels.attention.linear.scan import Ties, chunked, edges, exactly,
 from headway.kernels.attention.masks import Mask
 
 CHUNK = 64
-WIDEST: int | None = 256
+WIDEST = 256
 """Head dimension at most, of Triton's kernels: a walk has all of a key's dimensions in registers."""
 
 

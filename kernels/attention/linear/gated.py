@@ -30,8 +30,6 @@ from headway.kernels.attention.linear.scan import (
 from headway.kernels.attention.masks import Mask
 
 CHUNK = 64
-WIDEST: int | None = None
-"""Head dimension at most, of Triton's kernels."""
 TEMPERATURE = 16
 
 

@@ -79,14 +79,16 @@ def _averages(name: str, module: Any, formula: str, source: str, **facts: Any) -
     )
 
 
-def _recurrent(name: str, module: Any, formula: str, source: str, **facts: Any) -> Mechanism:
+def _recurrent(
+    name: str, module: Any, formula: str, source: str, widest: int | None = None, **facts: Any
+) -> Mechanism:
     gates = facts["gates"]
     return Mechanism(
         name=name,
         kind="heads",
         formula=formula,
         source=source,
-        kernels=_kernels(module, module.in_triton, "S D^2", module.WIDEST),
+        kernels=_kernels(module, module.in_triton, "S D^2", widest),
         bytes=_bytes(lambda shape: sum(width(shape) for width in gates.values())),
         state=lambda shape: shape.heads * shape.dim**2,
         order="n",
@@ -126,6 +128,7 @@ ROWS: tuple[Mechanism, ...] = (
     _recurrent(
         "delta", delta, "S_t = a_t (I - b_t k_t k_t^T) S_t-1 + b_t k_t v_t^T, o_t = q_t^T S_t",
         "Yang et al. 2025 (Gated DeltaNet), equation 10",
+        widest=delta.WIDEST,
         gates={"beta": lambda shape: 1, "decay": lambda shape: 1},
         # At first a state keeps 0.99 of itself.
         own={
