@@ -113,7 +113,7 @@ class Run:
         """What its jobs have noted."""
         return [line for line in jobs.notes(self.folder) if line["kind"] == "fault"]
 
-    def recover(self, fault: str, start: int, timeout: float = 120) -> None:
+    def recover(self, fault: str, start: int, timeout: float = 120) -> Cost:
         """After a fault: wait until start number `start` has come further than the run was, and note the cost."""
         begin, reached = time.monotonic(), self.step()
 
@@ -129,6 +129,7 @@ class Run:
         running = time.monotonic() - begin
         poll(beyond, timeout, lambda: f"{fault}: at step {self.step()}, was at {reached}\n{self.log()}")
         COSTS.append(Cost(fault, reached - self.begun()[-1], running, time.monotonic() - begin))
+        return COSTS[-1]
 
 
 class Desk:

@@ -26,9 +26,9 @@ def test_a_preempted_run_saves_and_goes_on_when_the_nodes_are_free_again(desk, c
     run = desk().launch(partition="low")
     run.wait_for_step(EVERY + 2)
     urgent = cluster.submit(FILL, "--partition=high", "--nodes=3", "--exclusive")
-    run.recover("preempted by a job of 4 s", start=2)
+    cost = run.recover("preempted by a job of 4 s", start=2)
     assert cluster.state(urgent) == "COMPLETED"
-    assert run.begun()[1] % EVERY  # it saved where it was
+    assert cost.steps == 0  # it saved where it was
     run.wait_until_done()
     run.prove(straight)
 
@@ -48,7 +48,7 @@ def test_a_run_whose_time_is_over_saves_and_is_requeued(desk, cluster, straight)
     run = desk().launch()
     run.wait_for_step(EVERY + 2)
     cluster.signal(run.job)  # as Slurm does before the limit; a test of `long` waits for it
-    run.recover("time limit: asked to save", start=2)
-    assert run.begun()[1] % EVERY
+    cost = run.recover("time limit: asked to save", start=2)
+    assert cost.steps == 0
     run.wait_until_done()
     run.prove(straight)

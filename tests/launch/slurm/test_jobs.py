@@ -88,8 +88,8 @@ def test_torchruns_agents_start_ranks_save_and_bear_a_fault(desk, cluster, strai
     run = desk(pace=0.4).launch("--launcher=torchrun")
     run.wait_for_step(EVERY + 2)
     cluster.run("scancel", "--signal=USR1", "--batch", run.job)  # as Slurm does for `--signal=B:USR1@...`
-    run.recover("torchrun: asked to save", start=2)
-    assert run.begun()[1] % EVERY
+    saved = run.recover("torchrun: asked to save", start=2)
+    assert saved.steps == 0
     run.wait_for_step(2 * EVERY + 5)
     kill([max(cluster.ranks("node2"))])  # the agent is older than its rank
     run.recover("torchrun: a rank killed", start=3)
