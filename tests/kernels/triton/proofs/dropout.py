@@ -82,6 +82,7 @@ CASES: dict[str, Case] = {
     "nearly all": _case((2, 21, 64), torch.float32, p=0.99),
     "nothing dropped": _case((2, 21, 64), torch.float32, "br", p=0.0),
     "large numbers": _case((2, 21, 64), torch.float32, "br", scale=1e4),
+    "fp16": _case((2, 21, 64), torch.float16, "br"),
 }
 
 PHILOX = 14

@@ -105,6 +105,7 @@ CASES: dict[str, Case] = {
     "pairs left out": _case(33, 64, torch.float32, left_out=0.5),
     "no pair": _case(9, 64, torch.float32, left_out=1.1),
     "large numbers": _case(33, 64, torch.float32, scale=1e4),
+    "fp16": _case(33, 64, torch.float16),
 }
 
 

@@ -98,6 +98,8 @@ CASES: dict[str, Case] = {
     "wide": _case(3, 1030, torch.bfloat16, "swiglu", "u"),
     "halves of one product": _case(21, 48, torch.float32, "geglu", packed=True),
     "no bias": _case(21, 48, torch.float32, "gelu"),
+    "fp16, gated": _case(21, 48, torch.float16, "swiglu", "gu"),
+    "fp16": _case(21, 48, torch.float16, "gelu", "g"),
     **{f"large numbers, {name}": _case(9, 64, torch.float32, name, scale=1e4) for name in (*GATED, *PLAIN)},
 }  # fmt: skip
 

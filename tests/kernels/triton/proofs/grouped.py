@@ -89,6 +89,7 @@ CASES: dict[str, Case] = {
     "wide weights, bf16": _case((33, 12), (40, 64), torch.bfloat16, bias=True, weights=torch.float32),
     "many tiles": _case((600, 40), (16, 140), torch.float32),
     "large numbers": _case((33, 12), (40, 64), torch.float32, scale=1e4),
+    "uneven, fp16": _case((70, 0, 3, 130), (40, 80), torch.float16, bias=True),
 }
 
 

@@ -75,6 +75,7 @@ CASES: dict[str, Case] = {
 } | {
     "large numbers": _case(9, 256, torch.float32, True, True, 1e4),
     "small numbers": _case(9, 256, torch.float32, False, True, 1e-4),
+    "67 x 80, fp16": _case(67, 80, torch.float16, True, True),
 }
 
 

@@ -77,6 +77,7 @@ CASES: dict[str, Case] = {
     "features first, which is copied": _case((3, 2), (21, 21), 40, torch.float32, "features first"),
     "places of every sample": _case((4, 2), (21, 13), 64, torch.float32, batched=True),
     "large numbers": _case((4, 2), (21, 21), 64, torch.float32, scale=1e4),
+    "fp16": _case((4, 2), (21, 21), 80, torch.float16),
 }
 
 
