@@ -1,6 +1,7 @@
 """What a proof of a kernel is made of. Sizes are those of `kernels.triton.workloads`; modules of `proofs` have:
 
-CASES      name -> function that computes on a device; what it found beside what it must be
+CASES      name -> function that computes on a device; what it found beside what it must be; the first is always run
+OFTEN      names of cases that `make matrix` runs, cheap ones that tell much; may be left out
 COSTS      name of a kernel -> function of a launch that gives its `Cost`, by the kernel's own loops
 COMPILED   more names and calls, which are compiled but not in the tables; may be left out
 NARROW     name of a kernel -> why none of its loads has 16 bytes; may be left out

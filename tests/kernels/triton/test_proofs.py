@@ -1,6 +1,7 @@
 """Every Triton kernel, without a GPU: its numbers and what it moves, interpreted; with one, its numbers there."""
 
 import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -21,16 +22,25 @@ from headway.tests.kernels.triton.table import broken, compiled, digests, table,
 pytestmark = pytest.mark.skipif(not find_triton(), reason="Triton is neither installed nor among the oracles")
 
 
-def names_of(op: str) -> list[str]:
-    return list(importlib.import_module(f"headway.tests.kernels.triton.proofs.{op}").CASES)
+OFTEN = [pytest.mark.matrix, pytest.mark.xdist_group("kernels")]
+
+
+def proof_of(op: str) -> Any:
+    return importlib.import_module(f"headway.tests.kernels.triton.proofs.{op}")
+
+
+def tiers(op: str) -> tuple[list[str], list[str], list[str]]:
+    """Names of cases: the first, which is always run; those of `make matrix`; the others, of `make long`."""
+    first, *others = proof_of(op).CASES
+    often = list(getattr(proof_of(op), "OFTEN", ()))
+    return [first], often, [name for name in others if name not in often]
 
 
 def cases() -> Iterator[Any]:
-    """Op and name of all cases: the first of an op is always interpreted, all others in `make long`."""
+    """Op and name of all cases."""
     for op in OPS if find_triton() else ():
-        first, *others = names_of(op)
-        yield pytest.param(op, first)
-        yield from (pytest.param(op, name, marks=pytest.mark.long) for name in others)
+        for names, marks in zip(tiers(op), ([], OFTEN, [pytest.mark.long]), strict=True):
+            yield from (pytest.param(op, name, marks=marks) for name in names)
 
 
 @cache
@@ -44,11 +54,10 @@ def interpreted(seed: str, *asked: str) -> dict[str, Any]:
 
 def answer(op: str, name: str) -> tuple[int, dict[str, Any]]:
     """The seed and what was computed of a case. One process computes all that are always run, of the same operands
-    every time; another all others of an op, of fresh ones."""
-    if name == names_of(op)[0]:
-        found = interpreted("0", *(word for each in OPS for word in (each, names_of(each)[0])))
-    else:
-        found = interpreted("", *(word for each in names_of(op)[1:] for word in (op, each)))
+    every time; another those of `make matrix`, and one for every op the others, of fresh ones."""
+    tier = next(number for number, names in enumerate(tiers(op)) if name in names)
+    asked = ((each, other) for each in (OPS if tier < 2 else (op,)) for other in tiers(each)[tier])
+    found = interpreted("" if tier else "0", *itertools.chain(*asked))
     return found["seed"], next(x for x in found["cases"] if (x["op"], x["name"]) == (op, name))
 
 
@@ -89,7 +98,6 @@ def test_every_configuration_compiles_for_every_gpu(op: str) -> None:
     ("op", "name"), [case.values for case in cases()]
 )  # all of them, also those marked long
 def test_a_gpu_gives_what_the_reference_gives(op: str, name: str) -> None:
-    module = importlib.import_module(f"headway.tests.kernels.triton.proofs.{op}")
-    for what, result in module.CASES[name](torch.device("cuda")).items():
+    for what, result in proof_of(op).CASES[name](torch.device("cuda")).items():
         apart, tolerance = deviation(*result)
         assert apart <= tolerance, what

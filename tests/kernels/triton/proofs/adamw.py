@@ -96,6 +96,7 @@ def _reference(given: Drawn, scaled: float) -> dict[str, torch.Tensor]:
     }
 
 
+OFTEN = ("odd addresses", "not finite")
 CASES: dict[str, Case] = {
     "fp32, gradients bf16, copies bf16": _case(FP32, BF16, FP32, copy=BF16),
     "fp32": _case(FP32, FP32, FP32),

@@ -202,6 +202,12 @@ def _later(sizes: Sizes) -> Mask:
 
 _F, _B = torch.float32, torch.bfloat16
 EVERYTHING = Extra("learned", True, 5.0, 0.1)
+OFTEN = (
+    "padding, bf16, dropout",
+    "part of a sequence, fp32, sink",
+    "prefix, bf16, cap",
+    "large logits, fp32",
+)
 CASES: dict[str, Case] = {
     "documents, fp32, everything": _case(Sizes(1, 2, 1, 37, 37, 20, 24), _F, _packed, EVERYTHING),
     "causal, fp32, learned bias, dropout": _case(Sizes(2, 1, 1, 67, 67, 40, 40), _F, _causal, Extra("learned", p=0.2)),

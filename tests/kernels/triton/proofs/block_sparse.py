@@ -130,6 +130,7 @@ def _output_off(
 
 _BIGBIRD = scopes.BigBird(16, 1, 1, random.key(0, "bigbird"))
 _BF16 = torch.bfloat16
+OFTEN = ("strided, full, bf16", "fp16")
 CASES: dict[str, Case] = {
     "window, grouped keys, documents": _case(
         scopes.Window(20), heads=(2, 1), documents=[[15, 20]], width=64, length=40

@@ -157,6 +157,7 @@ def head_tolerances(
 
 _F32, _BF16 = torch.float32, torch.bfloat16
 _ALL: dict[str, Any] = {"smoothing": 0.1, "accuracy": True, "z_loss": Z_LOSS}
+OFTEN = ("3 ranks, 5,000 words, bf16, all", "words that cannot be")
 CASES: dict[str, Case] = {
     "17 x 5,000, fp32, all": _case(17, 5000, _F32, **_ALL),
     "1 x 40, fp32": _case(1, 40, _F32),

@@ -80,6 +80,7 @@ def _recurrence(moved: Roundings | None, mask: Mask, *given: Tensor) -> list[Ten
 
 
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+OFTEN = ("fp32, alike", "forgetting")
 CASES: dict[str, Case] = (
     {"bf16, documents": _case((1, 1, 70, 24, 40), torch.bfloat16, True)}
     | {

@@ -91,6 +91,7 @@ def _stages(
 
 
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+OFTEN = ("fp32, large numbers", "forgetting")
 CASES: dict[str, Case] = (
     {"bf16, documents": _case((1, 1, 1, 70, 24), torch.bfloat16, True)}
     | {

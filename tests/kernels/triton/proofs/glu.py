@@ -84,6 +84,7 @@ def _tolerance(wanted: Tensor, dtype: torch.dtype) -> float:
 
 
 _SHAPES = ((1, 40), (67, 80), (150, 200))
+OFTEN = ("fp16, gated", "wide")
 CASES: dict[str, Case] = {
     f"{rows} x {width}, {name}, {dtype}{', biases' if biases else ''}": _case(rows, width, dtype, name, biases)
     for (rows, width), name, dtype, biases in itertools.product(

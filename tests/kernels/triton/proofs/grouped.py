@@ -76,6 +76,7 @@ def _tolerance(wanted: Tensor, dtype: torch.dtype, size: float, terms: int) -> f
     return _top(wanted) * ROUNDING[dtype] + size * terms**0.5 * 2.0**-24
 
 
+OFTEN = ("rows in no group, bf16", "uneven, fp16")
 CASES: dict[str, Case] = {
     "one row, fp32": _case((1,), (40, 24), torch.float32),
     "uneven, fp32": _case((70, 0, 3, 130), (40, 80), torch.float32, bias=True),

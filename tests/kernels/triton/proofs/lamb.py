@@ -114,6 +114,7 @@ def _reference(given: Drawn, scaled: float, adapt: bool) -> dict[str, Tensor]:
     }
 
 
+OFTEN = ("odd addresses", "zeros")
 CASES: dict[str, Case] = {
     "fp32, gradients bf16, copies bf16": _case(FP32, BF16, FP32, copy=BF16),
     "fp32": _case(FP32, FP32, FP32),

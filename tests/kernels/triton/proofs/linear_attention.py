@@ -116,6 +116,7 @@ def _stages(
 
 _WIDTHS = ((40, 40), (64, 80), (80, 128), (128, 256), (256, 64))
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+OFTEN = ("fp32, lessened", "bf16, empty")
 CASES: dict[str, Case] = (
     {"bf16, documents": _case((1, 2, 1, 70, 40, 40), torch.bfloat16, True)}
     | {

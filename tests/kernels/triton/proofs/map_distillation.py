@@ -266,6 +266,7 @@ _ONE: dict[str, Any] = {"heads": (1, 1), "teacher_heads": (1, 1)}
 _TWO = _sizes(50, batch=2)
 _LEARNED = Extra(("", "learned"))
 _AVERAGED = _sizes(40, dims=(16, 24), teacher_heads=(6, 2))
+OFTEN = ("js, bf16, averaged teacher heads", "reverse_kl, fp32, logits of 1e4", "kl, fp16")
 CASES: dict[str, Case] = {
     "js, bf16, documents, learned bias": _case(
         "js", _sizes(33, dims=(40, 64), heads=(2, 1), batch=2), _B, _packed(True), Extra(("slopes", "learned"))

@@ -66,6 +66,7 @@ def _reference(given: dict[str, Tensor], centred: bool, dtype: torch.dtype) -> t
 
 
 _KINDS = list(itertools.product((torch.float32, torch.bfloat16), (False, True), (False, True)))
+OFTEN = ("67 x 80, fp16", "large numbers")
 CASES: dict[str, Case] = {
     f"{rows} x {width}, {dtype}, {'layer' if centred else 'rms'}{', residual' if residual else ''}": _case(
         rows, width, dtype, centred, residual

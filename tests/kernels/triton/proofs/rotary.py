@@ -62,6 +62,7 @@ def _tolerance(x: Tensor, dtype: torch.dtype) -> float:
     return 2**0.5 * float(x.detach().abs().max()) * (ROUNDING[dtype] + 4 * 2.0**-24)
 
 
+OFTEN = ("fp16", "features first, which is copied")
 CASES: dict[str, Case] = {
     f"{heads} heads, {places} places, {dim}, {dtype}": _case(heads, places, dim, dtype)
     for (heads, places, dim) in (

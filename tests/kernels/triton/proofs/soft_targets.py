@@ -186,6 +186,7 @@ def _head(dtype: torch.dtype, kind: str, k: int) -> Case:
 
 _F32, _BF16 = torch.float32, torch.bfloat16
 _SIZES = ((1, 40, _F32), (11, 2500, _F32), (7, 5001, _BF16), (12, 257, torch.float16))
+OFTEN = ("words that the teacher cannot say, 2 ranks",)
 CASES: dict[str, Case] = {
     f"{rows} x {vocab}, {dtype}, {kind}{f', {ranks} ranks' if ranks else ''}": _case(
         rows, vocab, dtype, Soft(1.0 + 2 * (rows > 1), kind, 0.7), ranks=ranks

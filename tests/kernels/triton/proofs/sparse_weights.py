@@ -164,6 +164,7 @@ _BF16 = torch.bfloat16
 _PACKED = Mask(True, _documents([[20, 10], [3]], 40))
 _CROSS = Mask(False, _documents([[40], [30]], 40), _documents([[45], []], 50))
 _FEW = Mask(False, _documents([[5, 4]], 9), _documents([[20, 17]], 40))
+OFTEN = ("entmax, scores near 0", "entmax, fp16")
 CASES: dict[str, Case] = {
     "entmax, other keys, documents, grouped keys": _case(2, _FEW, lengths=(9, 40), heads=(2, 1)),
     "sparsemax, causal documents, grouped keys": _case(1, _PACKED, lengths=(40, 40), heads=(2, 1), batch=2),
