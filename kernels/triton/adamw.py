@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headway.kernels.triton.tensor_table import corrections, dtype_of, pointer, put, table_of, taken
+from headway.kernels.triton.tensor_table import block_of, corrections, dtype_of, pointer, put, table_of, taken
 from headway.kernels.triton.tuning import Config, Space
 
 
@@ -126,9 +126,7 @@ def adamw_step_kernel(
         if tl.load(found_inf) != 0:
             return
     ROLES: tl.constexpr = 4 if COPY is None else 5
-    tensor = tl.load(blocks + 2 * tl.program_id(0))
-    first = tl.load(blocks + 2 * tl.program_id(0) + 1).to(tl.int64) * N
-    size = tl.load(rows + tensor * (ROLES + 2) + ROLES)
+    tensor, first, size = block_of(rows, blocks, ROLES, N)
     w = pointer(rows, tensor, 0, ROLES, PARAM, ALIGN)
     g = pointer(rows, tensor, 1, ROLES, GRAD, ALIGN)
     m = pointer(rows, tensor, 2, ROLES, MEAN, ALIGN)

@@ -31,7 +31,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headway.kernels.triton.tensor_table import Table, corrections, dtype_of, pointer, put, table_of, taken
+from headway.kernels.triton.tensor_table import (
+    Table,
+    block_of,
+    corrections,
+    dtype_of,
+    pointer,
+    put,
+    table_of,
+    taken,
+)
 from headway.kernels.triton.tuning import Config, Space
 
 
@@ -183,10 +192,7 @@ def lamb_moments_kernel(
     if found_inf is not None:  # noqa: SIM102 -- Triton does not cut an `and` short
         if tl.load(found_inf) != 0:
             return
-    program = tl.program_id(0)
-    tensor = tl.load(blocks + 2 * program)
-    first = tl.load(blocks + 2 * program + 1).to(tl.int64) * N
-    size = tl.load(rows + tensor * 6 + 4)
+    tensor, first, size = block_of(rows, blocks, 4, N)
     w = pointer(rows, tensor, 0, 4, PARAM, ALIGN)
     g = pointer(rows, tensor, 1, 4, GRAD, ALIGN)
     m = pointer(rows, tensor, 2, 4, MEAN, ALIGN)
@@ -197,7 +203,7 @@ def lamb_moments_kernel(
     if grad_scale is not None:
         scale = tl.load(grad_scale)
     place = first + tl.arange(0, N)
-    out = partial + 2 * program
+    out = partial + 2 * tl.program_id(0)
     if first + N <= size:
         _moments(w, g, m, v, out, place, size, scale, debias1, debias2, rest1, rest2, decay, eps, True)
     else:
@@ -270,9 +276,7 @@ def lamb_step_kernel(
         if tl.load(found_inf) != 0:
             return
     ROLES: tl.constexpr = 3 if COPY is None else 4
-    tensor = tl.load(blocks + 2 * tl.program_id(0))
-    first = tl.load(blocks + 2 * tl.program_id(0) + 1).to(tl.int64) * N
-    size = tl.load(rows + tensor * (ROLES + 2) + ROLES)
+    tensor, first, size = block_of(rows, blocks, ROLES, N)
     w = pointer(rows, tensor, 0, ROLES, PARAM, ALIGN)
     m = pointer(rows, tensor, 1, ROLES, MEAN, ALIGN)
     v = pointer(rows, tensor, 2, ROLES, SQUARE, ALIGN)

@@ -2,9 +2,8 @@
 or of what is read of it at once.
 
 A program owns a block of queries (`KEYS`: of keys) and walks over blocks of keys (of queries). It owns 64 at least
-where tensor cores want that many rows (wgmma, tcgen05). Chosen so that no loss spills anything in 16 bits, with or
-without a bias and several teacher heads; where all conditions of a mask and both kinds of biases come together, a few
-kernels of sm_80 and sm_100a do. Not tuned by time.
+where tensor cores want that many rows (wgmma, tcgen05). Chosen so that no loss spills anything, with all conditions of
+a mask, both kinds of biases and several teacher heads at once; not tuned by time.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ _Choices = dict[int, list[tuple[int, int, int, int]]]
 _TILES: dict[str, dict[str, _Choices]] = {
     "sm_80": {
         "forward": {64: [(64, 32, 4, 2), (64, 64, 8, 2)], 128: [(64, 32, 8, 2)]},
-        "queries": {64: [(64, 32, 4, 2)], 128: [(64, 32, 8, 1)]},
-        "keys": {64: [(64, 32, 4, 1)], 128: [(64, 32, 8, 1)]},
+        "queries": {64: [(64, 32, 4, 2)], 128: [(32, 32, 4, 1)]},
+        "keys": {64: [(32, 32, 4, 1)], 128: [(32, 64, 8, 1)]},
         "bias": {64: [(64, 32, 4, 1)], 128: [(64, 32, 8, 1)]},
     },
     "sm_90a": {
@@ -28,8 +27,8 @@ _TILES: dict[str, dict[str, _Choices]] = {
         "bias": {64: [(64, 64, 8, 2), (64, 32, 4, 2)], 128: [(64, 32, 8, 1), (64, 64, 8, 1)]},
     },
     "sm_100a": {
-        "forward": {64: [(128, 32, 8, 2)], 128: [(128, 32, 8, 2), (64, 32, 4, 2)]},
-        "queries": {64: [(128, 32, 8, 2), (64, 32, 4, 2)], 128: [(64, 64, 8, 2), (128, 32, 8, 2)]},
+        "forward": {64: [(128, 32, 8, 2)], 128: [(64, 64, 8, 1)]},
+        "queries": {64: [(64, 32, 4, 2)], 128: [(128, 32, 8, 1)]},
         "keys": {64: [(64, 32, 8, 2), (64, 32, 4, 1)], 128: [(64, 64, 8, 1)]},
         "bias": {64: [(64, 32, 4, 2)], 128: [(64, 32, 8, 1), (64, 64, 8, 1)]},
     },
@@ -41,29 +40,32 @@ _TILES: dict[str, dict[str, _Choices]] = {
     },
 }
 
-_WIDE: _Choices = {64: [(32, 32, 4, 1)], 128: [(16, 16, 4, 1)]}
+_WIDE: dict[str, _Choices] = {
+    "forward": {64: [(16, 32, 8, 1)]},
+    "queries": {64: [(16, 32, 8, 1)]},
+    "keys": {64: [(16, 32, 8, 1)]},
+    "bias": {64: [(16, 16, 8, 1)]},
+}
 """Of fp32, whose products are of vector units, everywhere."""
 
 
 def _choices(kernel: str, target: str, width: int, itemsize: int) -> list[tuple[int, int, int, int]]:
-    table = _WIDE if itemsize == 4 else _TILES[target][kernel]
+    table = (_WIDE if itemsize == 4 else _TILES[target])[kernel]
     return table[min(most for most in table if most >= width)]
 
 
-def _space(kernel: str) -> Space:
-    """Of a kernel whose programs own queries."""
+def _space(kernel: str, owned: str, walked: str) -> Space:
+    """Of a kernel, and the names of its tiles' sizes."""
 
     def configs(target: str, width: int, itemsize: int) -> list[Config]:
-        rows = _choices(kernel, target, width, itemsize)
-        return [Config({"M": owned, "N": walked}, warps, stages) for owned, walked, warps, stages in rows]
+        most = None if target == "gfx942" else 255
+        return [
+            Config({owned: own, walked: walk}, warps, stages, most)
+            for own, walk, warps, stages in _choices(kernel, target, width, itemsize)
+        ]
 
     return Space(f"map_{kernel}", configs)
 
 
-def _key_configs(target: str, width: int, itemsize: int) -> list[Config]:
-    rows = _choices("keys", target, width, itemsize)
-    return [Config({"M": walked, "N": owned}, warps, stages) for owned, walked, warps, stages in rows]
-
-
-FORWARD, QUERIES, BIAS = (_space(kernel) for kernel in ("forward", "queries", "bias"))
-KEYS = Space("map_keys", _key_configs)
+FORWARD, QUERIES, BIAS = (_space(kernel, "M", "N") for kernel in ("forward", "queries", "bias"))
+KEYS = _space("keys", "N", "M")

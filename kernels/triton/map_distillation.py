@@ -31,7 +31,7 @@ from headway.kernels.triton.tuning import Config, Space
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PART = 128
-"""Columns of heads that are multiplied at once, and of a gradient that a launch computes, at most."""
+"""Columns of a gradient that a launch computes, at most."""
 
 
 @torch.compiler.disable  # Triton compiles the kernels itself
@@ -124,11 +124,10 @@ class _Call(NamedTuple):
     def of(teacher: Scores, student: Scores, loss: str, mask: Lowered) -> _Call:
         batch, count, queries, width = student.q.shape
         theirs = teacher.q.shape[-1]
-        widths = {"D_T": theirs, "W_T": _columns(theirs), "D_S": width, "W_S": _columns(width)}
-        key = {
-            "width": max(widths["W_T"], widths["W_S"]),
-            "itemsize": max(teacher.q.element_size(), student.q.element_size()),
-        }
+        itemsize = max(teacher.q.element_size(), student.q.element_size())
+        at_once = {"W_T": _columns(theirs, itemsize), "W_S": _columns(width, itemsize)}
+        widths = {"D_T": theirs, "D_S": width, **at_once}
+        key = {"width": max(at_once.values()), "itemsize": itemsize}
         return _Call(
             _model(teacher),
             _model(student),
@@ -154,9 +153,9 @@ class _Call(NamedTuple):
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
 
-def _columns(width: int) -> int:
-    """How many columns of a head are multiplied at once."""
-    return min(PART, padded(width))
+def _columns(width: int, itemsize: int) -> int:
+    """How many columns of a head are multiplied at once: of fp32, whose products are of vector units, fewer."""
+    return min(64 if itemsize == 4 else 128, padded(width))
 
 
 def _model(scores: Scores) -> Model:
@@ -237,9 +236,9 @@ def _by_parts(
     columns."""
     width = pair[0].shape[-1]
     constants = {"G": call.group, **call.constants, **config.options}
-    part = width if width <= PART else PART
-    for first in range(0, width, part):
-        columns, into = (heads(x[..., first : first + part]) for x in pair)
-        here = min(part, width - first)
-        own = *call.operands, *given, None if part == width else columns, into
-        kernel[programs,](*own, D_P=here, W_P=_columns(part), **constants)
+    whole = width <= constants["W_S"]
+    for first in range(0, width, PART):
+        columns, into = (heads(x[..., first : first + PART]) for x in pair)
+        here = min(PART, width - first)
+        own = *call.operands, *given, None if whole else columns, into
+        kernel[programs,](*own, D_P=here, W_P=padded(here), **constants)

@@ -10,7 +10,7 @@ Where G teacher heads stand for a student's, p is the mean of their maps; for `s
 Queries of a program are read once, and keys once by every block of queries that may see them, as nothing smaller than a
 sequence fits into a multiprocessor; of the keys' kernel vice versa. Of several teacher heads, and of wide heads, both
 are read again for every tile, head by head and W columns by W columns, as in any product of matrices: so any number and
-any width fits, and caches hold what a program reads again. A gradient of wide heads takes a launch for every W columns,
+any width fits, and caches hold what a program reads again. A gradient takes a launch for every 128 columns of a head,
 each of which computes scores anew. Numbers of documents, places and log-sum-exps are read once a tile: they are some
 hundredths of it.
 

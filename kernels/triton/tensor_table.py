@@ -130,6 +130,14 @@ def corrections(
 
 
 @triton.jit
+def block_of(rows, blocks, ROLES: tl.constexpr, N: tl.constexpr):
+    """This program's tensor, the first of the N elements that it has of it, and how many the tensor has."""
+    tensor = tl.load(blocks + 2 * tl.program_id(0))
+    first = tl.load(blocks + 2 * tl.program_id(0) + 1).to(tl.int64) * N
+    return tensor, first, tl.load(rows + tensor * (ROLES + 2) + ROLES)
+
+
+@triton.jit
 def pointer(rows, tensor, ROLE: tl.constexpr, ROLES: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
     """To the first element of a tensor in the list of number ROLE out of ROLES."""
     found = tl.load(rows + tensor * (ROLES + 2) + ROLE).to(tl.pointer_type(DTYPE))

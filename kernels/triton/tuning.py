@@ -29,16 +29,20 @@ class Config(NamedTuple):
         tiles: its constants that are sizes of tiles, by name.
         warps: of a program.
         stages: of its pipeline of loads.
+        registers: of a thread at most, on NVIDIA's. Without it their assembler may take fewer than there are and spill
+            some, so that more programs fit at once.
     """
 
     tiles: Mapping[str, int]
     warps: int = 4
     stages: int = 2
+    registers: int | None = None
 
     @property
     def options(self) -> dict[str, int]:
         """As arguments of a launch."""
-        return {**self.tiles, "num_warps": self.warps, "num_stages": self.stages}
+        found = {**self.tiles, "num_warps": self.warps, "num_stages": self.stages}
+        return found if self.registers is None else found | {"maxnreg": self.registers}
 
 
 class Choice(NamedTuple):

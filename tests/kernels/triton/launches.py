@@ -24,7 +24,7 @@ NAMES = {
     torch.uint8: "u8",
     torch.bool: "i1",
 }
-COMPILER = ("num_warps", "num_stages")
+COMPILER = ("num_warps", "num_stages", "maxnreg")
 
 
 def compiled(launch: Launch, target: Target) -> Any:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from headway.kernels.triton.map_distillation import PART
 from headway.tests.kernels.triton.attention_costs import Walk
 from headway.tests.kernels.triton.launches import Launch
 from headway.tests.kernels.triton.proof import Cost, once
@@ -51,7 +50,7 @@ def _model(walk: Walk, name: str, owned: Tiles, tiles: Tiles, group: int = 1) ->
     `owned`: rows and columns that a block's tiles read if so, `tiles`: if not."""
     model = walk.given[name]
     width, item = model.q.data.shape[-1], model.q.data.element_size()
-    own = owned if group == 1 and _held(model) else tiles
+    own = owned if group == 1 and _held(walk, name) else tiles
     found = 0
     if model.bias.dense is not None:
         found += tiles.pairs * model.bias.dense.element_size()
@@ -60,8 +59,10 @@ def _model(walk: Walk, name: str, owned: Tiles, tiles: Tiles, group: int = 1) ->
     return group * (found + (own.rows + own.cols) * width * item)
 
 
-def _held(model: Any) -> bool:
-    return bool(model.q.data.shape[-1] <= PART)
+def _held(walk: Walk, name: str) -> bool:
+    """Whether all columns of a head are multiplied at once, so that they are kept from tile to tile."""
+    suffix = {"teacher": "_T", "student": "_S"}.get(name, "")
+    return bool(walk.given[f"D{suffix}"] <= walk.given[f"W{suffix}"])
 
 
 def _seen(walk: Walk, tiles: Tiles) -> int:
@@ -181,7 +182,7 @@ def keys(launch: Launch) -> Cost:
     """Of `map_keys_kernel`: a student's keys are read once for all the query heads that read them."""
     walk = Walk.of(launch)
     student, members = walk.given["student"].k.data, walk.given["student"].group
-    held = _held(walk.given["student"])
+    held = _held(walk, "student")
     read = products = 0
     for tiles in _by_keys(walk):
         all_ = _turned(tiles)

@@ -328,6 +328,36 @@ CASES: dict[str, Case] = {
 # -- sizes ---------------------------------------------------------------------------------------------------------
 
 
+def _compiled(loss: str, dim: int, teacher: torch.dtype, student: torch.dtype) -> Callable[[], None]:
+    """All that two models' scores may have at once; a student's head has two of the teacher's, but of `kl`."""
+    length, group = 256, 1 if loss == "kl" else 2
+    places = torch.arange(length)
+
+    def compute() -> None:
+        q_t, q, k_t, k = (
+            torch.zeros(2, heads, length, dim, dtype=dtype, requires_grad=dtype is student)
+            for heads, dtype in ((4 * group, teacher), (4, student), (2, teacher), (2, student))
+        )
+        bias = torch.zeros(4, length, length, requires_grad=True)
+        prefix = torch.zeros(2, dtype=torch.int64)
+        mask = Mask(True, torch.zeros(2, length, dtype=torch.int64), None, prefix, scope=Window(100))
+        seen = Seen(mask, torch.ones(2, 1, length, length, dtype=torch.bool))
+        slopes = Slopes(torch.tensor(geometric(4 * group)), places, places)
+        models = Scores(q_t, k_t, 1.0, slopes), Scores(q, k, 1.0, bias)
+        found = sums(*models, loss, seen, torch.ones(2, length, dtype=torch.bool))
+        torch.autograd.grad(found, (q, k, bias), torch.empty_like(found))
+
+    return compute
+
+
+COMPILED = {
+    f"{loss}, head dimension {dim}, {teacher}, {student}": _compiled(loss, dim, teacher, student)
+    for teacher, student in ((_B, _B), (_F, _F), (_F, _B))
+    for loss in ("kl", "js")
+    for dim in (64, 128, 256)
+}
+"""Of every row of tiles, the loss of the pass over both models and the one with the most arithmetic."""
+
 COSTS = {
     "map_log_sums_kernel": costs.log_sums,
     "map_divergence_kernel": costs.divergence,
