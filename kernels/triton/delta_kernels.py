@@ -71,6 +71,19 @@ def _inverse(below, PRECISION: tl.constexpr, LEVELS: tl.constexpr, C: tl.constex
 
 
 @triton.jit
+def _by_parts(key, state, W: tl.constexpr):
+    """key @ state, summed over W dimensions at once and then over the parts: vector units, which multiply fp32 on
+    NVIDIA's GPUs, keep what is summed at once in registers."""
+    C: tl.constexpr = key.shape[0]
+    X: tl.constexpr = key.shape[1]
+    if W == X:
+        return tl.dot(key, state, input_precision="ieee")
+    left = tl.permute(tl.reshape(tl.trans(key), [X // W, W, C]), (0, 2, 1))
+    right = tl.reshape(state, [X // W, W, state.shape[1]])
+    return tl.sum(tl.dot(left, right, input_precision="ieee"), 0)
+
+
+@triton.jit
 def delta_rule_systems_kernel(
     q, k, beta, log, documents, inverse, weights, heads, length, keys,
     LEVELS: tl.constexpr, X: tl.constexpr, C: tl.constexpr,
@@ -99,7 +112,7 @@ def delta_rule_systems_kernel(
 @triton.jit
 def delta_rule_states_kernel(
     k, v, beta, log, documents, inverse, states, written, heads, length, keys, values,
-    X: tl.constexpr, Z: tl.constexpr, C: tl.constexpr,
+    X: tl.constexpr, Z: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """A program: Z columns of a head's state, chunk by chunk."""
     blocks = tl.cdiv(values, Z)
@@ -115,7 +128,7 @@ def delta_rule_states_kernel(
         put_state(states, wide(line) * chunks + n, keys, values, 0, column, state, X, Z)
         enter, leave, kept = _edges(log, documents, b, line, first, length, C)
         key = part(k, b, head, first, length, 0, keys, C, X)
-        found = tl.dot(key, as_operand(state, like), input_precision="ieee")
+        found = _by_parts(key, as_operand(state, like), W)
         right = part(v, b, head, first, length, column, values, C, Z).to(tl.float32) - enter[:, None] * found
         right *= of_tokens(beta, line, first, length, C)[:, None]
         solver = as_operand(products_of(inverse, line, first, length, False, C), like)
@@ -150,7 +163,7 @@ def delta_rule_outputs_kernel(
 @triton.jit
 def delta_rule_back_kernel(
     q, k, d, beta, log, documents, inverse, weights, d_states, d_right, heads, length, keys, values,
-    X: tl.constexpr, Z: tl.constexpr, C: tl.constexpr,
+    X: tl.constexpr, Z: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """A program: Z columns of gradients of a head's state, from the last chunk to the first."""
     blocks = tl.cdiv(values, Z)
@@ -169,7 +182,7 @@ def delta_rule_back_kernel(
         key = part(k, b, head, first, length, 0, keys, C, X)
         slope = part(d, b, head, first, length, column, values, C, Z)
         products = as_operand(products_of(weights, line, first, length, True, C), like)
-        d_written = tl.dot(key, as_operand(d_state, like), input_precision="ieee") * leave[:, None]
+        d_written = _by_parts(key, as_operand(d_state, like), W) * leave[:, None]
         d_written = tl.dot(products, slope, d_written, input_precision="ieee")
         solver = as_operand(products_of(inverse, line, first, length, True, C), like)
         found = tl.dot(solver, as_operand(d_written, like), input_precision="ieee")

@@ -35,30 +35,41 @@ from headway.kernels.attention.linear.delta import WIDEST
 from headway.kernels.attention.masks import Mask
 from headway.kernels.triton import delta_kernels as kernels
 from headway.kernels.triton.state_tiles import (
-    CHUNK,
     block,
     check,
+    chunk_size,
     documents_of,
     heads_of,
+    wide_config,
 )
 from headway.kernels.triton.tuning import Config, Space
 
 
-def _walk_configs(target: str, keys: int, values: int) -> list[Config]:
+def _walk_configs(target: str, keys: int, values: int, itemsize: int) -> list[Config]:
     warps = 8 if keys > 64 and target != "gfx942" else 4  # of 64 lanes there
-    columns = (32, 16) if keys <= 64 else (16,)  # wider ones spill
-    return [Config({"X": block(keys, WIDEST), "Z": block(values, z)}, warps, 1) for z in columns]
+    columns = (32, 16) if keys <= 64 and itemsize == 2 else (16,)  # wider ones spill
+    at_once = WIDEST
+    if itemsize == 4 and target != "gfx942":
+        warps, at_once = 8, 64 if keys <= 64 else 32
+    tiles = {"X": block(keys, WIDEST), "W": block(keys, at_once)}
+    return [Config(tiles | {"Z": block(values, z)}, warps, 1) for z in columns]
 
 
-def _output_configs(target: str, keys: int, values: int) -> list[Config]:
+def _output_configs(target: str, keys: int, values: int, itemsize: int) -> list[Config]:
+    if itemsize == 4:
+        return [wide_config(target, X=keys, Z=values)]
     return [Config({"X": block(keys, x), "Z": block(values, x)}, 4, 2) for x in (64, 32)]
 
 
-def _system_configs(target: str, keys: int) -> list[Config]:
+def _system_configs(target: str, keys: int, itemsize: int) -> list[Config]:
+    if itemsize == 4:
+        return [wide_config(target, X=keys)]
     return [Config({"X": block(keys, x)}, 4, 1) for x in (64, 32)]
 
 
-def _gradient_configs(target: str, keys: int, values: int) -> list[Config]:
+def _gradient_configs(target: str, keys: int, values: int, itemsize: int) -> list[Config]:
+    if itemsize == 4:
+        return [wide_config(target, X=keys, Z=values)]
     warps = 4 if target == "gfx942" else 8  # of 64 lanes there
     return [Config({"X": block(keys, x), "Z": block(values, 32)}, warps, 1) for x in (32, 16)]
 
@@ -106,8 +117,14 @@ class _Call(NamedTuple):
     documents: Tensor | None
 
     @property
-    def widths(self) -> dict[str, int]:
-        return {"keys": self.k.shape[3], "values": self.v.shape[3]}
+    def chunk(self) -> int:
+        """C."""
+        return chunk_size(self.q.dtype)
+
+    @property
+    def key(self) -> dict[str, int]:
+        """What tiles depend on."""
+        return {"keys": self.k.shape[3], "values": self.v.shape[3], "itemsize": self.v.element_size()}
 
     @property
     def numbers(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -121,56 +138,56 @@ class _Call(NamedTuple):
     @property
     def chunks(self) -> int:
         """Of all heads."""
-        return self.q.shape[0] * self.q.shape[1] * triton.cdiv(self.q.shape[2], CHUNK)
+        return self.q.shape[0] * self.q.shape[1] * triton.cdiv(self.q.shape[2], self.chunk)
 
     def systems(self) -> tuple[Tensor, Tensor]:
         """T and weights, [B, H, S, C]."""
-        inverse, weights = (self.q.new_empty(*self.q.shape[:3], CHUNK) for _ in range(2))
-        config = SYSTEMS.choose(self.q.device, keys=self.k.shape[3])
+        inverse, weights = (self.q.new_empty(*self.q.shape[:3], self.chunk) for _ in range(2))
+        config = SYSTEMS.choose(self.q.device, keys=self.k.shape[3], itemsize=self.q.element_size())
         kernels.delta_rule_systems_kernel[self.chunks,](
             heads_of(self.q), heads_of(self.k), *self.numbers, inverse, weights, *self.sizes[:3],
-            LEVELS=CHUNK.bit_length() - 1, C=CHUNK, **config.options,
+            LEVELS=self.chunk.bit_length() - 1, C=self.chunk, **config.options,
         )  # fmt: skip
         return inverse, weights
 
     def states(self) -> Tensor:
         """Room for states [B, H, N, D, D]."""
         heads, length, keys, values = self.sizes
-        return self.v.new_empty(self.v.shape[0], heads, triton.cdiv(length, CHUNK), keys, values)
+        return self.v.new_empty(self.v.shape[0], heads, triton.cdiv(length, self.chunk), keys, values)
 
     def walk(self, inverse: Tensor) -> tuple[Tensor, Tensor]:
         """States that reach each chunk, and what tokens write, [B, H, S, D]."""
         states, written = self.states(), torch.empty_like(self.v, memory_format=torch.contiguous_format)
-        config = STATES.choose(self.v.device, **self.widths)
+        config = STATES.choose(self.v.device, **self.key)
         programs = self.v.shape[0] * self.sizes[0] * triton.cdiv(self.sizes[3], config.tiles["Z"])
         given = heads_of(self.k), heads_of(self.v), *self.numbers, inverse, states, written
-        kernels.delta_rule_states_kernel[programs,](*given, *self.sizes, C=CHUNK, **config.options)
+        kernels.delta_rule_states_kernel[programs,](*given, *self.sizes, C=self.chunk, **config.options)
         return states, written
 
     def outputs(self, weights: Tensor, states: Tensor, written: Tensor) -> Tensor:
         out = torch.empty_like(written)
-        config = OUTPUTS.choose(self.v.device, **self.widths)
+        config = OUTPUTS.choose(self.v.device, **self.key)
         programs = self.chunks * triton.cdiv(self.sizes[3], config.tiles["Z"])
         given = heads_of(self.q), self.log, self.documents, weights, states, heads_of(written), out
-        kernels.delta_rule_outputs_kernel[programs,](*given, *self.sizes, C=CHUNK, **config.options)
+        kernels.delta_rule_outputs_kernel[programs,](*given, *self.sizes, C=self.chunk, **config.options)
         return out
 
     def back(self, d: Tensor, inverse: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the states that leave each chunk, and of b (v - enter k S)."""
         d_states, d_right = self.states(), torch.empty_like(self.v, memory_format=torch.contiguous_format)
-        config = BACK.choose(self.v.device, **self.widths)
+        config = BACK.choose(self.v.device, **self.key)
         programs = self.v.shape[0] * self.sizes[0] * triton.cdiv(self.sizes[3], config.tiles["Z"])
         given = *map(heads_of, (self.q, self.k, d)), *self.numbers, inverse, weights, d_states, d_right
-        kernels.delta_rule_back_kernel[programs,](*given, *self.sizes, C=CHUNK, **config.options)
+        kernels.delta_rule_back_kernel[programs,](*given, *self.sizes, C=self.chunk, **config.options)
         return d_states, d_right
 
     def gradients(self, d: Tensor, weights: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
         """Of q, k, v, b and logarithms of a; `kept`: states, what tokens write, and gradients of the two."""
         given = *map(heads_of, (self.q, self.k, self.v, d)), *self.numbers, weights, *kept
         found = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in self[:5]]
-        config = GRADIENTS.choose(self.v.device, **self.widths)
+        config = GRADIENTS.choose(self.v.device, **self.key)
         kernels.delta_rule_gradients_kernel[self.chunks,](
-            *given, *found, *self.sizes, C=CHUNK, **config.options
+            *given, *found, *self.sizes, C=self.chunk, **config.options
         )
         return tuple(found)
 

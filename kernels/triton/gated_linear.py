@@ -36,25 +36,32 @@ from headway.kernels.attention.linear.gated import log_decay
 from headway.kernels.attention.masks import Mask
 from headway.kernels.triton import gated_kernels as kernels
 from headway.kernels.triton.state_tiles import (
-    CHUNK,
     block,
     check,
+    chunk_size,
     documents_of,
     heads_of,
+    wide_config,
 )
 from headway.kernels.triton.tuning import Config, Space
 
 
-def _tile_configs(target: str, keys: int, values: int) -> list[Config]:
+def _tile_configs(target: str, keys: int, values: int, itemsize: int) -> list[Config]:
+    if itemsize == 4:
+        return [wide_config(target, X=keys, Z=values)]
     return [Config({"X": block(keys, 64), "Z": block(values, z)}, 4, 2) for z in (64, 32)]
 
 
-def _gradient_configs(target: str, keys: int, values: int) -> list[Config]:
+def _gradient_configs(target: str, keys: int, values: int, itemsize: int) -> list[Config]:
+    if itemsize == 4:
+        return [wide_config(target, X=keys, Z=values)]
     warps = 4 if target == "gfx942" else 8  # of 64 lanes there
     return [Config({"X": block(keys, x), "Z": block(values, 32)}, warps, 1) for x in (32, 16)]
 
 
-def _weight_configs(target: str, keys: int) -> list[Config]:
+def _weight_configs(target: str, keys: int, itemsize: int) -> list[Config]:
+    if itemsize == 4:
+        return [wide_config(target, X=keys)]
     columns = (32, 16) if target == "sm_80" else (64, 32)
     return [Config({"X": block(keys, x)}, 4, 1) for x in columns]
 
@@ -104,8 +111,19 @@ class _Call(NamedTuple):
     scale: float
 
     @property
-    def widths(self) -> dict[str, int]:
-        return {"keys": self.k.shape[3], "values": self.v.shape[3]}
+    def chunk(self) -> int:
+        """C."""
+        return chunk_size(self.q.dtype)
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Dimensions of keys and of values."""
+        return self.k.shape[3], self.v.shape[3]
+
+    @property
+    def key(self) -> dict[str, int]:
+        """What tiles depend on."""
+        return {"keys": self.k.shape[3], "values": self.v.shape[3], "itemsize": self.v.element_size()}
 
     @property
     def places(self) -> tuple[int, int, int]:
@@ -115,53 +133,53 @@ class _Call(NamedTuple):
     @property
     def chunks(self) -> int:
         """Of all heads."""
-        return self.q.shape[0] * self.q.shape[1] * triton.cdiv(self.q.shape[2], CHUNK)
+        return self.q.shape[0] * self.q.shape[1] * triton.cdiv(self.q.shape[2], self.chunk)
 
     def walk(self, y: Tensor, back: bool) -> Tensor:
         """States [B, H, N, D, D] that reach each chunk: of keys and values y, or from the right of queries and y."""
-        config = STATES.choose(y.device, **self.widths)
-        keys, values = self.widths.values()
+        config = STATES.choose(y.device, **self.key)
+        keys, values = self.widths
         heads, _, length = self.places
-        states = y.new_empty(y.shape[0], heads, triton.cdiv(length, CHUNK), keys, values)
+        states = y.new_empty(y.shape[0], heads, triton.cdiv(length, self.chunk), keys, values)
         programs = y.shape[0] * heads * _blocks(keys, config, "X") * _blocks(values, config, "Z")
         given = heads_of(self.q if back else self.k), heads_of(y), self.totals, self.documents, states
         kernels.gated_linear_states_kernel[programs,](
-            *given, self.scale, *self.places, keys, values, BACK=back, C=CHUNK, **config.options
+            *given, self.scale, *self.places, keys, values, BACK=back, C=self.chunk, **config.options
         )
         return states
 
     def weights(self) -> Tensor:
         """Products inside of chunks, [B, H, S, C]."""
-        weights = self.q.new_empty(*self.q.shape[:3], CHUNK)
-        config = WEIGHTS.choose(self.q.device, keys=self.k.shape[3])
+        weights = self.q.new_empty(*self.q.shape[:3], self.chunk)
+        config = WEIGHTS.choose(self.q.device, keys=self.k.shape[3], itemsize=self.q.element_size())
         kernels.gated_linear_weights_kernel[self.chunks,](
             heads_of(self.q), heads_of(self.k), self.totals, self.documents, weights, self.scale, *self.places,
-            self.k.shape[3], LEVELS=CHUNK.bit_length() - 1, C=CHUNK, **config.options,
+            self.k.shape[3], LEVELS=self.chunk.bit_length() - 1, C=self.chunk, **config.options,
         )  # fmt: skip
         return weights
 
     def outputs(self, y: Tensor, states: Tensor, back: bool) -> Tensor:
         """Outputs from values y, or gradients of each query head's values from those of outputs."""
-        keys, values = self.widths.values()
+        keys, values = self.widths
         result = y.new_empty(*self.q.shape[:3], values)
-        config = OUTPUTS.choose(y.device, **self.widths)
+        config = OUTPUTS.choose(y.device, **self.key)
         given = heads_of(self.k if back else self.q), heads_of(y), self.totals, self.documents, self.weights()
         kernels.gated_linear_outputs_kernel[self.chunks * _blocks(values, config, "Z"),](
             *given, states, result, self.scale, *self.places, keys, values,
-            BACK=back, C=CHUNK, **config.options,
+            BACK=back, C=self.chunk, **config.options,
         )  # fmt: skip
         return result
 
     def gradients(self, d: Tensor, states: Tensor, d_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of queries, of each query head's keys, and of logarithms of gates."""
-        keys, values = self.widths.values()
+        keys, values = self.widths
         dq, dk = (torch.empty_like(self.q, memory_format=torch.contiguous_format) for _ in range(2))
         d_logs = torch.empty_like(self.totals)
-        config = GRADIENTS.choose(d.device, **self.widths)
+        config = GRADIENTS.choose(d.device, **self.key)
         given = *map(heads_of, (self.q, self.k, self.v, d)), self.totals, self.documents, states, d_states
         kernels.gated_linear_gradients_kernel[self.chunks * _blocks(keys, config, "X"),](
             *given, dq, dk, d_logs, self.scale, *self.places, keys, values,
-            LEVELS=CHUNK.bit_length() - 1, C=CHUNK, **config.options,
+            LEVELS=self.chunk.bit_length() - 1, C=self.chunk, **config.options,
         )  # fmt: skip
         return dq, dk, d_logs
 
@@ -175,11 +193,11 @@ class _GatedLinear(torch.autograd.Function):
     def forward(ctx, q, k, v, logs, documents, scale):
         logs = logs.contiguous()
         totals = torch.empty_like(logs)
-        config = TOTALS.choose(q.device, keys=q.shape[3])
+        config = TOTALS.choose(q.device, keys=q.shape[3], itemsize=q.element_size())
         call = _Call(q, k, v, totals, documents, scale)
         with torch.cuda.device_of(q):
             kernels.gated_linear_totals_kernel[call.chunks * _blocks(q.shape[3], config, "X"),](
-                logs, totals, q.shape[2], q.shape[3], C=CHUNK, **config.options
+                logs, totals, q.shape[2], q.shape[3], C=call.chunk, **config.options
             )
             states = call.walk(v, False)
             out = call.outputs(v, states, False)

@@ -34,10 +34,10 @@ from torch.autograd.function import once_differentiable
 from headway.kernels.attention.masks import Mask
 from headway.kernels.triton.numbers import as_operand
 from headway.kernels.triton.state_tiles import (
-    CHUNK,
     block,
     border,
     check,
+    chunk_size,
     documents_of,
     heads_of,
     of_tokens,
@@ -47,16 +47,21 @@ from headway.kernels.triton.state_tiles import (
     put_tokens,
     state_of,
     through,
+    wide_config,
     within,
 )
 from headway.kernels.triton.tuning import Config, Space
 
 
-def _walk_configs(target: str, features: int, width: int) -> list[Config]:
+def _walk_configs(target: str, features: int, width: int, itemsize: int) -> list[Config]:
+    if itemsize == 4:
+        return [wide_config(target, X=features, Z=width)]
     return [Config({"X": block(features, 64), "Z": block(width, z)}, 4, 2) for z in (64, 32)]
 
 
-def _chunk_configs(target: str, summed: int, columns: int) -> list[Config]:
+def _chunk_configs(target: str, summed: int, columns: int, itemsize: int) -> list[Config]:
+    if itemsize == 4:
+        return [wide_config(target, X=summed, Z=columns)]
     wide = 32 if target == "sm_80" else 64  # more spills there
     return [Config({"X": block(summed, x), "Z": block(columns, z)}, 4, 2) for x, z in ((64, wide), (32, 32))]
 
@@ -104,6 +109,11 @@ class _Call(NamedTuple):
     floor: float
 
     @property
+    def chunk(self) -> int:
+        """C."""
+        return chunk_size(self.q.dtype)
+
+    @property
     def sizes(self) -> tuple[int, int, int, int]:
         """Key heads, tokens, features, values."""
         return self.k.shape[1], self.k.shape[2], self.k.shape[3], self.v.shape[3]
@@ -116,14 +126,14 @@ class _Call(NamedTuple):
         """States [B, K, N, M, D] that reach each chunk, and fp32 [B, K, N, M] those of the sums z; `back`: from the
         right, of queries, with 1 / z and -e."""
         batch, (heads, length, features, width) = self.q.shape[0], self.sizes
-        config = STATES.choose(x.device, features=features, width=width)
-        chunks = triton.cdiv(length, CHUNK)
+        config = STATES.choose(x.device, features=features, width=width, itemsize=x.element_size())
+        chunks = triton.cdiv(length, self.chunk)
         states = x.new_empty(batch, heads, chunks, features, width)
         sums = x.new_empty(batch, heads, chunks, features, dtype=torch.float32)
         blocks = triton.cdiv(features, config.tiles["X"]) * triton.cdiv(width, config.tiles["Z"])
         given = heads_of(x), heads_of(y), self.level, self.documents, *(back or (None, None)), states, sums
         linear_attention_states_kernel[batch * heads * blocks,](
-            *given, heads, x.shape[1] // heads, length, features, width, C=CHUNK, **config.options
+            *given, heads, x.shape[1] // heads, length, features, width, C=self.chunk, **config.options
         )
         return states, sums
 
@@ -132,14 +142,15 @@ class _Call(NamedTuple):
         heads, length, *_ = self.sizes
         result = torch.empty_like(like, memory_format=torch.contiguous_format)
         summed, columns = operands[0].shape[3], result.shape[3]
-        config = OUTPUTS.choose(like.device, summed=summed, columns=columns)
-        programs = result.shape[0] * result.shape[1] * triton.cdiv(length, CHUNK)
+        key = {"summed": summed, "columns": columns, "itemsize": like.element_size()}
+        config = OUTPUTS.choose(like.device, **key)
+        programs = result.shape[0] * result.shape[1] * triton.cdiv(length, self.chunk)
         programs *= triton.cdiv(columns, config.tiles["Z"])
         places = *map(heads_of, operands), self.level, self.documents, *given, heads_of(result)
         group = self.q.shape[1] // heads
         linear_attention_outputs_kernel[programs,](
             *places, heads, group, length, summed, columns,
-            WHAT=what, FLOOR=self.floor, C=CHUNK, **config.options,
+            WHAT=what, FLOOR=self.floor, C=self.chunk, **config.options,
         )  # fmt: skip
         return result
 
@@ -165,10 +176,10 @@ class _LinearAttention(torch.autograd.Function):
         with torch.cuda.device_of(q):
             rows = inverse, lean = call.rows(), call.rows()
             width = v.shape[3]
-            programs = q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], CHUNK)
+            programs = q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], call.chunk)
             linear_attention_rows_kernel[programs,](
                 heads_of(out), heads_of(d_out), totals, inverse, lean, q.shape[1], q.shape[2], width,
-                FLOOR=ctx.floor, C=CHUNK, Z=block(width, 64), num_warps=4, num_stages=2,
+                FLOOR=ctx.floor, C=call.chunk, Z=block(width, 64), num_warps=4, num_stages=2,
             )  # fmt: skip
             dq = call.chunks("dq", (d_out, v, k), q, inverse, lean, states, sums)
             del states, sums

@@ -20,12 +20,19 @@ from headway.kernels.attention.choose import KernelUnavailable
 from headway.kernels.attention.masks import Mask
 from headway.kernels.triton.map_tiles import Heads, start_of, wide
 from headway.kernels.triton.numbers import narrowed, operand
+from headway.kernels.triton.tuning import Config
 
-CHUNK = 64
-"""C: rows that a tensor core of sm_90 takes at once; states then are as many numbers as their tokens' keys or more."""
 DTYPES = (torch.float32, torch.bfloat16)
 
 # -- on the host ---------------------------------------------------------------------------------------------------
+
+
+def chunk_size(dtype: torch.dtype) -> int:
+    """C: 64 tokens of 16 bits, rows that a tensor core of sm_90 takes at once; 32 of fp32, as vector units, which
+    multiply that on NVIDIA's GPUs, keep all that is summed in registers.
+
+    States then are as many numbers as their tokens' keys or more, twice as many in fp32."""
+    return 64 if dtype.itemsize == 2 else 32
 
 
 def check(name: str, mask: Mask, **operands: Tensor) -> None:
@@ -65,6 +72,12 @@ def documents_of(mask: Mask, batch: int) -> Tensor | None:
 def block(width: int, most: int) -> int:
     """Numbers of a row that a tile has: a power of two, at least 16 as products demand."""
     return max(16, min(most, triton.next_power_of_2(width)))
+
+
+def wide_config(target: str, **widths: int) -> Config:
+    """Of fp32: 32 numbers of each width, by name; vector units keep all that is summed at once in registers."""
+    tiles = {name: block(width, 32) for name, width in widths.items()}
+    return Config(tiles, 4 if target == "gfx942" else 8, 1)  # of 64 lanes there
 
 
 # -- tiles ---------------------------------------------------------------------------------------------------------

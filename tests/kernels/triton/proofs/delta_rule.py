@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from headway.kernels.attention.masks import Mask
 from headway.kernels.triton.delta_rule import delta_rule
-from headway.kernels.triton.state_tiles import CHUNK
+from headway.kernels.triton.state_tiles import chunk_size
 from headway.kernels.triton.workloads import delta_rule as workload
 from headway.tests.kernels.triton.launches import Launch
 from headway.tests.kernels.triton.proof import Case, Cost, Result, once, seed
@@ -47,7 +48,11 @@ def _case(
         found = [out, *torch.autograd.grad(out, ours, d.to(device))]
         wanted = _recurrence(None, mask, *given, d)
         far = bounds(
-            lambda moved, x: _recurrence(moved, mask, *x), (*given, d), dtype, max(CHUNK, keys, values), draw
+            lambda moved, x: _recurrence(moved, mask, *x),
+            (*given, d),
+            dtype,
+            max(chunk_size(dtype), keys, values),
+            draw,
         )
         names = "out", "dq", "dk", "dv", "d_beta", "d_log_decay"
         return {name: Result(*row) for name, *row in zip(names, found, wanted, far, strict=True)}
@@ -91,7 +96,7 @@ CASES: dict[str, Case] = (
         for heads, keys, values in ((2, 40, 40), (2, 64, 80), (2, 80, 64), (1, 128, 128), (1, 256, 40))
     }
     | {f"{name}, one row": _case((1, 1, 1, 64, 64), dtype) for dtype, name in _NAMES.items()}
-    | {f"{name}, a chunk": _case((1, 1, CHUNK, 16, 16), dtype) for dtype, name in _NAMES.items()}
+    | {f"{name}, a chunk": _case((1, 1, chunk_size(dtype), 16, 16), dtype) for dtype, name in _NAMES.items()}
     | {f"{name}, three chunks": _case((2, 1, 150, 16, 16), dtype) for dtype, name in _NAMES.items()}
     | {f"{name}, alike": _case((1, 1, 100, 32, 32), dtype, False, "alike") for dtype, name in _NAMES.items()}
     | {"forgetting": _case((1, 2, 100, 32, 32), torch.float32, True, "forgetting")}
@@ -103,6 +108,10 @@ COMPILED = {
     "fp32": lambda: workload.call(META, 4, 1024, 64, True, torch.float32),
     "fp32, 256 wide": lambda: workload.call(META, 4, 1024, 256, True, torch.float32),
     "bf16, 256 wide, documents": lambda: workload.call(META, 4, 1024, 256, True),
+} | {
+    f"{name}, {width} wide, documents": partial(workload.call, META, 4, 1024, width, True, dtype)
+    for dtype, name in _NAMES.items()
+    for width in (32, 80, 128)
 }
 
 

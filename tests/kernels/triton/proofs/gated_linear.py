@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from headway.kernels.attention.linear.gated import TEMPERATURE, log_decay, reference
 from headway.kernels.attention.masks import Mask, lower
 from headway.kernels.triton.gated_linear import gated_linear
-from headway.kernels.triton.state_tiles import CHUNK
+from headway.kernels.triton.state_tiles import chunk_size
 from headway.kernels.triton.workloads import gated_linear as workload
 from headway.tests.kernels.triton.launches import Launch
 from headway.tests.kernels.triton.proof import Case, Cost, Result, once, seed
@@ -49,8 +50,13 @@ def _case(
         out = gated_linear(*ours[:3], here, decay=ours[3])
         found = [out, *torch.autograd.grad(out, ours, d.to(device))]
         wanted = _reference(mask, *given, d)
+        chunk = chunk_size(dtype)
         far = bounds(
-            lambda moved, x: _stages(moved, mask, *x), (*given, d), dtype, max(length, width, CHUNK), draw
+            lambda moved, x: _stages(moved, mask, chunk, *x),
+            (*given, d),
+            dtype,
+            max(length, width, chunk),
+            draw,
         )
         names = "out", "dq", "dk", "dv", "d_decay"
         return {name: Result(*row) for name, *row in zip(names, found, wanted, far, strict=True)}
@@ -66,7 +72,7 @@ def _reference(mask: Mask, *given: Tensor) -> list[Tensor]:
 
 
 def _stages(
-    moved: Roundings, mask: Mask, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, d: Tensor
+    moved: Roundings, mask: Mask, chunk: int, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, d: Tensor
 ) -> list[Tensor]:
     """Output and gradients of q, k, v and gates by the kernels' formulas, with what they round: decayed queries and
     keys, weights, slopes, results, and sums of logarithms from each chunk's start. A state's numbers are rounded in the
@@ -75,7 +81,7 @@ def _stages(
     keys, values = (x.repeat_interleave(group, 1) for x in (k, v))
     logs = log_decay(decay)
     total = logs.cumsum(2)
-    off = torch.cat([moved.sums(x.cumsum(2)) for x in logs.split(CHUNK, 2)], 2)
+    off = torch.cat([moved.sums(x.cumsum(2)) for x in logs.split(chunk, 2)], 2)
     apart = total[:, :, :, None] - total[:, :, None]
     seen = lower(mask, length, length, torch.device("cpu"))
     factor = apart.masked_fill(~seen[..., None], -torch.inf).exp() * q.shape[3] ** -0.5
@@ -100,7 +106,7 @@ CASES: dict[str, Case] = (
         for heads, width in ((2, 40), (2, 64), (2, 80), (1, 128), (1, 256))
     }
     | {f"{name}, one row": _case((1, 1, 1, 1, 64), dtype) for dtype, name in _NAMES.items()}
-    | {f"{name}, a chunk": _case((1, 1, 1, CHUNK, 16), dtype) for dtype, name in _NAMES.items()}
+    | {f"{name}, a chunk": _case((1, 1, 1, chunk_size(dtype), 16), dtype) for dtype, name in _NAMES.items()}
     | {f"{name}, three chunks": _case((2, 1, 1, 150, 16), dtype) for dtype, name in _NAMES.items()}
     | {f"{name}, large numbers": _case((1, 2, 1, 70, 32), dtype, True, 1e4) for dtype, name in _NAMES.items()}
     | {
@@ -115,6 +121,10 @@ COMPILED = {
     "fp32": lambda: workload.call(META, 4, 2, 1024, 64, True, torch.float32),
     "fp32, 256 wide": lambda: workload.call(META, 4, 4, 1024, 256, True, torch.float32),
     "bf16, 256 wide, documents": lambda: workload.call(META, 4, 4, 1024, 256, True),
+} | {
+    f"{name}, {width} wide, documents": partial(workload.call, META, 4, 2, 1024, width, True, dtype)
+    for dtype, name in _NAMES.items()
+    for width in (32, 80, 128)
 }
 
 

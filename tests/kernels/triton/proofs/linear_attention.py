@@ -11,7 +11,7 @@ from torch import Tensor
 from headway.kernels.attention.linear.linear import elu_features, quadratic
 from headway.kernels.attention.masks import Mask, lower
 from headway.kernels.triton.linear_attention import linear_attention
-from headway.kernels.triton.state_tiles import CHUNK
+from headway.kernels.triton.state_tiles import chunk_size
 from headway.kernels.triton.workloads import linear_attention as workload
 from headway.tests.kernels.triton.launches import Launch
 from headway.tests.kernels.triton.proof import Case, Cost, Result, once, seed
@@ -125,7 +125,10 @@ CASES: dict[str, Case] = (
         for m, d in _WIDTHS
     }
     | {f"{name}, one row": _case((1, 1, 1, 1, 64, 64), dtype) for dtype, name in _NAMES.items()}
-    | {f"{name}, a chunk": _case((1, 1, 1, CHUNK, 16, 16), dtype) for dtype, name in _NAMES.items()}
+    | {
+        f"{name}, a chunk": _case((1, 1, 1, chunk_size(dtype), 16, 16), dtype)
+        for dtype, name in _NAMES.items()
+    }
     | {f"{name}, three chunks": _case((2, 1, 1, 150, 16, 16), dtype) for dtype, name in _NAMES.items()}
     | {
         f"{name}, {kind}": _case((1, 2, 1, 70, 40, 64), dtype, True, kind)
