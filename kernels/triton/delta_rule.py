@@ -48,11 +48,11 @@ from headway.kernels.triton.tuning import Config, Space
 def _walk_configs(target: str, keys: int, values: int, itemsize: int) -> list[Config]:
     warps = 8 if keys > 64 and target != "gfx942" else 4  # of 64 lanes there
     columns = (32, 16) if keys <= 64 and itemsize == 2 else (16,)  # wider ones spill
-    at_once = WIDEST
+    at_once, most = WIDEST, None
     if itemsize == 4 and target != "gfx942":
-        warps, at_once = 8, 64 if keys <= 64 else 32
+        warps, at_once, most = 8, 64 if keys <= 64 else 32, 255
     tiles = {"X": block(keys, WIDEST), "W": block(keys, at_once)}
-    return [Config(tiles | {"Z": block(values, z)}, warps, 1) for z in columns]
+    return [Config(tiles | {"Z": block(values, z)}, warps, 1, most) for z in columns]
 
 
 def _output_configs(target: str, keys: int, values: int, itemsize: int) -> list[Config]:
@@ -118,8 +118,9 @@ class _Call(NamedTuple):
 
     @property
     def chunk(self) -> int:
-        """C."""
-        return chunk_size(self.q.dtype)
+        """C: half as many where keys are wide and of fp32, as a walk has all of their dimensions in registers."""
+        size = chunk_size(self.q.dtype)
+        return size // 2 if self.q.dtype == torch.float32 and self.k.shape[3] > 128 else size
 
     @property
     def key(self) -> dict[str, int]:

@@ -21,7 +21,7 @@ _TILES: dict[str, dict[str, _Choices]] = {
         "bias": {64: [(64, 32, 4, 1)], 128: [(64, 32, 8, 1)]},
     },
     "sm_90a": {
-        "forward": {64: [(128, 32, 8, 2), (64, 64, 4, 2)], 128: [(128, 32, 8, 2), (64, 32, 4, 2)]},
+        "forward": {64: [(128, 32, 8, 2), (64, 32, 4, 2)], 128: [(128, 32, 8, 2), (64, 32, 4, 2)]},
         "queries": {64: [(128, 32, 8, 2), (64, 32, 4, 2)], 128: [(64, 64, 8, 2), (128, 32, 8, 2)]},
         "keys": {64: [(64, 32, 4, 1), (64, 32, 8, 2)], 128: [(64, 32, 8, 1)]},
         "bias": {64: [(64, 64, 8, 2), (64, 32, 4, 2)], 128: [(64, 32, 8, 1), (64, 64, 8, 1)]},
@@ -46,10 +46,13 @@ _WIDE: dict[str, _Choices] = {
     "keys": {64: [(16, 32, 8, 1)]},
     "bias": {64: [(16, 16, 8, 1)]},
 }
-"""Of fp32, whose products are of vector units, everywhere."""
+"""Of fp32 on NVIDIA's, whose products are of vector units."""
+_WIDE_AMD = [(32, 32, 4, 1)]
 
 
 def _choices(kernel: str, target: str, width: int, itemsize: int) -> list[tuple[int, int, int, int]]:
+    if itemsize == 4 and target == "gfx942":
+        return _WIDE_AMD
     table = (_WIDE if itemsize == 4 else _TILES[target])[kernel]
     return table[min(most for most in table if most >= width)]
 

@@ -77,7 +77,7 @@ def block(width: int, most: int) -> int:
 def wide_config(target: str, **widths: int) -> Config:
     """Of fp32: 32 numbers of each width, by name; vector units keep all that is summed at once in registers."""
     tiles = {name: block(width, 32) for name, width in widths.items()}
-    return Config(tiles, 4 if target == "gfx942" else 8, 1)  # of 64 lanes there
+    return Config(tiles, 4, 1) if target == "gfx942" else Config(tiles, 8, 1, 255)  # of 64 lanes there
 
 
 # -- tiles ---------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -145,9 +146,11 @@ CASES: dict[str, Case] = (
 
 META = torch.device("meta")
 COMPILED = {
-    "fp32": lambda: workload.call(META, 4, 2, 1024, 64, 64, True, torch.float32),
-    "fp32, 256 features": lambda: workload.call(META, 4, 4, 1024, 256, 128, True, torch.float32),
-    "bf16, documents": lambda: workload.call(META, 4, 2, 1024, 128, 128, True),
+    f"{name}, {features} features, {width} wide, documents": partial(
+        workload.call, META, 4, 2, 1024, features, width, True, dtype
+    )
+    for dtype, name in _NAMES.items()
+    for features, width in ((32, 32), (64, 64), (80, 80), (128, 256), (256, 128))
 }
 
 

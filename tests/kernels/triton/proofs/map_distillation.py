@@ -328,15 +328,15 @@ CASES: dict[str, Case] = {
 # -- sizes ---------------------------------------------------------------------------------------------------------
 
 
-def _compiled(loss: str, dim: int, teacher: torch.dtype, student: torch.dtype) -> Callable[[], None]:
+def _compiled(loss: str, dim: int, dtype: torch.dtype) -> Callable[[], None]:
     """All that two models' scores may have at once; a student's head has two of the teacher's, but of `kl`."""
     length, group = 256, 1 if loss == "kl" else 2
     places = torch.arange(length)
 
     def compute() -> None:
         q_t, q, k_t, k = (
-            torch.zeros(2, heads, length, dim, dtype=dtype, requires_grad=dtype is student)
-            for heads, dtype in ((4 * group, teacher), (4, student), (2, teacher), (2, student))
+            torch.zeros(2, heads, length, dim, dtype=dtype, requires_grad=learns)
+            for heads, learns in ((4 * group, False), (4, True), (2, False), (2, True))
         )
         bias = torch.zeros(4, length, length, requires_grad=True)
         prefix = torch.zeros(2, dtype=torch.int64)
@@ -351,8 +351,8 @@ def _compiled(loss: str, dim: int, teacher: torch.dtype, student: torch.dtype) -
 
 
 COMPILED = {
-    f"{loss}, head dimension {dim}, {teacher}, {student}": _compiled(loss, dim, teacher, student)
-    for teacher, student in ((_B, _B), (_F, _F), (_F, _B))
+    f"{loss}, head dimension {dim}, {dtype}": _compiled(loss, dim, dtype)
+    for dtype in (_B, _F)
     for loss in ("kl", "js")
     for dim in (64, 128, 256)
 }
