@@ -46,13 +46,14 @@ from headway.kernels.triton.tuning import Config, Space
 
 
 def _walk_configs(target: str, keys: int, values: int, itemsize: int) -> list[Config]:
-    warps = 8 if keys > 64 and target != "gfx942" else 4  # of 64 lanes there
-    columns = (32, 16) if keys <= 64 and itemsize == 2 else (16,)  # wider ones spill
-    at_once, most = WIDEST, None
+    whole = block(keys, WIDEST)
     if itemsize == 4 and target != "gfx942":
-        warps, at_once, most = 8, 64 if keys <= 64 else 32, 255
-    tiles = {"X": block(keys, WIDEST), "W": block(keys, at_once)}
-    return [Config(tiles | {"Z": block(values, z)}, warps, 1, most) for z in columns]
+        at_once = block(keys, 64 if keys <= 64 else 32)
+        return [Config({"X": whole, "W": at_once, "Z": block(values, 16)}, 8, 1, 255)]
+    warps = 8 if keys > 64 and target != "gfx942" else 4  # of 64 lanes there
+    stages = 2 if keys > 128 and target in ("sm_90a", "sm_100a") else 1  # one spills there, two elsewhere
+    columns = (32, 16) if keys <= 64 and itemsize == 2 else (16,)  # wider ones spill
+    return [Config({"X": whole, "W": whole, "Z": block(values, z)}, warps, stages) for z in columns]
 
 
 def _output_configs(target: str, keys: int, values: int, itemsize: int) -> list[Config]:
@@ -63,7 +64,7 @@ def _output_configs(target: str, keys: int, values: int, itemsize: int) -> list[
 
 def _system_configs(target: str, keys: int, itemsize: int) -> list[Config]:
     if itemsize == 4:
-        return [wide_config(target, X=keys)]
+        return [Config({"X": 64}, 4, 1) if keys > 64 else wide_config(target, X=keys)]  # of 16 tokens, and 32
     return [Config({"X": block(keys, x)}, 4, 1) for x in (64, 32)]
 
 
@@ -120,7 +121,7 @@ class _Call(NamedTuple):
     def chunk(self) -> int:
         """C: half as many where keys are wide and of fp32, as a walk has all of their dimensions in registers."""
         size = chunk_size(self.q.dtype)
-        return size // 2 if self.q.dtype == torch.float32 and self.k.shape[3] > 128 else size
+        return size // 2 if self.q.dtype == torch.float32 and self.k.shape[3] > 64 else size
 
     @property
     def key(self) -> dict[str, int]:

@@ -41,12 +41,19 @@ from headway.kernels.triton.state_tiles import (
     chunk_size,
     documents_of,
     heads_of,
+    state_rows,
     wide_config,
 )
 from headway.kernels.triton.tuning import Config, Space
 
 
-def _tile_configs(target: str, keys: int, values: int, itemsize: int) -> list[Config]:
+def _state_configs(target: str, keys: int, values: int, itemsize: int) -> list[Config]:
+    if itemsize == 4:
+        return [wide_config(target, X=keys, Z=values)]
+    return [Config({"X": state_rows(target, keys), "Z": block(values, z)}, 4, 2) for z in (64, 32)]
+
+
+def _output_configs(target: str, keys: int, values: int, itemsize: int) -> list[Config]:
     if itemsize == 4:
         return [wide_config(target, X=keys, Z=values)]
     return [Config({"X": block(keys, 64), "Z": block(values, z)}, 4, 2) for z in (64, 32)]
@@ -66,8 +73,8 @@ def _weight_configs(target: str, keys: int, itemsize: int) -> list[Config]:
     return [Config({"X": block(keys, x)}, 4, 1) for x in columns]
 
 
-STATES = Space("gated_linear_states", _tile_configs)
-OUTPUTS = Space("gated_linear_outputs", _tile_configs)
+STATES = Space("gated_linear_states", _state_configs)
+OUTPUTS = Space("gated_linear_outputs", _output_configs)
 GRADIENTS = Space("gated_linear_gradients", _gradient_configs)
 WEIGHTS = Space("gated_linear_weights", _weight_configs)
 TOTALS = Space("gated_linear_totals", _weight_configs)

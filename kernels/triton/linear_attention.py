@@ -46,6 +46,7 @@ from headway.kernels.triton.state_tiles import (
     put_state,
     put_tokens,
     state_of,
+    state_rows,
     through,
     wide_config,
     within,
@@ -56,7 +57,7 @@ from headway.kernels.triton.tuning import Config, Space
 def _walk_configs(target: str, features: int, width: int, itemsize: int) -> list[Config]:
     if itemsize == 4:
         return [wide_config(target, X=features, Z=width)]
-    return [Config({"X": block(features, 64), "Z": block(width, z)}, 4, 2) for z in (64, 32)]
+    return [Config({"X": state_rows(target, features), "Z": block(width, z)}, 4, 2) for z in (64, 32)]
 
 
 def _chunk_configs(target: str, summed: int, columns: int, itemsize: int) -> list[Config]:

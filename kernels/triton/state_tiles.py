@@ -74,6 +74,12 @@ def block(width: int, most: int) -> int:
     return max(16, min(most, triton.next_power_of_2(width)))
 
 
+def state_rows(target: str, width: int) -> int:
+    """Rows of a state of 16 bits that a program has: 64 at most, and no fewer where tensor cores want as many (wgmma,
+    tcgen05)."""
+    return 64 if target in ("sm_90a", "sm_100a") else block(width, 64)
+
+
 def wide_config(target: str, **widths: int) -> Config:
     """Of fp32: 32 numbers of each width, by name; vector units keep all that is summed at once in registers."""
     tiles = {name: block(width, 32) for name, width in widths.items()}
