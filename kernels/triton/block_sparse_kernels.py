@@ -21,9 +21,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from headway.kernels.triton.attention_tiles import kept
 from headway.kernels.triton.map_tiles import put, put_row, row, tile
 from headway.kernels.triton.numbers import as_operand, narrowed, operand
-from headway.kernels.triton.weight_dropout import kept
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -100,8 +100,8 @@ def block_sparse_forward_kernel(
             p = tl.exp2(s - base[:, None])
             shrink = tl.exp2(top - base)
             total = total * shrink + tl.sum(p, 1)
-            if drop.key is not None:
-                p = tl.where(kept(drop, b, h, first, key, sizes.queries, M, N), p, 0.0)
+            if drop is not None:
+                p = tl.where(kept(drop, b, h, first, key, sizes, M, N), p, 0.0)
             value = operand(tile(v, b, h // group, key, sizes.queries, N, D, W))
             p = as_operand(p, v.data.dtype.element_ty)
             sums = sums * shrink[:, None] + tl.dot(p, value, input_precision="ieee")
@@ -109,7 +109,10 @@ def block_sparse_forward_kernel(
     some = total > 0
     total = tl.where(some, total, 1.0)
     put_row(lse, b, sizes.heads, h, first + rows, sizes, tl.where(some, top + tl.log2(total), float("inf")))
-    sums *= (drop.scale / total)[:, None]
+    share = 1 / total
+    if drop is not None:
+        share = drop.factor / total
+    sums *= share[:, None]
     put(out, b, h, first, sizes.queries, narrowed(sums, out.data.dtype.element_ty), M, D, W)
 
 
@@ -141,9 +144,9 @@ def block_sparse_query_kernel(
             p = tl.exp2(s - log_sum[:, None])
             value = operand(tile(v, b, h // group, key, sizes.queries, N, D, W))
             d_p = tl.dot(slope, tl.trans(value), input_precision="ieee")
-            if drop.key is not None:
-                stays = kept(drop, b, h, first, key, sizes.queries, M, N)
-                d_p = tl.where(stays, d_p * drop.scale, 0.0)
+            if drop is not None:
+                stays = kept(drop, b, h, first, key, sizes, M, N)
+                d_p = tl.where(stays, d_p * drop.factor, 0.0)
             d_s = as_operand(p * (d_p - mean[:, None]), k.data.dtype.element_ty)
             sums += tl.dot(d_s, right, input_precision="ieee")
     put(d_q, b, h, first, sizes.queries, narrowed(sums * scale, d_q.data.dtype.element_ty), M, D, W)
@@ -177,21 +180,22 @@ def block_sparse_key_kernel(
                 )
                 p = tl.exp2(s - row(lse, b, sizes.heads, h, query + rows, sizes)[None, :])
                 slope = operand(tile(d_out, b, h, query, sizes.queries, M, D, W))
-                if drop.key is not None:
-                    stays = tl.trans(kept(drop, b, h, query, first, sizes.queries, M, N))
+                if drop is not None:
+                    stays = tl.trans(kept(drop, b, h, query, first, sizes, M, N))
                 if OF_VALUES:
                     used = p
-                    if drop.key is not None:
+                    if drop is not None:
                         used = tl.where(stays, p, 0.0)
                     d_values += tl.dot(as_operand(used, like), slope, input_precision="ieee")
                 if OF_KEYS:
                     d_p = tl.dot(value, tl.trans(slope), input_precision="ieee")
-                    if drop.key is not None:
-                        d_p = tl.where(stays, d_p * drop.scale, 0.0)
+                    if drop is not None:
+                        d_p = tl.where(stays, d_p * drop.factor, 0.0)
                     d_s = p * (d_p - row(delta, b, sizes.heads, h, query + rows, sizes)[None, :])
                     d_keys += tl.dot(as_operand(d_s, like), right, input_precision="ieee")
     if OF_KEYS:
         put(d_k, b, head, first, sizes.queries, narrowed(d_keys * scale, d_k.data.dtype.element_ty), N, D, W)
     if OF_VALUES:
-        d_values *= drop.scale
+        if drop is not None:
+            d_values *= drop.factor
         put(d_v, b, head, first, sizes.queries, narrowed(d_values, d_v.data.dtype.element_ty), N, D, W)

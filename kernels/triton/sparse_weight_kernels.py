@@ -25,6 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from headway.kernels.triton.attention_tiles import kept
 from headway.kernels.triton.map_tiles import (
     key_range,
     place_of,
@@ -36,7 +37,6 @@ from headway.kernels.triton.map_tiles import (
     tile,
 )
 from headway.kernels.triton.numbers import as_operand, narrowed, operand
-from headway.kernels.triton.weight_dropout import kept
 
 
 @triton.jit
@@ -106,8 +106,8 @@ def sparse_weights_forward_kernel(
         right = operand(tile(k, b, h // group, key, sizes.keys, N, D, W))
         z = seen_scores(left, right, scale, seen, b, rows[:, None], key + cols[None, :], sizes, CAUSAL)
         w, g = weighed(z, low[:, None], POWER)
-        if drop.key is not None:
-            w = tl.where(kept(drop, b, h, first, key, sizes.queries, M, N), w * drop.scale, 0.0)
+        if drop is not None:
+            w = tl.where(kept(drop, b, h, first, key, sizes, M, N), w * drop.factor, 0.0)
         value_tile = operand(tile(v, b, h // group, key, sizes.keys, N, D, W))
         sums += tl.dot(as_operand(w, v.data.dtype.element_ty), value_tile, input_precision="ieee")
     put_row(taus, b, sizes.heads, h, rows, sizes, low)
@@ -118,8 +118,8 @@ def sparse_weights_forward_kernel(
 def weight_gradient(slope, value, drop, b, h, first, key, sizes, M: tl.constexpr, N: tl.constexpr):
     """dw of a tile, [M, N]."""
     d_w = tl.dot(slope, tl.trans(value), input_precision="ieee")
-    if drop.key is not None:
-        d_w = tl.where(kept(drop, b, h, first, key, sizes.queries, M, N), d_w * drop.scale, 0.0)
+    if drop is not None:
+        d_w = tl.where(kept(drop, b, h, first, key, sizes, M, N), d_w * drop.factor, 0.0)
     return d_w
 
 
@@ -181,21 +181,22 @@ def sparse_weights_key_kernel(
             z = seen_scores(left, right, scale, seen, b, query + rows[None, :], cols[:, None], sizes, CAUSAL)
             w, g = weighed(z, row(taus, b, sizes.heads, h, query + rows, sizes)[None, :], POWER)
             slope = operand(tile(d_out, b, h, query, sizes.queries, M, D, W))
-            if drop.key is not None:
-                stays = tl.trans(kept(drop, b, h, query, first, sizes.queries, M, N))
+            if drop is not None:
+                stays = tl.trans(kept(drop, b, h, query, first, sizes, M, N))
             if OF_VALUES:
-                if drop.key is not None:
+                if drop is not None:
                     w = tl.where(stays, w, 0.0)
                 d_values += tl.dot(as_operand(w, like), slope, input_precision="ieee")
             if OF_KEYS:
                 d_w = tl.dot(value, tl.trans(slope), input_precision="ieee")
-                if drop.key is not None:
-                    d_w = tl.where(stays, d_w * drop.scale, 0.0)
+                if drop is not None:
+                    d_w = tl.where(stays, d_w * drop.factor, 0.0)
                 d_s = g * (d_w - row(delta, b, sizes.heads, h, query + rows, sizes)[None, :])
                 d_keys += tl.dot(as_operand(d_s, like), right, input_precision="ieee")
     if OF_KEYS:
         d_keys *= scale * POWER
         put(d_k, b, head, first, sizes.keys, narrowed(d_keys, d_k.data.dtype.element_ty), N, D, W)
     if OF_VALUES:
-        d_values *= drop.scale
+        if drop is not None:
+            d_values *= drop.factor
         put(d_v, b, head, first, sizes.keys, narrowed(d_values, d_v.data.dtype.element_ty), N, D, W)

@@ -187,7 +187,7 @@ def _walking(launch: Launch, by_keys: bool, tensors: int, rows: int) -> tuple[fl
     read = walk.other * (tensors * given["D"] * item + rows * 4) + walk.tiles * 4 + walk.partial * (4 + 8 * m)
     if given["documents"] is not None:
         read += 4 * (walk.own + walk.other)
-    if given["drop"].key is not None:
+    if given["drop"] is not None:
         read += 16 * walk.tiles + 8 * (walk.other if by_keys else walk.own)
     heads = given["sizes"].batch * given["sizes"].heads
     lists = 4 * launch.programs + 16 * launch.programs * (given["group"] if by_keys else 1)

@@ -222,7 +222,7 @@ def _walking(launch: Launch, by_keys: bool, passes: int, tensors: int, drops: in
         read += passes * 4 * (mine + theirs)
     if seen.prefix is not None:
         read += 4 * (programs / (given["group"] if by_keys else 1) + passes * tiles)
-    if given["drop"].key is not None:
+    if given["drop"] is not None:
         read += drops * (16 * tiles + 8 * (theirs if by_keys else mine))
     return heads * read, heads * tiles * 2 * given["M"] * given["N"] * given["W"]
 
