@@ -34,6 +34,14 @@ def heads(x_BHSD: Tensor) -> Heads:
     return Heads(x_BHSD, *x_BHSD.stride()[:3])
 
 
+def common(*xs_BHSD: Tensor) -> int:
+    """What all strides are multiples of, for `map_tiles.aligned`: numbers of 16 bytes, or 1."""
+    count = 16 // xs_BHSD[0].element_size()
+    strides = [stride for x in xs_BHSD for stride in x.stride()[:3]]
+    known = all(stride % 16 == 0 for stride in strides)
+    return 1 if known or any(stride % count for stride in strides) else count
+
+
 def biases(bias_HQK: Fixed | None) -> Biases:
     """A bias with its strides: those of a table of distances are of a tensor [H, Q, K] that is not written out; or
     slopes, with places in 32 bits, as `of_samples` has numbers of documents."""

@@ -23,7 +23,7 @@ from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.scopes import Scope
 from headway.kernels.attention.triton import WIDEST
 from headway.kernels.triton import block_sparse_kernels as kernels
-from headway.kernels.triton.attention_operands import dropped, heads, of_samples, padded
+from headway.kernels.triton.attention_operands import common, dropped, heads, of_samples, padded
 from headway.kernels.triton.attention_tiles import Dropped
 from headway.kernels.triton.block_layout import Tiles, block_layout
 from headway.kernels.triton.map_tiles import Sizes
@@ -94,6 +94,7 @@ class _Attention(torch.autograd.Function):
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         tiles, _, grid, options = _launch(BLOCK_FORWARD, q, q.shape[1], how)
+        options["BY"] = common(q, k, v, out)
         given = *map(heads, (q, k, v, out)), lse, tiles, documents, *_shared(q, k, how)
         with torch.cuda.device_of(q):
             kernels.block_sparse_forward_kernel[grid](*given, **options)
@@ -108,16 +109,17 @@ class _Attention(torch.autograd.Function):
         how = ctx.how
         d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
         delta, d_q, d_k, d_v = (torch.empty_like(x) for x in (lse, q, k, v))
+        by = {"BY": common(q, k, v, out, d_out, d_q, d_k, d_v)}
         with torch.cuda.device_of(q):
             tiles, _, grid, options = _launch(BLOCK_QUERIES, q, q.shape[1], how)
             operands = *map(heads, (q, k, v, out)), lse, heads(d_out), delta, heads(d_q)
             given = *operands, tiles, documents, *_shared(q, k, how)
-            kernels.block_sparse_query_kernel[grid](*given, **options)
+            kernels.block_sparse_query_kernel[grid](*given, **by, **options)
             operands = *map(heads, (q, k, v)), lse, heads(d_out), delta, heads(d_k), heads(d_v)
             for of, which in key_launches(q.shape[-1]):
                 _, tiles, grid, options = _launch(BLOCK_KEYS, q, k.shape[1], how, of=of)
                 given = *operands, tiles, documents, *_shared(q, k, how)
-                kernels.block_sparse_key_kernel[grid](*given, **which, **options)
+                kernels.block_sparse_key_kernel[grid](*given, **which, **by, **options)
         return d_q, d_k, d_v, None, None
 
 

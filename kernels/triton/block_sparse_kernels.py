@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from headway.kernels.triton.attention_tiles import kept
-from headway.kernels.triton.map_tiles import put, put_row, row, tile
+from headway.kernels.triton.map_tiles import aligned, put, put_row, row, tile
 from headway.kernels.triton.numbers import as_operand, narrowed, operand
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -76,9 +76,10 @@ def masked(
 @triton.jit
 def block_sparse_forward_kernel(
     q, k, v, out, lse, tiles, documents, drop, sizes, scale, group,
-    D: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, BY: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """A program: M queries of a head. Rows that see nothing give 0, and log-sum-exps of +inf."""
+    q, k, v, out = aligned(q, BY), aligned(k, BY), aligned(v, BY), aligned(out, BY)
     b, h, block = block_of(tiles, sizes, sizes.heads)
     first = block * M
     rows, cols = tl.arange(0, M), tl.arange(0, N)
@@ -119,9 +120,11 @@ def block_sparse_forward_kernel(
 @triton.jit
 def block_sparse_query_kernel(
     q, k, v, out, lse, d_out, delta, d_q, tiles, documents, drop, sizes, scale, group,
-    D: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, BY: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """A program: M queries of a head, their gradient, and delta [B, H, Q], which the keys' kernel reads."""
+    q, k, v = aligned(q, BY), aligned(k, BY), aligned(v, BY)
+    out, d_out, d_q = aligned(out, BY), aligned(d_out, BY), aligned(d_q, BY)
     b, h, block = block_of(tiles, sizes, sizes.heads)
     first = block * M
     rows, cols = tl.arange(0, M), tl.arange(0, N)
@@ -156,9 +159,11 @@ def block_sparse_query_kernel(
 def block_sparse_key_kernel(
     q, k, v, lse, d_out, delta, d_k, d_v, tiles, documents, drop, sizes, scale, group,
     OF_KEYS: tl.constexpr, OF_VALUES: tl.constexpr,
-    D: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, BY: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """A program: N keys of a key head, and all query heads that read it; gradients of keys, of values, or of both."""
+    q, k, v = aligned(q, BY), aligned(k, BY), aligned(v, BY)
+    d_out, d_k, d_v = aligned(d_out, BY), aligned(d_k, BY), aligned(d_v, BY)
     b, head, block = block_of(tiles, sizes, sizes.heads // group)
     first = block * N
     rows, cols = tl.arange(0, M), tl.arange(0, N)

@@ -27,6 +27,7 @@ import triton.language as tl
 
 from headway.kernels.triton.attention_tiles import kept
 from headway.kernels.triton.map_tiles import (
+    aligned,
     key_range,
     place_of,
     put,
@@ -70,9 +71,10 @@ def stepped(low, value, slope, POWER: tl.constexpr):
 def sparse_weights_forward_kernel(
     q, k, v, out, taus, seen, drop, sizes, scale, group,
     POWER: tl.constexpr, PASSES: tl.constexpr, CAUSAL: tl.constexpr,
-    D: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, BY: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """A program: M queries of a head. Rows that see nothing give 0, and a tau of +inf."""
+    q, k, v, out = aligned(q, BY), aligned(k, BY), aligned(v, BY), aligned(out, BY)
     b, h, first = place_of(sizes.heads, sizes.queries, M)
     rows, cols = first + tl.arange(0, M), tl.arange(0, N)
     left = operand(tile(q, b, h, first, sizes.queries, M, D, W))
@@ -127,9 +129,11 @@ def weight_gradient(slope, value, drop, b, h, first, key, sizes, M: tl.constexpr
 def sparse_weights_query_kernel(
     q, k, v, taus, d_out, delta, d_q, seen, drop, sizes, scale, group,
     POWER: tl.constexpr, CAUSAL: tl.constexpr,
-    D: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, BY: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """A program: M queries of a head, their gradient, and delta [B, H, Q], which the keys' kernel reads."""
+    q, k, v = aligned(q, BY), aligned(k, BY), aligned(v, BY)
+    d_out, d_q = aligned(d_out, BY), aligned(d_q, BY)
     b, h, first = place_of(sizes.heads, sizes.queries, M)
     rows, cols = first + tl.arange(0, M), tl.arange(0, N)
     left = operand(tile(q, b, h, first, sizes.queries, M, D, W))
@@ -163,9 +167,11 @@ def sparse_weights_query_kernel(
 def sparse_weights_key_kernel(
     q, k, v, taus, d_out, delta, d_k, d_v, seen, drop, sizes, scale, group,
     POWER: tl.constexpr, CAUSAL: tl.constexpr, OF_KEYS: tl.constexpr, OF_VALUES: tl.constexpr,
-    D: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, BY: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """A program: N keys of a key head, and all query heads that read it; gradients of keys, of values, or of both."""
+    q, k, v = aligned(q, BY), aligned(k, BY), aligned(v, BY)
+    d_out, d_k, d_v = aligned(d_out, BY), aligned(d_k, BY), aligned(d_v, BY)
     b, head, first = place_of(sizes.heads // group, sizes.keys, N)
     rows, cols = tl.arange(0, M), first + tl.arange(0, N)
     left = operand(tile(k, b, head, first, sizes.keys, N, D, W))

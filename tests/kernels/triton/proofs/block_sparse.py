@@ -5,7 +5,7 @@ Shapes: B batch, H query heads, K key heads, S places, D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from headway.kernels.attention import dense, scopes
 from headway.kernels.attention.dense import WeightDropout
 from headway.kernels.attention.masks import Mask
 from headway.kernels.triton.block_sparse import attention
+from headway.kernels.triton.workloads import block_sparse as workload
 from headway.tests.kernels.triton.attention_roundings import (
     ROUNDING,
     Off,
@@ -151,6 +152,22 @@ CASES: dict[str, Case] = {
     "one row": _case(scopes.Window(4), length=1, heads=(1, 1), width=64),
     "scores of 10,000": _case(scopes.Global(20, 3, False), size=40.0, width=64),
     "fp16": _case(scopes.Global(20, 3, True), False, torch.float16, width=64),
+}
+
+
+# -- sizes ---------------------------------------------------------------------------------------------------------
+
+
+def _compiled(width: int, dtype: torch.dtype) -> Callable[[], None]:
+    """Documents, dropout and grouped keys at once, of tiles that are seen wholly and in part."""
+    cpu = torch.device("cpu")
+    return lambda: workload.call(cpu, scopes.Strided(64), 256, width, drops=True, dtype=dtype)
+
+
+COMPILED = {
+    f"width {width}, {name}": _compiled(width, dtype)
+    for name, dtype in (("bf16", _BF16), ("fp32", torch.float32))
+    for width in (32, 40, 64, 80, 128, 256)
 }
 
 

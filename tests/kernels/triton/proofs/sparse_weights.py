@@ -5,7 +5,7 @@ Shapes: B batch, H query heads, K key heads, Q queries, S keys, D head dimension
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from headway.kernels.attention.masks import Mask, lower
 from headway.kernels.attention.scopes import Window
 from headway.kernels.attention.weights import Entmax15, Sparsemax
 from headway.kernels.triton.sparse_weights import attention
+from headway.kernels.triton.workloads import sparse_weights as workload
 from headway.tests import oracles
 from headway.tests.kernels.triton.attention_roundings import (
     ROUNDING,
@@ -183,6 +184,26 @@ CASES: dict[str, Case] = {
     "entmax, scores near 0": _case(2, Mask(False), size=0.1, lengths=(20, 250)),
     "sparsemax, 300 keys of like scores": _case(1, Mask(False), size=0.4, lengths=(3, 300), width=64),
     "entmax, fp16": _case(2, dtype=torch.float16, width=64),
+}
+
+
+# -- sizes ---------------------------------------------------------------------------------------------------------
+
+
+def _compiled(power: int, width: int, dtype: torch.dtype) -> Callable[[], None]:
+    """All that a mask may have, dropout and grouped keys at once."""
+    cpu = torch.device("cpu")
+    mask = Mask(prefix=torch.tensor([20]), scope=Window(100))
+    return lambda: workload.call(
+        cpu, WEIGHTINGS[power], 256, width, mask, documents=True, drops=True, dtype=dtype
+    )
+
+
+COMPILED = {
+    f"{of}, width {width}, {name}": _compiled(power, width, dtype)
+    for power, of in ((1, "sparsemax"), (2, "entmax"))
+    for name, dtype in (("bf16", _BF16), ("fp32", torch.float32))
+    for width in (32, 40, 64, 80, 128, 256)
 }
 
 
