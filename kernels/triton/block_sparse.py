@@ -27,7 +27,13 @@ from headway.kernels.triton.attention_operands import common, dropped, heads, of
 from headway.kernels.triton.attention_tiles import Dropped
 from headway.kernels.triton.block_layout import Tiles, block_layout
 from headway.kernels.triton.map_tiles import Sizes
-from headway.kernels.triton.sparse_configs import BLOCK_FORWARD, BLOCK_KEYS, BLOCK_QUERIES, key_launches
+from headway.kernels.triton.sparse_configs import (
+    BLOCK_FORWARD,
+    BLOCK_KEYS,
+    BLOCK_QUERIES,
+    columns,
+    key_launches,
+)
 from headway.kernels.triton.tuning import Space
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -109,17 +115,20 @@ class _Attention(torch.autograd.Function):
         how = ctx.how
         d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
         delta, d_q, d_k, d_v = (torch.empty_like(x) for x in (lse, q, k, v))
-        by = {"BY": common(q, k, v, out, d_out, d_q, d_k, d_v)}
+        constants = {
+            "BY": common(q, k, v, out, d_out, d_q, d_k, d_v),
+            "C": columns(q.shape[-1], q.element_size()),
+        }
         with torch.cuda.device_of(q):
             tiles, _, grid, options = _launch(BLOCK_QUERIES, q, q.shape[1], how)
             operands = *map(heads, (q, k, v, out)), lse, heads(d_out), delta, heads(d_q)
             given = *operands, tiles, documents, *_shared(q, k, how)
-            kernels.block_sparse_query_kernel[grid](*given, **by, **options)
+            kernels.block_sparse_query_kernel[grid](*given, **constants, **options)
             operands = *map(heads, (q, k, v)), lse, heads(d_out), delta, heads(d_k), heads(d_v)
             for of, which in key_launches(q.shape[-1]):
                 _, tiles, grid, options = _launch(BLOCK_KEYS, q, k.shape[1], how, of=of)
                 given = *operands, tiles, documents, *_shared(q, k, how)
-                kernels.block_sparse_key_kernel[grid](*given, **which, **by, **options)
+                kernels.block_sparse_key_kernel[grid](*given, **which, **constants, **options)
         return d_q, d_k, d_v, None, None
 
 

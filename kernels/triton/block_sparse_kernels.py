@@ -21,8 +21,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from headway.kernels.triton.attention_tiles import kept
-from headway.kernels.triton.map_tiles import aligned, put, put_row, row, tile
+from headway.kernels.triton.attention_tiles import kept_anew
+from headway.kernels.triton.map_tiles import aligned, held, product, put, put_row, row, tile
 from headway.kernels.triton.numbers import as_operand, narrowed, operand
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -102,7 +102,7 @@ def block_sparse_forward_kernel(
             shrink = tl.exp2(top - base)
             total = total * shrink + tl.sum(p, 1)
             if drop is not None:
-                p = tl.where(kept(drop, b, h, first, key, sizes, M, N), p, 0.0)
+                p = tl.where(kept_anew(drop, b, h, first, key, sizes, M, N), p, 0.0)
             value = operand(tile(v, b, h // group, key, sizes.queries, N, D, W))
             p = as_operand(p, v.data.dtype.element_ty)
             sums = sums * shrink[:, None] + tl.dot(p, value, input_precision="ieee")
@@ -120,7 +120,7 @@ def block_sparse_forward_kernel(
 @triton.jit
 def block_sparse_query_kernel(
     q, k, v, out, lse, d_out, delta, d_q, tiles, documents, drop, sizes, scale, group,
-    D: tl.constexpr, W: tl.constexpr, BY: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, BY: tl.constexpr, M: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """A program: M queries of a head, their gradient, and delta [B, H, Q], which the keys' kernel reads."""
     q, k, v = aligned(q, BY), aligned(k, BY), aligned(v, BY)
@@ -132,7 +132,9 @@ def block_sparse_query_kernel(
     found = operand(tile(out, b, h, first, sizes.queries, M, D, W))
     mean = tl.sum(slope.to(tl.float32) * found.to(tl.float32), 1)
     put_row(delta, b, sizes.heads, h, first + rows, sizes, mean)
-    left = operand(tile(q, b, h, first, sizes.queries, M, D, W))
+    left = held(q, b, h, first, sizes.queries, M, D, W, C)
+    if C < W:
+        slope = None
     log_sum = row(lse, b, sizes.heads, h, first + rows, sizes)
     sums = tl.zeros([M, W], tl.float32)
     for PARTIAL in tl.static_range(2):
@@ -140,15 +142,19 @@ def block_sparse_query_kernel(
         for at in range(start, stop):
             key = other(tiles, at, PARTIAL) * N
             right = operand(tile(k, b, h // group, key, sizes.queries, N, D, W))
-            s = tl.dot(left, tl.trans(right), input_precision="ieee") * (scale * LOG2_E)
+            s = product(
+                left, right, q, h, first, sizes.queries, k, h // group, key, sizes.queries, b, M, N, D, C
+            ) * (scale * LOG2_E)
             s = masked(
                 s, tiles, at, documents, b, first, key, rows[:, None], cols[None, :], sizes, M, PARTIAL
             )
             p = tl.exp2(s - log_sum[:, None])
-            value = operand(tile(v, b, h // group, key, sizes.queries, N, D, W))
-            d_p = tl.dot(slope, tl.trans(value), input_precision="ieee")
+            value = held(v, b, h // group, key, sizes.queries, N, D, W, C)
+            d_p = product(
+                slope, value, d_out, h, first, sizes.queries, v, h // group, key, sizes.queries, b, M, N, D, C
+            )
             if drop is not None:
-                stays = kept(drop, b, h, first, key, sizes, M, N)
+                stays = kept_anew(drop, b, h, first, key, sizes, M, N)
                 d_p = tl.where(stays, d_p * drop.factor, 0.0)
             d_s = as_operand(p * (d_p - mean[:, None]), k.data.dtype.element_ty)
             sums += tl.dot(d_s, right, input_precision="ieee")
@@ -159,7 +165,7 @@ def block_sparse_query_kernel(
 def block_sparse_key_kernel(
     q, k, v, lse, d_out, delta, d_k, d_v, tiles, documents, drop, sizes, scale, group,
     OF_KEYS: tl.constexpr, OF_VALUES: tl.constexpr,
-    D: tl.constexpr, W: tl.constexpr, BY: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, BY: tl.constexpr, M: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """A program: N keys of a key head, and all query heads that read it; gradients of keys, of values, or of both."""
     q, k, v = aligned(q, BY), aligned(k, BY), aligned(v, BY)
@@ -167,9 +173,9 @@ def block_sparse_key_kernel(
     b, head, block = block_of(tiles, sizes, sizes.heads // group)
     first = block * N
     rows, cols = tl.arange(0, M), tl.arange(0, N)
-    left = operand(tile(k, b, head, first, sizes.queries, N, D, W))
+    left = held(k, b, head, first, sizes.queries, N, D, W, C)
     if OF_KEYS:
-        value = operand(tile(v, b, head, first, sizes.queries, N, D, W))
+        value = held(v, b, head, first, sizes.queries, N, D, W, C)
     like = q.data.dtype.element_ty
     d_keys = tl.zeros([N, W], tl.float32)
     d_values = tl.zeros([N, W], tl.float32)
@@ -178,25 +184,47 @@ def block_sparse_key_kernel(
             start, stop = run(tiles, block, PARTIAL)
             for at in range(start, stop):
                 query = other(tiles, at, PARTIAL) * M
-                right = operand(tile(q, b, h, query, sizes.queries, M, D, W))
-                s = tl.dot(left, tl.trans(right), input_precision="ieee") * (scale * LOG2_E)
+                right = held(q, b, h, query, sizes.queries, M, D, W, C)
+                s = product(
+                    left, right, k, head, first, sizes.queries, q, h, query, sizes.queries, b, N, M, D, C
+                ) * (scale * LOG2_E)
                 s = masked(
                     s, tiles, at, documents, b, query, first, rows[None, :], cols[:, None], sizes, M, PARTIAL
                 )
                 p = tl.exp2(s - row(lse, b, sizes.heads, h, query + rows, sizes)[None, :])
-                slope = operand(tile(d_out, b, h, query, sizes.queries, M, D, W))
+                slope = held(d_out, b, h, query, sizes.queries, M, D, W, C)
                 if drop is not None:
-                    stays = tl.trans(kept(drop, b, h, query, first, sizes, M, N))
+                    stays = tl.trans(kept_anew(drop, b, h, query, first, sizes, M, N))
                 if OF_VALUES:
                     used = p
                     if drop is not None:
                         used = tl.where(stays, p, 0.0)
+                    if C < W:
+                        slope = operand(tile(d_out, b, h, query, sizes.queries, M, D, W))
                     d_values += tl.dot(as_operand(used, like), slope, input_precision="ieee")
                 if OF_KEYS:
-                    d_p = tl.dot(value, tl.trans(slope), input_precision="ieee")
+                    d_p = product(
+                        value,
+                        slope,
+                        v,
+                        head,
+                        first,
+                        sizes.queries,
+                        d_out,
+                        h,
+                        query,
+                        sizes.queries,
+                        b,
+                        N,
+                        M,
+                        D,
+                        C,
+                    )
                     if drop is not None:
                         d_p = tl.where(stays, d_p * drop.factor, 0.0)
                     d_s = p * (d_p - row(delta, b, sizes.heads, h, query + rows, sizes)[None, :])
+                    if C < W:
+                        right = operand(tile(q, b, h, query, sizes.queries, M, D, W))
                     d_keys += tl.dot(as_operand(d_s, like), right, input_precision="ieee")
     if OF_KEYS:
         put(d_k, b, head, first, sizes.queries, narrowed(d_keys * scale, d_k.data.dtype.element_ty), N, D, W)

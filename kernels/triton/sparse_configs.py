@@ -8,6 +8,7 @@ everywhere; heads wider than 128 spill in it on NVIDIA's.
 
 from __future__ import annotations
 
+from headway.kernels.triton.attention_operands import padded
 from headway.kernels.triton.tuning import Config, Space
 
 _Choices = dict[int, list[tuple[int, int, int, int]]]
@@ -16,6 +17,8 @@ _Tiles = dict[str, dict[str, _Choices]]
 BOTH = 128
 """Width of heads up to which a program sums gradients of keys and of values at once: two sums [N, D] in fp32. Of wider
 ones they leave no registers for the rest."""
+
+_PART = 64
 
 _WIDE: _Choices = {64: [(32, 32, 8, 1)], 256: [(16, 16, 8, 1)]}
 """Of fp32."""
@@ -124,6 +127,12 @@ WEIGHT_FORWARD, WEIGHT_QUERIES = (
     _space("sparse_weights", kernel, _WEIGHTS) for kernel in ("forward", "query")
 )
 WEIGHT_KEYS = _key_space("sparse_weights", _WEIGHTS)
+
+
+def columns(width: int, itemsize: int) -> int:
+    """By how many columns at once outputs' gradients are multiplied with values: all, padded, or a part of wide heads
+    in fp32. There a thread holds whole rows of what stays for all tiles, and two are too many."""
+    return _PART if itemsize == 4 and width > BOTH else padded(width)
 
 
 def key_launches(width: int) -> list[tuple[str, dict[str, bool]]]:

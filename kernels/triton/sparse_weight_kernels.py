@@ -25,11 +25,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from headway.kernels.triton.attention_tiles import kept
+from headway.kernels.triton.attention_tiles import kept_anew
 from headway.kernels.triton.map_tiles import (
     aligned,
+    held,
     key_range,
     place_of,
+    product,
     put,
     put_row,
     query_range,
@@ -41,9 +43,9 @@ from headway.kernels.triton.numbers import as_operand, narrowed, operand
 
 
 @triton.jit
-def seen_scores(left, right, scale, seen, b, rows, cols, sizes, CAUSAL: tl.constexpr):
+def seen_scores(products, scale, seen, b, rows, cols, sizes, CAUSAL: tl.constexpr):
     """z of a tile, -inf where a key is not seen."""
-    z = tl.dot(left, tl.trans(right), input_precision="ieee") * scale
+    z = products * scale
     return tl.where(sees(seen, b, rows, cols, sizes, CAUSAL), z, float("-inf"))
 
 
@@ -82,7 +84,8 @@ def sparse_weights_forward_kernel(
     high = tl.full([M], float("-inf"), tl.float32)
     for key in range(start, stop, N):
         right = operand(tile(k, b, h // group, key, sizes.keys, N, D, W))
-        z = seen_scores(left, right, scale, seen, b, rows[:, None], key + cols[None, :], sizes, CAUSAL)
+        z = tl.dot(left, tl.trans(right), input_precision="ieee")
+        z = seen_scores(z, scale, seen, b, rows[:, None], key + cols[None, :], sizes, CAUSAL)
         high = tl.maximum(high, tl.max(z, 1))
     high = tl.where(high == float("-inf"), float("inf"), high)
     low = high - 1
@@ -92,7 +95,8 @@ def sparse_weights_forward_kernel(
         value, slope = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
         for key in range(start, stop, N):
             right = operand(tile(k, b, h // group, key, sizes.keys, N, D, W))
-            z = seen_scores(left, right, scale, seen, b, rows[:, None], key + cols[None, :], sizes, CAUSAL)
+            z = tl.dot(left, tl.trans(right), input_precision="ieee")
+            z = seen_scores(z, scale, seen, b, rows[:, None], key + cols[None, :], sizes, CAUSAL)
             w, g = weighed(z, low[:, None], POWER)
             low_value += tl.sum(w, 1)
             low_slope += tl.sum(g, 1)
@@ -106,10 +110,11 @@ def sparse_weights_forward_kernel(
     sums = tl.zeros([M, W], tl.float32)
     for key in range(start, stop, N):
         right = operand(tile(k, b, h // group, key, sizes.keys, N, D, W))
-        z = seen_scores(left, right, scale, seen, b, rows[:, None], key + cols[None, :], sizes, CAUSAL)
+        z = tl.dot(left, tl.trans(right), input_precision="ieee")
+        z = seen_scores(z, scale, seen, b, rows[:, None], key + cols[None, :], sizes, CAUSAL)
         w, g = weighed(z, low[:, None], POWER)
         if drop is not None:
-            w = tl.where(kept(drop, b, h, first, key, sizes, M, N), w * drop.factor, 0.0)
+            w = tl.where(kept_anew(drop, b, h, first, key, sizes, M, N), w * drop.factor, 0.0)
         value_tile = operand(tile(v, b, h // group, key, sizes.keys, N, D, W))
         sums += tl.dot(as_operand(w, v.data.dtype.element_ty), value_tile, input_precision="ieee")
     put_row(taus, b, sizes.heads, h, rows, sizes, low)
@@ -117,11 +122,15 @@ def sparse_weights_forward_kernel(
 
 
 @triton.jit
-def weight_gradient(slope, value, drop, b, h, first, key, sizes, M: tl.constexpr, N: tl.constexpr):
-    """dw of a tile, [M, N]."""
-    d_w = tl.dot(slope, tl.trans(value), input_precision="ieee")
+def weight_gradient(
+    slope, d_out, v, drop, b, h, group, first, key, sizes,
+    D: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """dw of a tile, [M, N]; `slope`: of `d_out`, see `held`."""
+    value = held(v, b, h // group, key, sizes.keys, N, D, W, C)
+    d_w = product(slope, value, d_out, h, first, sizes.queries, v, h // group, key, sizes.keys, b, M, N, D, C)
     if drop is not None:
-        d_w = tl.where(kept(drop, b, h, first, key, sizes, M, N), d_w * drop.factor, 0.0)
+        d_w = tl.where(kept_anew(drop, b, h, first, key, sizes, M, N), d_w * drop.factor, 0.0)
     return d_w
 
 
@@ -129,35 +138,39 @@ def weight_gradient(slope, value, drop, b, h, first, key, sizes, M: tl.constexpr
 def sparse_weights_query_kernel(
     q, k, v, taus, d_out, delta, d_q, seen, drop, sizes, scale, group,
     POWER: tl.constexpr, CAUSAL: tl.constexpr,
-    D: tl.constexpr, W: tl.constexpr, BY: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, BY: tl.constexpr, M: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """A program: M queries of a head, their gradient, and delta [B, H, Q], which the keys' kernel reads."""
     q, k, v = aligned(q, BY), aligned(k, BY), aligned(v, BY)
     d_out, d_q = aligned(d_out, BY), aligned(d_q, BY)
     b, h, first = place_of(sizes.heads, sizes.queries, M)
     rows, cols = first + tl.arange(0, M), tl.arange(0, N)
-    left = operand(tile(q, b, h, first, sizes.queries, M, D, W))
-    slope = operand(tile(d_out, b, h, first, sizes.queries, M, D, W))
+    left = held(q, b, h, first, sizes.queries, M, D, W, C)
+    slope = held(d_out, b, h, first, sizes.queries, M, D, W, C)
     tau = row(taus, b, sizes.heads, h, rows, sizes)[:, None]
     start, stop = key_range(seen, b, first, sizes, CAUSAL, M, N)
     total = tl.zeros([M], tl.float32)
     mean = tl.zeros([M], tl.float32)
     for key in range(start, stop, N):
-        right = operand(tile(k, b, h // group, key, sizes.keys, N, D, W))
-        z = seen_scores(left, right, scale, seen, b, rows[:, None], key + cols[None, :], sizes, CAUSAL)
+        right = held(k, b, h // group, key, sizes.keys, N, D, W, C)
+        z = product(left, right, q, h, first, sizes.queries, k, h // group, key, sizes.keys, b, M, N, D, C)
+        z = seen_scores(z, scale, seen, b, rows[:, None], key + cols[None, :], sizes, CAUSAL)
         _, g = weighed(z, tau, POWER)
-        value = operand(tile(v, b, h // group, key, sizes.keys, N, D, W))
+        d_w = weight_gradient(slope, d_out, v, drop, b, h, group, first, key, sizes, D, W, M, N, C)
         total += tl.sum(g, 1)
-        mean += tl.sum(g * weight_gradient(slope, value, drop, b, h, first, key, sizes, M, N), 1)
+        mean += tl.sum(g * d_w, 1)
     mean = mean / tl.where(total > 0, total, 1.0)
     put_row(delta, b, sizes.heads, h, rows, sizes, mean)
     sums = tl.zeros([M, W], tl.float32)
     for key in range(start, stop, N):
-        right = operand(tile(k, b, h // group, key, sizes.keys, N, D, W))
-        z = seen_scores(left, right, scale, seen, b, rows[:, None], key + cols[None, :], sizes, CAUSAL)
+        right = held(k, b, h // group, key, sizes.keys, N, D, W, C)
+        z = product(left, right, q, h, first, sizes.queries, k, h // group, key, sizes.keys, b, M, N, D, C)
+        z = seen_scores(z, scale, seen, b, rows[:, None], key + cols[None, :], sizes, CAUSAL)
         _, g = weighed(z, tau, POWER)
-        value = operand(tile(v, b, h // group, key, sizes.keys, N, D, W))
-        d_s = g * (weight_gradient(slope, value, drop, b, h, first, key, sizes, M, N) - mean[:, None])
+        d_w = weight_gradient(slope, d_out, v, drop, b, h, group, first, key, sizes, D, W, M, N, C)
+        d_s = g * (d_w - mean[:, None])
+        if C < W:
+            right = operand(tile(k, b, h // group, key, sizes.keys, N, D, W))
         sums += tl.dot(as_operand(d_s, k.data.dtype.element_ty), right, input_precision="ieee")
     sums *= scale * POWER
     put(d_q, b, h, first, sizes.queries, narrowed(sums, d_q.data.dtype.element_ty), M, D, W)
@@ -167,37 +180,44 @@ def sparse_weights_query_kernel(
 def sparse_weights_key_kernel(
     q, k, v, taus, d_out, delta, d_k, d_v, seen, drop, sizes, scale, group,
     POWER: tl.constexpr, CAUSAL: tl.constexpr, OF_KEYS: tl.constexpr, OF_VALUES: tl.constexpr,
-    D: tl.constexpr, W: tl.constexpr, BY: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, BY: tl.constexpr, M: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """A program: N keys of a key head, and all query heads that read it; gradients of keys, of values, or of both."""
     q, k, v = aligned(q, BY), aligned(k, BY), aligned(v, BY)
     d_out, d_k, d_v = aligned(d_out, BY), aligned(d_k, BY), aligned(d_v, BY)
     b, head, first = place_of(sizes.heads // group, sizes.keys, N)
     rows, cols = tl.arange(0, M), first + tl.arange(0, N)
-    left = operand(tile(k, b, head, first, sizes.keys, N, D, W))
+    left = held(k, b, head, first, sizes.keys, N, D, W, C)
     if OF_KEYS:
-        value = operand(tile(v, b, head, first, sizes.keys, N, D, W))
+        value = held(v, b, head, first, sizes.keys, N, D, W, C)
     like = q.data.dtype.element_ty
     start, stop = query_range(seen, b, first, sizes, CAUSAL, M, N)
     d_keys = tl.zeros([N, W], tl.float32)
     d_values = tl.zeros([N, W], tl.float32)
     for h in range(head * group, (head + 1) * group):
         for query in range(start, stop, M):
-            right = operand(tile(q, b, h, query, sizes.queries, M, D, W))
-            z = seen_scores(left, right, scale, seen, b, query + rows[None, :], cols[:, None], sizes, CAUSAL)
+            right = held(q, b, h, query, sizes.queries, M, D, W, C)
+            z = product(left, right, k, head, first, sizes.keys, q, h, query, sizes.queries, b, N, M, D, C)
+            z = seen_scores(z, scale, seen, b, query + rows[None, :], cols[:, None], sizes, CAUSAL)
             w, g = weighed(z, row(taus, b, sizes.heads, h, query + rows, sizes)[None, :], POWER)
-            slope = operand(tile(d_out, b, h, query, sizes.queries, M, D, W))
+            slope = held(d_out, b, h, query, sizes.queries, M, D, W, C)
             if drop is not None:
-                stays = tl.trans(kept(drop, b, h, query, first, sizes, M, N))
+                stays = tl.trans(kept_anew(drop, b, h, query, first, sizes, M, N))
             if OF_VALUES:
                 if drop is not None:
                     w = tl.where(stays, w, 0.0)
+                if C < W:
+                    slope = operand(tile(d_out, b, h, query, sizes.queries, M, D, W))
                 d_values += tl.dot(as_operand(w, like), slope, input_precision="ieee")
             if OF_KEYS:
-                d_w = tl.dot(value, tl.trans(slope), input_precision="ieee")
+                d_w = product(
+                    value, slope, v, head, first, sizes.keys, d_out, h, query, sizes.queries, b, N, M, D, C
+                )
                 if drop is not None:
                     d_w = tl.where(stays, d_w * drop.factor, 0.0)
                 d_s = g * (d_w - row(delta, b, sizes.heads, h, query + rows, sizes)[None, :])
+                if C < W:
+                    right = operand(tile(q, b, h, query, sizes.queries, M, D, W))
                 d_keys += tl.dot(as_operand(d_s, like), right, input_precision="ieee")
     if OF_KEYS:
         d_keys *= scale * POWER

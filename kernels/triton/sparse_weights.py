@@ -24,7 +24,13 @@ from headway.kernels.triton import sparse_weight_kernels as kernels
 from headway.kernels.triton.attention_operands import common, conditions, dropped, heads, padded
 from headway.kernels.triton.attention_tiles import Dropped
 from headway.kernels.triton.map_tiles import Sizes
-from headway.kernels.triton.sparse_configs import WEIGHT_FORWARD, WEIGHT_KEYS, WEIGHT_QUERIES, key_launches
+from headway.kernels.triton.sparse_configs import (
+    WEIGHT_FORWARD,
+    WEIGHT_KEYS,
+    WEIGHT_QUERIES,
+    columns,
+    key_launches,
+)
 from headway.kernels.triton.tuning import Space
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -114,17 +120,17 @@ class _Attention(torch.autograd.Function):
         d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
         delta, d_q, d_k, d_v = (torch.empty_like(x) for x in (taus, q, k, v))
         operands = *map(heads, (q, k, v)), taus, heads(d_out), delta
-        by = {"BY": common(q, k, v, d_out, d_q, d_k, d_v)}
+        constants = {"BY": common(q, k, v, d_out, d_q, d_k, d_v), "C": columns(q.shape[-1], q.element_size())}
         with torch.cuda.device_of(q):
             tiles, options = _options(WEIGHT_QUERIES, q, how)
             grid = (q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], tiles["M"]),)
             given = *operands, heads(d_q), seen, *_shared(q, k, how)
-            kernels.sparse_weights_query_kernel[grid](*given, **by, **options)
+            kernels.sparse_weights_query_kernel[grid](*given, **constants, **options)
             given = *operands, heads(d_k), heads(d_v), seen, *_shared(q, k, how)
             for of, which in key_launches(q.shape[-1]):
                 tiles, options = _options(WEIGHT_KEYS, q, how, of=of)
                 grid = (k.shape[0] * k.shape[1] * triton.cdiv(k.shape[2], tiles["N"]),)
-                kernels.sparse_weights_key_kernel[grid](*given, **which, **by, **options)
+                kernels.sparse_weights_key_kernel[grid](*given, **which, **constants, **options)
         return d_q, d_k, d_v, None, None
 
 

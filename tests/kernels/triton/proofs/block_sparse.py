@@ -27,6 +27,7 @@ from headway.tests.kernels.triton.attention_roundings import (
 )
 from headway.tests.kernels.triton.launches import Launch
 from headway.tests.kernels.triton.proof import Case, Cost, Result, drawn, once, seed
+from headway.tests.kernels.triton.sparse_costs import columns
 
 
 def _case(
@@ -195,13 +196,15 @@ def _walk(launch: Launch, mine: int, theirs: int) -> _Walk:
     return _Walk(count, partial, own, sum(min(theirs, length - j * theirs) for j in others))
 
 
-def _walking(launch: Launch, by_keys: bool, tensors: int, rows: int) -> tuple[float, float]:
-    """Bytes that all programs read as they walk, and products of one kind. A tile costs two tensors of the other side
-    with so many numbers a row, its block, its pattern, documents, and what dropout's mask depends on."""
+def _walking(launch: Launch, by_keys: bool, own: int, tensors: int, rows: int) -> tuple[float, float]:
+    """Bytes that all programs read as they walk, and products of one kind. A tile costs so many tensors of the own and
+    of the other side, of the latter so many numbers a row, its block, its pattern, documents, and what dropout's mask
+    depends on."""
     given = launch.arguments
     m, n, item = given["M"], given["N"], given["q"].data.element_size()
     walk = _walk(launch, n, m) if by_keys else _walk(launch, m, n)
-    read = walk.other * (tensors * given["D"] * item + rows * 4) + walk.tiles * 4 + walk.partial * (4 + 8 * m)
+    read = (walk.own * own + walk.other * tensors) * given["D"] * item + walk.other * rows * 4
+    read += walk.tiles * 4 + walk.partial * (4 + 8 * m)
     if given["documents"] is not None:
         read += 4 * (walk.own + walk.other)
     if given["drop"] is not None:
@@ -217,7 +220,7 @@ def _bytes(x: Tensor) -> int:
 
 def _forward(launch: Launch) -> Cost:
     given = launch.arguments
-    read, product = _walking(launch, False, 2, 0)
+    read, product = _walking(launch, False, 0, 2, 0)
     written = _bytes(given["out"].data) + _bytes(given["lse"])
     return Cost(
         read + _bytes(given["q"].data), written, once(launch), 2 * product, 2.5 * product / given["W"]
@@ -226,21 +229,24 @@ def _forward(launch: Launch) -> Cost:
 
 def _query(launch: Launch) -> Cost:
     given = launch.arguments
-    read, product = _walking(launch, False, 2, 0)
-    read += sum(_bytes(given[name].data) for name in ("q", "out", "d_out")) + _bytes(given["lse"])
+    parts, share = columns(launch)
+    read, product = _walking(launch, False, 2 * parts, 2 + parts, 0)
+    read += sum(_bytes(given[name].data) for name in ("q", "out", "d_out")[parts:]) + _bytes(given["lse"])
     written = _bytes(given["d_q"].data) + _bytes(given["delta"])
-    return Cost(read, written, once(launch), 3 * product, 3 * product / given["W"])
+    return Cost(read, written, once(launch), (1 + 2 * share) * product, 3 * product / given["W"])
 
 
 def _key(launch: Launch) -> Cost:
     given = launch.arguments
     of_keys, of_values = given["OF_KEYS"], given["OF_VALUES"]
-    read, product = _walking(launch, True, 2, 1 + of_keys)
-    read += (1 + of_keys) * _bytes(given["k"].data)
-    written = of_keys * _bytes(given["d_k"].data) + of_values * _bytes(given["d_v"].data)
-    return Cost(
-        read, written, once(launch), (1 + 2 * of_keys + of_values) * product, 3 * product / given["W"]
+    parts, share = columns(launch)
+    read, product = _walking(
+        launch, True, (1 + of_keys) * parts, 1 + 2 * of_keys + of_values if parts else 2, 1 + of_keys
     )
+    read += (1 + of_keys) * _bytes(given["k"].data) * (not parts)
+    written = of_keys * _bytes(given["d_k"].data) + of_values * _bytes(given["d_v"].data)
+    products = (share * (1 + of_keys) + of_keys + of_values) * product
+    return Cost(read, written, once(launch), products, 3 * product / given["W"])
 
 
 COSTS = {

@@ -27,6 +27,7 @@ from headway.tests.kernels.triton.attention_roundings import (
 )
 from headway.tests.kernels.triton.launches import Launch
 from headway.tests.kernels.triton.proof import Case, Cost, Result, drawn, once, seed
+from headway.tests.kernels.triton.sparse_costs import columns
 
 WEIGHTINGS = {1: Sparsemax(), 2: Entmax15()}
 
@@ -232,13 +233,15 @@ def _walk(launch: Launch, by_keys: bool) -> tuple[float, float, float, float]:
     return tiles, mine, theirs, len(prefixes) * -(-owned // own)
 
 
-def _walking(launch: Launch, by_keys: bool, passes: int, tensors: int, drops: int) -> tuple[float, float]:
-    """Bytes that all programs read as they walk: of `tensors` tiles in all passes together, of masks in each, and in
+def _walking(
+    launch: Launch, by_keys: bool, passes: int, own: int, tensors: int, drops: int
+) -> tuple[float, float]:
+    """Bytes that all programs read as they walk: of tiles, `own` and of the other side in all passes together, of masks in each, and in
     `drops` of them of what dropout's mask depends on; and products of one kind in one pass."""
     given = launch.arguments
     tiles, mine, theirs, programs = _walk(launch, by_keys)
     seen, heads = given["seen"], given["sizes"].heads
-    read = theirs * tensors * given["D"] * given["q"].data.element_size()
+    read = (mine * own + theirs * tensors) * given["D"] * given["q"].data.element_size()
     if seen.documents is not None:
         read += passes * 4 * (mine + theirs)
     if seen.prefix is not None:
@@ -255,7 +258,7 @@ def _bytes(x: Tensor) -> int:
 def _forward(launch: Launch) -> Cost:
     given = launch.arguments
     passes = given["PASSES"] + 2
-    read, product = _walking(launch, False, passes, passes + 1, 1)
+    read, product = _walking(launch, False, passes, 0, passes + 1, 1)
     written = _bytes(given["out"].data) + _bytes(given["taus"])
     others = (8 * given["PASSES"] + 6) * product / (2 * given["W"])
     return Cost(read + _bytes(given["q"].data), written, once(launch), (passes + 1) * product, others)
@@ -263,20 +266,23 @@ def _forward(launch: Launch) -> Cost:
 
 def _query(launch: Launch) -> Cost:
     given = launch.arguments
-    read, product = _walking(launch, False, 2, 4, 2)
-    read += sum(_bytes(given[name].data) for name in ("q", "d_out")) + _bytes(given["taus"])
+    parts, share = columns(launch)
+    read, product = _walking(launch, False, 2, 4 * parts, 4 + parts, 2)
+    read += (_bytes(given["q"].data) + _bytes(given["d_out"].data)) * (not parts) + _bytes(given["taus"])
     written = _bytes(given["d_q"].data) + _bytes(given["delta"])
-    return Cost(read, written, once(launch), 5 * product, 12 * product / (2 * given["W"]))
+    return Cost(read, written, once(launch), (4 * share + 1) * product, 12 * product / (2 * given["W"]))
 
 
 def _key(launch: Launch) -> Cost:
     given = launch.arguments
-    read, product = _walking(launch, True, 1, 2, 1)
-    rows = given["sizes"].heads * _walk(launch, True)[2]
     of_keys, of_values = given["OF_KEYS"], given["OF_VALUES"]
-    read += (1 + of_keys) * (4 * rows + _bytes(given["k"].data))
+    parts, share = columns(launch)
+    tensors = 1 + 2 * of_keys + of_values if parts else 2
+    read, product = _walking(launch, True, 1, (1 + of_keys) * parts, tensors, 1)
+    rows = given["sizes"].heads * _walk(launch, True)[2]
+    read += (1 + of_keys) * (4 * rows + _bytes(given["k"].data) * (not parts))
     written = of_keys * _bytes(given["d_k"].data) + of_values * _bytes(given["d_v"].data)
-    products = (1 + 2 * of_keys + of_values) * product
+    products = (share * (1 + of_keys) + of_keys + of_values) * product
     return Cost(read, written, once(launch), products, 8 * product / (2 * given["W"]))
 
 
