@@ -236,8 +236,9 @@ def _walk(launch: Launch, by_keys: bool) -> tuple[float, float, float, float]:
 def _walking(
     launch: Launch, by_keys: bool, passes: int, own: int, tensors: int, drops: int
 ) -> tuple[float, float]:
-    """Bytes that all programs read as they walk: of tiles, `own` and of the other side in all passes together, of masks in each, and in
-    `drops` of them of what dropout's mask depends on; and products of one kind in one pass."""
+    """Bytes that all programs read as they walk: of tiles, `own` and `tensors` of the other side in all passes
+    together, of masks in each, and in `drops` of them of what dropout's mask depends on; and products of one kind in
+    one pass."""
     given = launch.arguments
     tiles, mine, theirs, programs = _walk(launch, by_keys)
     seen, heads = given["seen"], given["sizes"].heads
