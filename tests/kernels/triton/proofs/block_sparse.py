@@ -133,8 +133,8 @@ def _output_off(
 _BIGBIRD = scopes.BigBird(16, 1, 1, random.key(0, "bigbird"))
 _BF16 = torch.bfloat16
 CASES: dict[str, Case] = {
-    "window, grouped keys, documents": _case(
-        scopes.Window(20), heads=(2, 1), documents=[[15, 20]], width=64, length=40
+    "window, grouped keys, documents, dropout": _case(
+        scopes.Window(9), heads=(2, 1), documents=[[15, 20]], width=24, length=37, p=0.25
     ),
     "window, grouped keys, documents of two samples": _case(
         scopes.Window(20), heads=(4, 2), batch=2, documents=[[20, 23, 10], [50]], width=64, length=55
@@ -150,6 +150,7 @@ CASES: dict[str, Case] = {
     "a comb, whose first rows see nothing": _case(scopes.Comb(8), width=40),
     "local, width 256, bf16": _case(scopes.Local(16, 1), False, _BF16, width=256, length=70),
     "width 256, padding": _case(scopes.Window(40), False, width=256, length=50, documents=[[30]]),
+    "width 144, grouped keys, dropout": _case(scopes.Window(20), width=144, length=40, heads=(2, 1), p=0.25),
     "one row": _case(scopes.Window(4), length=1, heads=(1, 1), width=64),
     "scores of 10,000": _case(scopes.Global(20, 3, False), size=40.0, width=64),
     "fp16": _case(scopes.Global(20, 3, True), False, torch.float16, width=64),

@@ -165,9 +165,11 @@ def _documents(lengths: list[list[int]], total: int) -> Tensor:
 _BF16 = torch.bfloat16
 _PACKED = Mask(True, _documents([[20, 10], [3]], 40))
 _CROSS = Mask(False, _documents([[40], [30]], 40), _documents([[45], []], 50))
-_FEW = Mask(False, _documents([[5, 4]], 9), _documents([[20, 17]], 40))
+_FEW = Mask(False, _documents([[5, 4]], 9), _documents([[20, 15]], 36))
 CASES: dict[str, Case] = {
-    "entmax, other keys, documents, grouped keys": _case(2, _FEW, lengths=(9, 40), heads=(2, 1)),
+    "entmax, other keys, documents, grouped keys, dropout": _case(
+        2, _FEW, lengths=(9, 36), heads=(2, 1), width=24, p=0.25
+    ),
     "sparsemax, causal documents, grouped keys": _case(1, _PACKED, lengths=(40, 40), heads=(2, 1), batch=2),
     "sparsemax, bf16": _case(1, dtype=_BF16, width=64),
     "sparsemax, whole, width 80, dropout": _case(1, Mask(False), width=80, lengths=(40, 40), p=0.25),
@@ -177,6 +179,7 @@ CASES: dict[str, Case] = {
     "entmax, other keys, all hidden from one sample": _case(2, _CROSS, lengths=(40, 50), batch=2),
     "sparsemax, width 256": _case(1, width=256, lengths=(40, 40)),
     "entmax, window, width 256, bf16": _case(2, Mask(False, scope=Window(9)), _BF16, 256),
+    "entmax, width 144, grouped keys, dropout": _case(2, width=144, lengths=(40, 40), heads=(2, 1), p=0.25),
     "sparsemax, one row": _case(1, lengths=(1, 1), width=64),
     "entmax, one query, many keys": _case(2, Mask(False), lengths=(1, 300), width=64),
     "sparsemax, scores of 10,000": _case(1, size=40.0, width=64),
