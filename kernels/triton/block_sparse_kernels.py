@@ -8,7 +8,8 @@ ds = p (dp - delta), dq = scale ds k, dk = scale ds^T q, dv = p^T do. Powers are
 A program owns a block of queries, or of keys, and what it writes. The forward reads every key and value as often as
 blocks of queries see its tile, and so do the others with what they walk through: the least that tiles allow, since the
 walker's own block stays where it is. Gradients of keys and values wider than 128 are summed by a launch each, for want
-of registers: see `sparse_configs`.
+of registers; and in fp32 the backward of heads wider than 64 loads the walker's own block for every tile again, C
+columns at once, and what it multiplies twice, twice: see `sparse_configs`.
 
 Shapes, `rows` and `cols`: see `map_tiles`; scores are [M, N], in the keys' kernel [N, M].
 """

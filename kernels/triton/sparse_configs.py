@@ -90,8 +90,8 @@ WEIGHT_KEYS = _key_space("sparse_weights")
 
 
 def columns(width: int, itemsize: int) -> int:
-    """By how many columns at once products over the head dimension are summed in the backward: all, padded, or a part
-    of wide heads in fp32. There a thread holds whole rows of what stays for all tiles, and two are too many."""
+    """By how many columns at once products over the head dimension are summed in the backward: all, padded, or 64 of
+    wider heads in fp32. There a thread holds whole rows of what stays for all tiles, and two are too many."""
     return min(64, padded(width)) if itemsize == 4 else padded(width)
 
 

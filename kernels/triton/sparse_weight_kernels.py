@@ -7,8 +7,9 @@ g (dw - delta), g = w^(1 - 1/POWER) (of sparsemax 1 on the support) and delta = 
 Softmax's running sums can be rescaled when a larger score comes; a threshold cannot, for it says which keys count. So
 the forward goes over the keys, computing their scores anew, once for the largest score, PASSES times for tau, and once
 for the output; the queries' gradient goes over them once for delta and once more; keys' gradients go over the queries
-once, or of heads wider than 128 once each, for want of registers (see `sparse_configs`). Kept is tau, and delta: two
-numbers a row.
+once, or of heads wider than 128 once each, for want of registers (see `sparse_configs`). For it, too, the backward of
+heads wider than 64 in fp32 loads a program's own rows for every tile again, C columns at once, and what it multiplies
+twice, twice. Kept is tau, and delta: two numbers a row.
 
 A pass has tau in [low, high], at first [max - 1, max], and sums at `low` and at the middle. The sum is convex and
 falls, so Newton's step from a place below the root stays below: from the middle where that is below, else from `low`.
