@@ -2,8 +2,8 @@
 
 By target and by the width of a head at most: M queries and N keys of a tile, warps, stages. A program owns 64 of what
 it writes where tensor cores want as many rows (wgmma, tcgen05). Chosen so that nothing is spilled with all that a mask
-may have, documents, dropout and grouped keys at once; not tuned by time. In fp32 products are of vector units (on AMD's
-of matrix cores), and tiles are the same on all of NVIDIA's.
+may have, documents, dropout and grouped keys at once; not tuned by time. In fp32 products are of vector units on
+NVIDIA's, whose tiles are much the same there, and of matrix cores on AMD's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ones they leave no registers for the rest."""
 
 _TILES: dict[str, dict[str, _Choices]] = {
     "sm_80": {
-        "forward": {128: [(64, 64, 8, 2), (64, 32, 4, 1)], 256: [(64, 32, 8, 2)]},
+        "forward": {128: [(64, 64, 8, 2)], 256: [(64, 32, 8, 2)]},
         "query": {64: [(64, 32, 4, 2), (64, 32, 8, 2)], 128: [(64, 32, 8, 2)], 256: [(64, 16, 8, 1)]},
         "both": {64: [(16, 64, 4, 1)], 128: [(32, 64, 8, 2)]},
         "keys": {256: [(32, 32, 8, 1)]},
@@ -57,14 +57,13 @@ _WIDE: dict[str, _Choices] = {
     "keys": {256: [(16, 32, 8, 1)]},
     "values": {256: [(16, 32, 8, 1)]},
 }
-"""Of fp32 on NVIDIA's."""
-_WIDE_AMD: _Choices = {128: [(32, 32, 4, 1)], 256: [(32, 16, 4, 1)]}
+_WIDE_AMPERE = _WIDE | {"both": {64: [(16, 32, 8, 1)], 128: [(16, 16, 8, 1)]}}
+_WIDE_AMD: dict[str, _Choices] = {kernel: {128: [(32, 32, 4, 1)], 256: [(32, 16, 4, 1)]} for kernel in _WIDE}
+_OF_FP32 = {"sm_80": _WIDE_AMPERE, "sm_90a": _WIDE, "sm_100a": _WIDE, "gfx942": _WIDE_AMD}
 
 
 def _configs(kernel: str, target: str, width: int, itemsize: int) -> list[Config]:
-    table = _TILES[target][kernel]
-    if itemsize == 4:
-        table = _WIDE_AMD if target == "gfx942" else _WIDE[kernel]
+    table = (_OF_FP32 if itemsize == 4 else _TILES)[target][kernel]
     rows = table[min(most for most in table if most >= width)]
     return [Config({"M": m, "N": n}, warps, stages) for m, n, warps, stages in rows]
 
