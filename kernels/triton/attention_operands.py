@@ -34,9 +34,17 @@ def heads(x_BHSD: Tensor) -> Heads:
     return Heads(x_BHSD, *x_BHSD.stride()[:3])
 
 
+def common(*xs_BHSD: Tensor) -> int:
+    """What all strides are multiples of, for `map_tiles.aligned`: numbers of 16 bytes, or 1."""
+    count = 16 // xs_BHSD[0].element_size()
+    strides = [stride for x in xs_BHSD for stride in x.stride()[:3]]
+    known = all(stride % 16 == 0 for stride in strides)
+    return 1 if known or any(stride % count for stride in strides) else count
+
+
 def biases(bias_HQK: Fixed | None) -> Biases:
     """A bias with its strides: those of a table of distances are of a tensor [H, Q, K] that is not written out; or
-    slopes, with places in 32 bits, as `_of_samples` has numbers of documents."""
+    slopes, with places in 32 bits, as `of_samples` has numbers of documents."""
     if bias_HQK is None:
         return Biases(None, 0, 0, 0, None, None, None)
     if isinstance(bias_HQK, Slopes):
@@ -54,15 +62,7 @@ def lowered(mask: Mask, q_BHQD: Tensor, k_BKSD: Tensor) -> Lowered:
     out, bool [Q, S] for all samples, or [B, Q, S] where a part has a prefix. Causality stays beside a scope, because
     kernels skip what it hides."""
     (batch, _, queries, _), keys = q_BHQD.shape, k_BKSD.shape[2]
-    theirs = mask.documents if mask.key_documents is None else mask.key_documents
-    seen = Seen(
-        counts=None,
-        documents=_of_samples(mask.documents, batch),
-        key_documents=_of_samples(theirs, batch),
-        prefix=_of_samples(mask.prefix if mask.causal else None, batch),
-        window=mask.window,
-        allowed=None, allowed_batch=0, allowed_query=0, allowed_key=0,
-    )  # fmt: skip
+    seen = conditions(mask, batch)
     spans = None
     if seen.documents is not None:
         spans = Spans(*_span(seen.documents, seen.key_documents), *_span(seen.key_documents, seen.documents))
@@ -77,6 +77,19 @@ def lowered(mask: Mask, q_BHQD: Tensor, k_BKSD: Tensor) -> Lowered:
     allowed = written[:, 0].expand(batch, queries, keys).view(torch.uint8)
     seen = seen._replace(allowed=allowed, **dict(zip(_ALLOWED, allowed.stride(), strict=True)))
     return Lowered(seen, spans, mask.causal and not mask.shift)
+
+
+def conditions(mask: Mask, batch: int) -> Seen:
+    """What kernels check beside causality: documents, a prefix and a window."""
+    theirs = mask.documents if mask.key_documents is None else mask.key_documents
+    return Seen(
+        counts=None,
+        documents=of_samples(mask.documents, batch),
+        key_documents=of_samples(theirs, batch),
+        prefix=of_samples(mask.prefix if mask.causal else None, batch),
+        window=mask.window,
+        allowed=None, allowed_batch=0, allowed_query=0, allowed_key=0,
+    )  # fmt: skip
 
 
 _ALLOWED = "allowed_batch", "allowed_query", "allowed_key"
@@ -94,7 +107,7 @@ def _span(documents_BX: Tensor, others_BY: Tensor) -> tuple[Tensor, Tensor]:
     return first.to(torch.int32), last.to(torch.int32)
 
 
-def _of_samples(x: Tensor | None, batch: int) -> Tensor | None:
+def of_samples(x: Tensor | None, batch: int) -> Tensor | None:
     """Numbers of documents or places for every sample; 32 bits hold them, and take half of the registers."""
     return None if x is None else x.expand(batch, *x.shape[1:]).to(torch.int32).contiguous()
 

@@ -120,6 +120,17 @@ def kept(drop, b, head, query, key, sizes, M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def kept_anew(drop, b, head, query, key, sizes, M: tl.constexpr, N: tl.constexpr):
+    """`kept`, where registers are few: the key is loaded for every tile, else the keys of ten rounds stay in them."""
+    rows = query + tl.arange(0, M)
+    position = tl.load(drop.positions + rows, mask=rows < sizes.queries, other=0)
+    slot = tl.load(drop.slots + b)
+    head += drop.first_head
+    random_key = tl.load(drop.key, volatile=True)
+    return philox.keep(random_key, drop.least, slot, head, position, key + drop.first_key, M, N)
+
+
+@triton.jit
 def _along(x, LAST: tl.constexpr):
     """A vector along the last or the first dim of a tile."""
     if LAST:

@@ -23,11 +23,18 @@ from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.scopes import Scope
 from headway.kernels.attention.triton import WIDEST
 from headway.kernels.triton import block_sparse_kernels as kernels
+from headway.kernels.triton.attention_operands import common, dropped, heads, of_samples, padded
+from headway.kernels.triton.attention_tiles import Dropped
 from headway.kernels.triton.block_layout import Tiles, block_layout
-from headway.kernels.triton.map_tiles import Heads, Sizes
-from headway.kernels.triton.sparse_configs import BLOCK_FORWARD, BLOCK_KEYS, BLOCK_QUERIES, key_launches
+from headway.kernels.triton.map_tiles import Sizes
+from headway.kernels.triton.sparse_configs import (
+    BLOCK_FORWARD,
+    BLOCK_KEYS,
+    BLOCK_QUERIES,
+    columns,
+    key_launches,
+)
 from headway.kernels.triton.tuning import Space
-from headway.kernels.triton.weight_dropout import Drop, drop_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -54,11 +61,8 @@ def attention(
         KernelUnavailable: the mask, shapes or dtypes are not for these kernels.
     """
     _check(q_BHSD, k_BKSD, v_BKSD, mask)
-    drop = drop_of(dropout, "block_sparse")
-    documents = mask.documents
-    if documents is not None:
-        documents = documents.expand(len(q_BHSD), -1).to(torch.int32).contiguous()
-    how = _How(mask.causal, mask.scope, score_scale(scale, q_BHSD), drop)
+    how = _How(mask.causal, mask.scope, score_scale(scale, q_BHSD), dropped(dropout))
+    documents = of_samples(mask.documents, len(q_BHSD))
     found: Tensor = _Attention.apply(q_BHSD, k_BKSD, v_BKSD, documents, how)
     return found
 
@@ -86,7 +90,7 @@ class _How(NamedTuple):
     causal: bool
     scope: Scope | None
     scale: float
-    drop: Drop
+    drop: Dropped | None
 
 
 class _Attention(torch.autograd.Function):
@@ -96,7 +100,8 @@ class _Attention(torch.autograd.Function):
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         tiles, _, grid, options = _launch(BLOCK_FORWARD, q, q.shape[1], how)
-        given = *map(_heads, (q, k, v, out)), lse, tiles, documents, *_shared(q, k, how)
+        options["BY"] = common(q, k, v, out)
+        given = *map(heads, (q, k, v, out)), lse, tiles, documents, *_shared(q, k, how)
         with torch.cuda.device_of(q):
             kernels.block_sparse_forward_kernel[grid](*given, **options)
         ctx.save_for_backward(q, k, v, documents, out, lse)
@@ -110,38 +115,37 @@ class _Attention(torch.autograd.Function):
         how = ctx.how
         d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
         delta, d_q, d_k, d_v = (torch.empty_like(x) for x in (lse, q, k, v))
+        constants = {
+            "BY": common(q, k, v, out, d_out, d_q, d_k, d_v),
+            "C": columns(q.shape[-1], q.element_size()),
+        }
         with torch.cuda.device_of(q):
             tiles, _, grid, options = _launch(BLOCK_QUERIES, q, q.shape[1], how)
-            operands = *map(_heads, (q, k, v, out)), lse, _heads(d_out), delta, _heads(d_q)
+            operands = *map(heads, (q, k, v, out)), lse, heads(d_out), delta, heads(d_q)
             given = *operands, tiles, documents, *_shared(q, k, how)
-            kernels.block_sparse_query_kernel[grid](*given, **options)
-            operands = *map(_heads, (q, k, v)), lse, _heads(d_out), delta, _heads(d_k), _heads(d_v)
+            kernels.block_sparse_query_kernel[grid](*given, **constants, **options)
+            operands = *map(heads, (q, k, v)), lse, heads(d_out), delta, heads(d_k), heads(d_v)
             for of, which in key_launches(q.shape[-1]):
                 _, tiles, grid, options = _launch(BLOCK_KEYS, q, k.shape[1], how, of=of)
                 given = *operands, tiles, documents, *_shared(q, k, how)
-                kernels.block_sparse_key_kernel[grid](*given, **which, **options)
+                kernels.block_sparse_key_kernel[grid](*given, **which, **constants, **options)
         return d_q, d_k, d_v, None, None
 
 
 def _launch(
-    space: Space, q: Tensor, heads: int, how: _How, **key: str
+    space: Space, q: Tensor, owners: int, how: _How, **key: str
 ) -> tuple[Tiles, Tiles, tuple[int], dict[str, Any]]:
     """Tiles by queries and by keys, grid, and constants of a kernel whose programs own blocks of so many heads: of
     queries, or with a key of keys."""
     batch, _, length, width = q.shape
-    padded = max(16, triton.next_power_of_2(width))
-    config = space.choose(q.device, width=padded, itemsize=q.element_size(), **key)
+    config = space.choose(q.device, width=padded(width), itemsize=q.element_size(), **key)
     tile = config.tiles["M"], config.tiles["N"]
     assert how.scope is not None
     layout = block_layout(how.causal, how.scope, length, tile, q.device)
-    programs = batch * heads * triton.cdiv(length, tile[bool(key)])
-    return *layout, (programs,), {"D": width, "W": padded, **config.options}
+    programs = batch * owners * triton.cdiv(length, tile[bool(key)])
+    return *layout, (programs,), {"D": width, "W": padded(width), **config.options}
 
 
-def _shared(q: Tensor, k: Tensor, how: _How) -> tuple[Drop, Sizes, float, int]:
-    batch, heads, length, _ = q.shape
-    return how.drop, Sizes(batch, heads, length, length), how.scale, heads // k.shape[1]
-
-
-def _heads(x_BHSD: Tensor) -> Heads:
-    return Heads(x_BHSD, *x_BHSD.stride()[:3])
+def _shared(q: Tensor, k: Tensor, how: _How) -> tuple[Dropped | None, Sizes, float, int]:
+    batch, count, length, _ = q.shape
+    return how.drop, Sizes(batch, count, length, length), how.scale, count // k.shape[1]

@@ -8,7 +8,8 @@ ds = p (dp - delta), dq = scale ds k, dk = scale ds^T q, dv = p^T do. Powers are
 A program owns a block of queries, or of keys, and what it writes. The forward reads every key and value as often as
 blocks of queries see its tile, and so do the others with what they walk through: the least that tiles allow, since the
 walker's own block stays where it is. Gradients of keys and values wider than 128 are summed by a launch each, for want
-of registers: see `sparse_configs`.
+of registers; and in fp32 the backward of heads wider than 64 loads the walker's own block for every tile again, C
+columns at once, and what it multiplies twice, twice: see `sparse_configs`.
 
 Shapes, `rows` and `cols`: see `map_tiles`; scores are [M, N], in the keys' kernel [N, M].
 """
@@ -21,9 +22,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from headway.kernels.triton.map_tiles import put, put_row, row, tile
+from headway.kernels.triton.attention_tiles import kept_anew
+from headway.kernels.triton.map_tiles import aligned, held, product, put, put_row, row, tile
 from headway.kernels.triton.numbers import as_operand, narrowed, operand
-from headway.kernels.triton.weight_dropout import kept
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -76,9 +77,10 @@ def masked(
 @triton.jit
 def block_sparse_forward_kernel(
     q, k, v, out, lse, tiles, documents, drop, sizes, scale, group,
-    D: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, BY: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """A program: M queries of a head. Rows that see nothing give 0, and log-sum-exps of +inf."""
+    q, k, v, out = aligned(q, BY), aligned(k, BY), aligned(v, BY), aligned(out, BY)
     b, h, block = block_of(tiles, sizes, sizes.heads)
     first = block * M
     rows, cols = tl.arange(0, M), tl.arange(0, N)
@@ -100,8 +102,8 @@ def block_sparse_forward_kernel(
             p = tl.exp2(s - base[:, None])
             shrink = tl.exp2(top - base)
             total = total * shrink + tl.sum(p, 1)
-            if drop.key is not None:
-                p = tl.where(kept(drop, b, h, first, key, sizes.queries, M, N), p, 0.0)
+            if drop is not None:
+                p = tl.where(kept_anew(drop, b, h, first, key, sizes, M, N), p, 0.0)
             value = operand(tile(v, b, h // group, key, sizes.queries, N, D, W))
             p = as_operand(p, v.data.dtype.element_ty)
             sums = sums * shrink[:, None] + tl.dot(p, value, input_precision="ieee")
@@ -109,16 +111,21 @@ def block_sparse_forward_kernel(
     some = total > 0
     total = tl.where(some, total, 1.0)
     put_row(lse, b, sizes.heads, h, first + rows, sizes, tl.where(some, top + tl.log2(total), float("inf")))
-    sums *= (drop.scale / total)[:, None]
+    share = 1 / total
+    if drop is not None:
+        share = drop.factor / total
+    sums *= share[:, None]
     put(out, b, h, first, sizes.queries, narrowed(sums, out.data.dtype.element_ty), M, D, W)
 
 
 @triton.jit
 def block_sparse_query_kernel(
     q, k, v, out, lse, d_out, delta, d_q, tiles, documents, drop, sizes, scale, group,
-    D: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, BY: tl.constexpr, M: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """A program: M queries of a head, their gradient, and delta [B, H, Q], which the keys' kernel reads."""
+    q, k, v = aligned(q, BY), aligned(k, BY), aligned(v, BY)
+    out, d_out, d_q = aligned(out, BY), aligned(d_out, BY), aligned(d_q, BY)
     b, h, block = block_of(tiles, sizes, sizes.heads)
     first = block * M
     rows, cols = tl.arange(0, M), tl.arange(0, N)
@@ -126,7 +133,9 @@ def block_sparse_query_kernel(
     found = operand(tile(out, b, h, first, sizes.queries, M, D, W))
     mean = tl.sum(slope.to(tl.float32) * found.to(tl.float32), 1)
     put_row(delta, b, sizes.heads, h, first + rows, sizes, mean)
-    left = operand(tile(q, b, h, first, sizes.queries, M, D, W))
+    left = held(q, b, h, first, sizes.queries, M, D, W, C)
+    if C < W:
+        slope = None
     log_sum = row(lse, b, sizes.heads, h, first + rows, sizes)
     sums = tl.zeros([M, W], tl.float32)
     for PARTIAL in tl.static_range(2):
@@ -134,16 +143,20 @@ def block_sparse_query_kernel(
         for at in range(start, stop):
             key = other(tiles, at, PARTIAL) * N
             right = operand(tile(k, b, h // group, key, sizes.queries, N, D, W))
-            s = tl.dot(left, tl.trans(right), input_precision="ieee") * (scale * LOG2_E)
+            s = product(
+                left, right, q, h, first, sizes.queries, k, h // group, key, sizes.queries, b, M, N, D, C
+            ) * (scale * LOG2_E)
             s = masked(
                 s, tiles, at, documents, b, first, key, rows[:, None], cols[None, :], sizes, M, PARTIAL
             )
             p = tl.exp2(s - log_sum[:, None])
-            value = operand(tile(v, b, h // group, key, sizes.queries, N, D, W))
-            d_p = tl.dot(slope, tl.trans(value), input_precision="ieee")
-            if drop.key is not None:
-                stays = kept(drop, b, h, first, key, sizes.queries, M, N)
-                d_p = tl.where(stays, d_p * drop.scale, 0.0)
+            value = held(v, b, h // group, key, sizes.queries, N, D, W, C)
+            d_p = product(
+                slope, value, d_out, h, first, sizes.queries, v, h // group, key, sizes.queries, b, M, N, D, C
+            )
+            if drop is not None:
+                stays = kept_anew(drop, b, h, first, key, sizes, M, N)
+                d_p = tl.where(stays, d_p * drop.factor, 0.0)
             d_s = as_operand(p * (d_p - mean[:, None]), k.data.dtype.element_ty)
             sums += tl.dot(d_s, right, input_precision="ieee")
     put(d_q, b, h, first, sizes.queries, narrowed(sums * scale, d_q.data.dtype.element_ty), M, D, W)
@@ -153,15 +166,17 @@ def block_sparse_query_kernel(
 def block_sparse_key_kernel(
     q, k, v, lse, d_out, delta, d_k, d_v, tiles, documents, drop, sizes, scale, group,
     OF_KEYS: tl.constexpr, OF_VALUES: tl.constexpr,
-    D: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, BY: tl.constexpr, M: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """A program: N keys of a key head, and all query heads that read it; gradients of keys, of values, or of both."""
+    q, k, v = aligned(q, BY), aligned(k, BY), aligned(v, BY)
+    d_out, d_k, d_v = aligned(d_out, BY), aligned(d_k, BY), aligned(d_v, BY)
     b, head, block = block_of(tiles, sizes, sizes.heads // group)
     first = block * N
     rows, cols = tl.arange(0, M), tl.arange(0, N)
-    left = operand(tile(k, b, head, first, sizes.queries, N, D, W))
+    left = held(k, b, head, first, sizes.queries, N, D, W, C)
     if OF_KEYS:
-        value = operand(tile(v, b, head, first, sizes.queries, N, D, W))
+        value = held(v, b, head, first, sizes.queries, N, D, W, C)
     like = q.data.dtype.element_ty
     d_keys = tl.zeros([N, W], tl.float32)
     d_values = tl.zeros([N, W], tl.float32)
@@ -170,28 +185,51 @@ def block_sparse_key_kernel(
             start, stop = run(tiles, block, PARTIAL)
             for at in range(start, stop):
                 query = other(tiles, at, PARTIAL) * M
-                right = operand(tile(q, b, h, query, sizes.queries, M, D, W))
-                s = tl.dot(left, tl.trans(right), input_precision="ieee") * (scale * LOG2_E)
+                right = held(q, b, h, query, sizes.queries, M, D, W, C)
+                s = product(
+                    left, right, k, head, first, sizes.queries, q, h, query, sizes.queries, b, N, M, D, C
+                ) * (scale * LOG2_E)
                 s = masked(
                     s, tiles, at, documents, b, query, first, rows[None, :], cols[:, None], sizes, M, PARTIAL
                 )
                 p = tl.exp2(s - row(lse, b, sizes.heads, h, query + rows, sizes)[None, :])
-                slope = operand(tile(d_out, b, h, query, sizes.queries, M, D, W))
-                if drop.key is not None:
-                    stays = tl.trans(kept(drop, b, h, query, first, sizes.queries, M, N))
+                slope = held(d_out, b, h, query, sizes.queries, M, D, W, C)
+                if drop is not None:
+                    stays = tl.trans(kept_anew(drop, b, h, query, first, sizes, M, N))
                 if OF_VALUES:
                     used = p
-                    if drop.key is not None:
+                    if drop is not None:
                         used = tl.where(stays, p, 0.0)
+                    if C < W:
+                        slope = operand(tile(d_out, b, h, query, sizes.queries, M, D, W))
                     d_values += tl.dot(as_operand(used, like), slope, input_precision="ieee")
                 if OF_KEYS:
-                    d_p = tl.dot(value, tl.trans(slope), input_precision="ieee")
-                    if drop.key is not None:
-                        d_p = tl.where(stays, d_p * drop.scale, 0.0)
+                    d_p = product(
+                        value,
+                        slope,
+                        v,
+                        head,
+                        first,
+                        sizes.queries,
+                        d_out,
+                        h,
+                        query,
+                        sizes.queries,
+                        b,
+                        N,
+                        M,
+                        D,
+                        C,
+                    )
+                    if drop is not None:
+                        d_p = tl.where(stays, d_p * drop.factor, 0.0)
                     d_s = p * (d_p - row(delta, b, sizes.heads, h, query + rows, sizes)[None, :])
+                    if C < W:
+                        right = operand(tile(q, b, h, query, sizes.queries, M, D, W))
                     d_keys += tl.dot(as_operand(d_s, like), right, input_precision="ieee")
     if OF_KEYS:
         put(d_k, b, head, first, sizes.queries, narrowed(d_keys * scale, d_k.data.dtype.element_ty), N, D, W)
     if OF_VALUES:
-        d_values *= drop.scale
+        if drop is not None:
+            d_values *= drop.factor
         put(d_v, b, head, first, sizes.queries, narrowed(d_values, d_v.data.dtype.element_ty), N, D, W)

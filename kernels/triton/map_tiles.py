@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from headway.kernels.triton.numbers import operand
+
 
 class Heads(NamedTuple):
     """A tensor [B, H, S, D] whose last stride is 1: data and the other strides."""
@@ -118,6 +120,40 @@ def chunk(x, b, head, first, length, column, N: tl.constexpr, D: tl.constexpr, C
     if D % C != 0:
         inside = inside & (place < D - column)
     return tl.load(start + row * x.place + place, mask=inside, other=0.0)
+
+
+@triton.jit
+def held(x, b, head, first, length, N: tl.constexpr, D: tl.constexpr, W: tl.constexpr, C: tl.constexpr):
+    """A tile as an operand for `product`; None if that loads C of W columns at once."""
+    found = None
+    if C == W:
+        found = operand(tile(x, b, head, first, length, N, D, W))
+    return found
+
+
+@triton.jit
+def product(
+    left, right, x, head, first, length, y, y_head, y_first, y_length, b,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """left right^T, tiles of x[b, head] and y[b, y_head], [M, N]; if `left` is None, C of their columns at once: a
+    thread keeps whole rows of fp32 operands, for which wide heads leave no registers."""
+    if left is None:
+        found = tl.zeros([M, N], tl.float32)
+        for column in range(0, D, C):
+            some = operand(chunk(x, b, head, first, length, column, M, D, C))
+            others = operand(chunk(y, b, y_head, y_first, y_length, column, N, D, C))
+            found = tl.dot(some, tl.trans(others), found, input_precision="ieee")
+    else:
+        found = tl.dot(left, tl.trans(right), input_precision="ieee")
+    return found
+
+
+@triton.jit
+def aligned(x, BY: tl.constexpr):
+    """`x`, whose strides are multiples of BY: compilers are told so of 16 alone, and load less than 16 bytes at once
+    where rows are multiples of 8 numbers."""
+    return Heads(x.data, x.batch // BY * BY, x.head // BY * BY, x.place // BY * BY)
 
 
 @triton.jit

@@ -21,10 +21,17 @@ from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.triton import WIDEST
 from headway.kernels.attention.weights import Entmax15, Sparsemax, Weighting
 from headway.kernels.triton import sparse_weight_kernels as kernels
-from headway.kernels.triton.map_tiles import Heads, Seen, Sizes
-from headway.kernels.triton.sparse_configs import WEIGHT_FORWARD, WEIGHT_KEYS, WEIGHT_QUERIES, key_launches
+from headway.kernels.triton.attention_operands import common, conditions, dropped, heads, padded
+from headway.kernels.triton.attention_tiles import Dropped
+from headway.kernels.triton.map_tiles import Sizes
+from headway.kernels.triton.sparse_configs import (
+    WEIGHT_FORWARD,
+    WEIGHT_KEYS,
+    WEIGHT_QUERIES,
+    columns,
+    key_launches,
+)
 from headway.kernels.triton.tuning import Space
-from headway.kernels.triton.weight_dropout import Drop, drop_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PASSES = 8
@@ -56,9 +63,8 @@ def attention(
     """
     _check(q_BHQD, k_BKSD, v_BKSD, mask, weighting)
     power = 1 if type(weighting) is Sparsemax else 2
-    drop = drop_of(dropout, "sparse_weights")
-    how = _How(mask.causal, power, score_scale(scale, q_BHQD) / power, drop)
-    found: Tensor = _Attention.apply(q_BHQD, k_BKSD, v_BKSD, _seen(mask, len(q_BHQD)), how)
+    how = _How(mask.causal, power, score_scale(scale, q_BHQD) / power, dropped(dropout))
+    found: Tensor = _Attention.apply(q_BHQD, k_BKSD, v_BKSD, conditions(mask, len(q_BHQD)), how)
     return found
 
 
@@ -81,22 +87,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask, weighting: Weighting) ->
         raise KernelUnavailable("sparse_weights", rule, "reference")
 
 
-def _seen(mask: Mask, batch: int) -> Seen:
-    theirs = mask.documents if mask.key_documents is None else mask.key_documents
-    documents, key_documents, prefix = (
-        None if x is None else x.expand(batch, *x.shape[1:]).to(torch.int32).contiguous()
-        for x in (mask.documents, theirs, mask.prefix)
-    )
-    return Seen(None, documents, key_documents, prefix, mask.window, None, 0, 0, 0)
-
-
 class _How(NamedTuple):
     """What an attention is about, beside its operands; `scale`: of z."""
 
     causal: bool
     power: int
     scale: float
-    drop: Drop
+    drop: Dropped | None
 
 
 class _Attention(torch.autograd.Function):
@@ -106,8 +103,9 @@ class _Attention(torch.autograd.Function):
         out = torch.empty_like(q)
         taus = q.new_empty(q.shape[:3], dtype=torch.float32)
         tiles, options = _options(WEIGHT_FORWARD, q, how)
+        options["BY"] = common(q, k, v, out)
         grid = (q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], tiles["M"]),)
-        given = *map(_heads, (q, k, v, out)), taus, seen, *_shared(q, k, how)
+        given = *map(heads, (q, k, v, out)), taus, seen, *_shared(q, k, how)
         with torch.cuda.device_of(q):
             kernels.sparse_weights_forward_kernel[grid](*given, PASSES=PASSES, **options)
         ctx.save_for_backward(q, k, v, taus)
@@ -121,33 +119,29 @@ class _Attention(torch.autograd.Function):
         seen, how = ctx.seen, ctx.how
         d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
         delta, d_q, d_k, d_v = (torch.empty_like(x) for x in (taus, q, k, v))
-        operands = *map(_heads, (q, k, v)), taus, _heads(d_out), delta
+        operands = *map(heads, (q, k, v)), taus, heads(d_out), delta
+        constants = {"BY": common(q, k, v, d_out, d_q, d_k, d_v), "C": columns(q.shape[-1], q.element_size())}
         with torch.cuda.device_of(q):
             tiles, options = _options(WEIGHT_QUERIES, q, how)
             grid = (q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], tiles["M"]),)
-            given = *operands, _heads(d_q), seen, *_shared(q, k, how)
-            kernels.sparse_weights_query_kernel[grid](*given, **options)
-            given = *operands, _heads(d_k), _heads(d_v), seen, *_shared(q, k, how)
+            given = *operands, heads(d_q), seen, *_shared(q, k, how)
+            kernels.sparse_weights_query_kernel[grid](*given, **constants, **options)
+            given = *operands, heads(d_k), heads(d_v), seen, *_shared(q, k, how)
             for of, which in key_launches(q.shape[-1]):
                 tiles, options = _options(WEIGHT_KEYS, q, how, of=of)
                 grid = (k.shape[0] * k.shape[1] * triton.cdiv(k.shape[2], tiles["N"]),)
-                kernels.sparse_weights_key_kernel[grid](*given, **which, **options)
+                kernels.sparse_weights_key_kernel[grid](*given, **which, **constants, **options)
         return d_q, d_k, d_v, None, None
 
 
 def _options(space: Space, q: Tensor, how: _How, **key: str) -> tuple[Any, dict[str, Any]]:
     """Sizes of tiles, and all constants that the three kernels share."""
     width = q.shape[-1]
-    padded = max(16, triton.next_power_of_2(width))
-    config = space.choose(q.device, width=padded, itemsize=q.element_size(), **key)
-    constants = {"POWER": how.power, "CAUSAL": how.causal, "D": width, "W": padded}
+    config = space.choose(q.device, width=padded(width), itemsize=q.element_size(), **key)
+    constants = {"POWER": how.power, "CAUSAL": how.causal, "D": width, "W": padded(width)}
     return config.tiles, {**constants, **config.options}
 
 
-def _shared(q: Tensor, k: Tensor, how: _How) -> tuple[Drop, Sizes, float, int]:
-    batch, heads, queries, _ = q.shape
-    return how.drop, Sizes(batch, heads, queries, k.shape[2]), how.scale, heads // k.shape[1]
-
-
-def _heads(x_BHSD: Tensor) -> Heads:
-    return Heads(x_BHSD, *x_BHSD.stride()[:3])
+def _shared(q: Tensor, k: Tensor, how: _How) -> tuple[Dropped | None, Sizes, float, int]:
+    batch, count, queries, _ = q.shape
+    return how.drop, Sizes(batch, count, queries, k.shape[2]), how.scale, count // k.shape[1]

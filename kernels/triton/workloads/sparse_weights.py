@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from headway.kernels.attention.dense import WeightDropout
 from headway.kernels.attention.masks import Mask
 from headway.kernels.attention.weights import Entmax15, Sparsemax, Weighting
 from headway.kernels.triton.sparse_weights import attention
-from headway.kernels.triton.workloads import normal, packed
+from headway.kernels.triton.workloads import below, normal, packed
 
 
 def call(
@@ -15,14 +16,21 @@ def call(
     weighting: Weighting,
     length: int,
     width: int,
+    mask: Mask = Mask(),
     *,
     documents: bool = False,
+    drops: bool = False,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """Forward and backward."""
+    """Forward and backward; `documents`: beside the mask; `drops`: weights."""
     q, k = (normal(device, 1, heads, length, width, dtype=dtype) for heads in (8, 2))
-    ids = packed(device, 1, length).long() if documents else None
-    out = attention(q, k, k, Mask(True, ids), weighting)
+    if documents:
+        mask = mask._replace(documents=packed(device, 1, length).long())
+    drop = None
+    if drops:
+        key, places = below(device, 2**62, 1)[0], torch.arange(length, device=device)
+        drop = WeightDropout(0.1, key, torch.zeros_like(places[:1]), places)
+    out = attention(q, k, k, mask, weighting, drop)
     torch.autograd.grad(out, [q, k], out)
 
 

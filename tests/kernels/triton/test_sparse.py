@@ -55,8 +55,8 @@ def test_sparse_weights_refuse(q, k, mask, weighting, words) -> None:
 
 def test_dropout_whose_keys_begin_amid_eight_is_refused() -> None:
     from headway.kernels.attention.dense import WeightDropout
-    from headway.kernels.triton.weight_dropout import drop_of
+    from headway.kernels.triton.attention_operands import dropped
 
     drop = WeightDropout(0.1, torch.tensor(1), torch.arange(1), torch.arange(64), first_key=12)
-    with pytest.raises(KernelUnavailable, match="8 divides, not 12"):
-        drop_of(drop, "sparse_weights")
+    with pytest.raises(KernelUnavailable, match="multiple of 8, not 12"):
+        dropped(drop)

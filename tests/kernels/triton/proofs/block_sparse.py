@@ -5,7 +5,7 @@ Shapes: B batch, H query heads, K key heads, S places, D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from headway.kernels.attention import dense, scopes
 from headway.kernels.attention.dense import WeightDropout
 from headway.kernels.attention.masks import Mask
 from headway.kernels.triton.block_sparse import attention
+from headway.kernels.triton.workloads import block_sparse as workload
 from headway.tests.kernels.triton.attention_roundings import (
     ROUNDING,
     Off,
@@ -26,6 +27,7 @@ from headway.tests.kernels.triton.attention_roundings import (
 )
 from headway.tests.kernels.triton.launches import Launch
 from headway.tests.kernels.triton.proof import Case, Cost, Result, drawn, once, seed
+from headway.tests.kernels.triton.sparse_costs import columns
 
 
 def _case(
@@ -132,8 +134,8 @@ _BIGBIRD = scopes.BigBird(16, 1, 1, random.key(0, "bigbird"))
 _BF16 = torch.bfloat16
 OFTEN = ("strided, full, bf16", "fp16")
 CASES: dict[str, Case] = {
-    "window, grouped keys, documents": _case(
-        scopes.Window(20), heads=(2, 1), documents=[[15, 20]], width=64, length=40
+    "window, grouped keys, documents, dropout": _case(
+        scopes.Window(9), heads=(2, 1), documents=[[15, 20]], width=24, length=37, p=0.25
     ),
     "window, grouped keys, documents of two samples": _case(
         scopes.Window(20), heads=(4, 2), batch=2, documents=[[20, 23, 10], [50]], width=64, length=55
@@ -149,9 +151,26 @@ CASES: dict[str, Case] = {
     "a comb, whose first rows see nothing": _case(scopes.Comb(8), width=40),
     "local, width 256, bf16": _case(scopes.Local(16, 1), False, _BF16, width=256, length=70),
     "width 256, padding": _case(scopes.Window(40), False, width=256, length=50, documents=[[30]]),
+    "width 144, grouped keys, dropout": _case(scopes.Window(20), width=144, length=40, heads=(2, 1), p=0.25),
     "one row": _case(scopes.Window(4), length=1, heads=(1, 1), width=64),
     "scores of 10,000": _case(scopes.Global(20, 3, False), size=40.0, width=64),
     "fp16": _case(scopes.Global(20, 3, True), False, torch.float16, width=64),
+}
+
+
+# -- sizes ---------------------------------------------------------------------------------------------------------
+
+
+def _compiled(width: int, dtype: torch.dtype) -> Callable[[], None]:
+    """Documents, dropout and grouped keys at once, of tiles that are seen wholly and in part."""
+    cpu = torch.device("cpu")
+    return lambda: workload.call(cpu, scopes.Strided(64), 256, width, drops=True, dtype=dtype)
+
+
+COMPILED = {
+    f"width {width}, {name}": _compiled(width, dtype)
+    for name, dtype in (("bf16", _BF16), ("fp32", torch.float32))
+    for width in (32, 40, 64, 80, 128, 256)
 }
 
 
@@ -179,16 +198,18 @@ def _walk(launch: Launch, mine: int, theirs: int) -> _Walk:
     return _Walk(count, partial, own, sum(min(theirs, length - j * theirs) for j in others))
 
 
-def _walking(launch: Launch, by_keys: bool, tensors: int, rows: int) -> tuple[float, float]:
-    """Bytes that all programs read as they walk, and products of one kind. A tile costs two tensors of the other side
-    with so many numbers a row, its block, its pattern, documents, and what dropout's mask depends on."""
+def _walking(launch: Launch, by_keys: bool, own: int, tensors: int, rows: int) -> tuple[float, float]:
+    """Bytes that all programs read as they walk, and products of one kind. A tile costs so many tensors of the own and
+    of the other side, of the latter so many numbers a row, its block, its pattern, documents, and what dropout's mask
+    depends on."""
     given = launch.arguments
     m, n, item = given["M"], given["N"], given["q"].data.element_size()
     walk = _walk(launch, n, m) if by_keys else _walk(launch, m, n)
-    read = walk.other * (tensors * given["D"] * item + rows * 4) + walk.tiles * 4 + walk.partial * (4 + 8 * m)
+    read = (walk.own * own + walk.other * tensors) * given["D"] * item + walk.other * rows * 4
+    read += walk.tiles * 4 + walk.partial * (4 + 8 * m)
     if given["documents"] is not None:
         read += 4 * (walk.own + walk.other)
-    if given["drop"].key is not None:
+    if given["drop"] is not None:
         read += 16 * walk.tiles + 8 * (walk.other if by_keys else walk.own)
     heads = given["sizes"].batch * given["sizes"].heads
     lists = 4 * launch.programs + 16 * launch.programs * (given["group"] if by_keys else 1)
@@ -201,7 +222,7 @@ def _bytes(x: Tensor) -> int:
 
 def _forward(launch: Launch) -> Cost:
     given = launch.arguments
-    read, product = _walking(launch, False, 2, 0)
+    read, product = _walking(launch, False, 0, 2, 0)
     written = _bytes(given["out"].data) + _bytes(given["lse"])
     return Cost(
         read + _bytes(given["q"].data), written, once(launch), 2 * product, 2.5 * product / given["W"]
@@ -210,21 +231,24 @@ def _forward(launch: Launch) -> Cost:
 
 def _query(launch: Launch) -> Cost:
     given = launch.arguments
-    read, product = _walking(launch, False, 2, 0)
-    read += sum(_bytes(given[name].data) for name in ("q", "out", "d_out")) + _bytes(given["lse"])
+    parts, share = columns(launch)
+    read, product = _walking(launch, False, 2 * parts, 2 + parts, 0)
+    read += sum(_bytes(given[name].data) for name in ("q", "out", "d_out")[parts:]) + _bytes(given["lse"])
     written = _bytes(given["d_q"].data) + _bytes(given["delta"])
-    return Cost(read, written, once(launch), 3 * product, 3 * product / given["W"])
+    return Cost(read, written, once(launch), (1 + 2 * share) * product, 3 * product / given["W"])
 
 
 def _key(launch: Launch) -> Cost:
     given = launch.arguments
     of_keys, of_values = given["OF_KEYS"], given["OF_VALUES"]
-    read, product = _walking(launch, True, 2, 1 + of_keys)
-    read += (1 + of_keys) * _bytes(given["k"].data)
-    written = of_keys * _bytes(given["d_k"].data) + of_values * _bytes(given["d_v"].data)
-    return Cost(
-        read, written, once(launch), (1 + 2 * of_keys + of_values) * product, 3 * product / given["W"]
+    parts, share = columns(launch)
+    read, product = _walking(
+        launch, True, (1 + of_keys) * parts, 1 + 2 * of_keys + of_values if parts else 2, 1 + of_keys
     )
+    read += (1 + of_keys) * _bytes(given["k"].data) * (not parts)
+    written = of_keys * _bytes(given["d_k"].data) + of_values * _bytes(given["d_v"].data)
+    products = (share * (1 + of_keys) + of_keys + of_values) * product
+    return Cost(read, written, once(launch), products, 3 * product / given["W"])
 
 
 COSTS = {

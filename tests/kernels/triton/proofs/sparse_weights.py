@@ -5,7 +5,7 @@ Shapes: B batch, H query heads, K key heads, Q queries, S keys, D head dimension
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from headway.kernels.attention.masks import Mask, lower
 from headway.kernels.attention.scopes import Window
 from headway.kernels.attention.weights import Entmax15, Sparsemax
 from headway.kernels.triton.sparse_weights import attention
+from headway.kernels.triton.workloads import sparse_weights as workload
 from headway.tests import oracles
 from headway.tests.kernels.triton.attention_roundings import (
     ROUNDING,
@@ -26,6 +27,7 @@ from headway.tests.kernels.triton.attention_roundings import (
 )
 from headway.tests.kernels.triton.launches import Launch
 from headway.tests.kernels.triton.proof import Case, Cost, Result, drawn, once, seed
+from headway.tests.kernels.triton.sparse_costs import columns
 
 WEIGHTINGS = {1: Sparsemax(), 2: Entmax15()}
 
@@ -163,10 +165,12 @@ def _documents(lengths: list[list[int]], total: int) -> Tensor:
 _BF16 = torch.bfloat16
 _PACKED = Mask(True, _documents([[20, 10], [3]], 40))
 _CROSS = Mask(False, _documents([[40], [30]], 40), _documents([[45], []], 50))
-_FEW = Mask(False, _documents([[5, 4]], 9), _documents([[20, 17]], 40))
+_FEW = Mask(False, _documents([[5, 4]], 9), _documents([[20, 15]], 36))
 OFTEN = ("entmax, scores near 0", "entmax, fp16")
 CASES: dict[str, Case] = {
-    "entmax, other keys, documents, grouped keys": _case(2, _FEW, lengths=(9, 40), heads=(2, 1)),
+    "entmax, other keys, documents, grouped keys, dropout": _case(
+        2, _FEW, lengths=(9, 36), heads=(2, 1), width=24, p=0.25
+    ),
     "sparsemax, causal documents, grouped keys": _case(1, _PACKED, lengths=(40, 40), heads=(2, 1), batch=2),
     "sparsemax, bf16": _case(1, dtype=_BF16, width=64),
     "sparsemax, whole, width 80, dropout": _case(1, Mask(False), width=80, lengths=(40, 40), p=0.25),
@@ -176,6 +180,7 @@ CASES: dict[str, Case] = {
     "entmax, other keys, all hidden from one sample": _case(2, _CROSS, lengths=(40, 50), batch=2),
     "sparsemax, width 256": _case(1, width=256, lengths=(40, 40)),
     "entmax, window, width 256, bf16": _case(2, Mask(False, scope=Window(9)), _BF16, 256),
+    "entmax, width 144, grouped keys, dropout": _case(2, width=144, lengths=(40, 40), heads=(2, 1), p=0.25),
     "sparsemax, one row": _case(1, lengths=(1, 1), width=64),
     "entmax, one query, many keys": _case(2, Mask(False), lengths=(1, 300), width=64),
     "sparsemax, scores of 10,000": _case(1, size=40.0, width=64),
@@ -184,6 +189,26 @@ CASES: dict[str, Case] = {
     "entmax, scores near 0": _case(2, Mask(False), size=0.1, lengths=(20, 250)),
     "sparsemax, 300 keys of like scores": _case(1, Mask(False), size=0.4, lengths=(3, 300), width=64),
     "entmax, fp16": _case(2, dtype=torch.float16, width=64),
+}
+
+
+# -- sizes ---------------------------------------------------------------------------------------------------------
+
+
+def _compiled(power: int, width: int, dtype: torch.dtype) -> Callable[[], None]:
+    """All that a mask may have, dropout and grouped keys at once."""
+    cpu = torch.device("cpu")
+    mask = Mask(prefix=torch.tensor([20]), scope=Window(100))
+    return lambda: workload.call(
+        cpu, WEIGHTINGS[power], 256, width, mask, documents=True, drops=True, dtype=dtype
+    )
+
+
+COMPILED = {
+    f"{of}, width {width}, {name}": _compiled(power, width, dtype)
+    for power, of in ((1, "sparsemax"), (2, "entmax"))
+    for name, dtype in (("bf16", _BF16), ("fp32", torch.float32))
+    for width in (32, 40, 64, 80, 128, 256)
 }
 
 
@@ -212,18 +237,21 @@ def _walk(launch: Launch, by_keys: bool) -> tuple[float, float, float, float]:
     return tiles, mine, theirs, len(prefixes) * -(-owned // own)
 
 
-def _walking(launch: Launch, by_keys: bool, passes: int, tensors: int, drops: int) -> tuple[float, float]:
-    """Bytes that all programs read as they walk: of `tensors` tiles in all passes together, of masks in each, and in
-    `drops` of them of what dropout's mask depends on; and products of one kind in one pass."""
+def _walking(
+    launch: Launch, by_keys: bool, passes: int, own: int, tensors: int, drops: int
+) -> tuple[float, float]:
+    """Bytes that all programs read as they walk: of tiles, `own` and `tensors` of the other side in all passes
+    together, of masks in each, and in `drops` of them of what dropout's mask depends on; and products of one kind in
+    one pass."""
     given = launch.arguments
     tiles, mine, theirs, programs = _walk(launch, by_keys)
     seen, heads = given["seen"], given["sizes"].heads
-    read = theirs * tensors * given["D"] * given["q"].data.element_size()
+    read = (mine * own + theirs * tensors) * given["D"] * given["q"].data.element_size()
     if seen.documents is not None:
         read += passes * 4 * (mine + theirs)
     if seen.prefix is not None:
         read += 4 * (programs / (given["group"] if by_keys else 1) + passes * tiles)
-    if given["drop"].key is not None:
+    if given["drop"] is not None:
         read += drops * (16 * tiles + 8 * (theirs if by_keys else mine))
     return heads * read, heads * tiles * 2 * given["M"] * given["N"] * given["W"]
 
@@ -235,7 +263,7 @@ def _bytes(x: Tensor) -> int:
 def _forward(launch: Launch) -> Cost:
     given = launch.arguments
     passes = given["PASSES"] + 2
-    read, product = _walking(launch, False, passes, passes + 1, 1)
+    read, product = _walking(launch, False, passes, 0, passes + 1, 1)
     written = _bytes(given["out"].data) + _bytes(given["taus"])
     others = (8 * given["PASSES"] + 6) * product / (2 * given["W"])
     return Cost(read + _bytes(given["q"].data), written, once(launch), (passes + 1) * product, others)
@@ -243,20 +271,23 @@ def _forward(launch: Launch) -> Cost:
 
 def _query(launch: Launch) -> Cost:
     given = launch.arguments
-    read, product = _walking(launch, False, 2, 4, 2)
-    read += sum(_bytes(given[name].data) for name in ("q", "d_out")) + _bytes(given["taus"])
+    parts, share = columns(launch)
+    read, product = _walking(launch, False, 2, 4 * parts, 4 + parts, 2)
+    read += (_bytes(given["q"].data) + _bytes(given["d_out"].data)) * (not parts) + _bytes(given["taus"])
     written = _bytes(given["d_q"].data) + _bytes(given["delta"])
-    return Cost(read, written, once(launch), 5 * product, 12 * product / (2 * given["W"]))
+    return Cost(read, written, once(launch), (4 * share + 1) * product, 12 * product / (2 * given["W"]))
 
 
 def _key(launch: Launch) -> Cost:
     given = launch.arguments
-    read, product = _walking(launch, True, 1, 2, 1)
-    rows = given["sizes"].heads * _walk(launch, True)[2]
     of_keys, of_values = given["OF_KEYS"], given["OF_VALUES"]
-    read += (1 + of_keys) * (4 * rows + _bytes(given["k"].data))
+    parts, share = columns(launch)
+    tensors = 1 + 2 * of_keys + of_values if parts else 2
+    read, product = _walking(launch, True, 1, (1 + of_keys) * parts, tensors, 1)
+    rows = given["sizes"].heads * _walk(launch, True)[2]
+    read += (1 + of_keys) * (4 * rows + _bytes(given["k"].data) * (not parts))
     written = of_keys * _bytes(given["d_k"].data) + of_values * _bytes(given["d_v"].data)
-    products = (1 + 2 * of_keys + of_values) * product
+    products = (share * (1 + of_keys) + of_keys + of_values) * product
     return Cost(read, written, once(launch), products, 8 * product / (2 * given["W"]))
 
 
