@@ -26,7 +26,7 @@ from headway.kernels.attention.slopes import Fixed, learned
 from headway.kernels.attention.triton import WIDEST
 from headway.kernels.triton import attention_kernels as kernels
 from headway.kernels.triton.attention_configs import BIAS, DELTA, FORWARD, KEYS, QUERIES, VALUES
-from headway.kernels.triton.attention_operands import Lowered, biases, dropped, heads, lowered, padded
+from headway.kernels.triton.attention_operands import Lowered, biases, common, dropped, heads, lowered, padded
 from headway.kernels.triton.attention_tiles import Dropped
 from headway.kernels.triton.map_tiles import Model, Sizes
 
@@ -110,7 +110,7 @@ class _Call(NamedTuple):
     constants: dict[str, Any]
 
     @staticmethod
-    def of(place: _Place, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> _Call:
+    def of(place: _Place, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *others: Tensor) -> _Call:
         model = Model(
             heads(q),
             heads(k),
@@ -121,7 +121,7 @@ class _Call(NamedTuple):
         batch, count, length, _ = q.shape
         sizes = Sizes(batch, count, length, k.shape[2])
         widths = {"D": q.shape[-1], "W": padded(q.shape[-1]), "D_V": v.shape[-1], "W_V": padded(v.shape[-1])}
-        constants = {"CAUSAL": place.mask.causal, **widths}
+        constants = {"CAUSAL": place.mask.causal, "BY": common(q, k, v, *others), **widths}
         return _Call(place, model, heads(v), sizes, q.device, q.element_size(), constants)
 
     def config(self, space: Any) -> Any:
@@ -137,8 +137,8 @@ class _Call(NamedTuple):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, bias, sink, place):
-        call = _Call.of(place, q, k, v, bias)
         out = _by_place(q, v.shape[-1])
+        call = _Call.of(place, q, k, v, bias, out)
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         config = call.config(FORWARD)
         size = call.sizes
@@ -155,7 +155,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out):
         q, k, v, bias, sink, out, lse = ctx.saved_tensors
-        call = _Call.of(ctx.place, q, k, v, bias)
+        call = _Call.of(ctx.place, q, k, v, bias, out, d_out)
         with torch.cuda.device_of(q):
             delta = _delta(call, out, lse, d_out)
             kept = lse, heads(d_out), delta
@@ -173,7 +173,7 @@ def _delta(call: _Call, out: Tensor, lse: Tensor, d_out: Tensor) -> Tensor:
     delta = torch.empty_like(lse)
     config, size = call.config(DELTA), call.sizes
     programs = size.batch * size.heads * triton.cdiv(size.queries, config.tiles["M"])
-    widths = {name: call.constants[name] for name in ("D_V", "W_V")}
+    widths = {name: call.constants[name] for name in ("D_V", "W_V", "BY")}
     kernels.attention_delta_kernel[programs,](
         size, heads(out), heads(d_out), delta, **widths, **config.options
     )

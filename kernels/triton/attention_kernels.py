@@ -26,6 +26,8 @@ import triton.language as tl
 from headway.kernels.triton.attention_tiles import capped_scores, kept, keys_seen, pulled, queries_seen
 from headway.kernels.triton.map_kernels import more
 from headway.kernels.triton.map_tiles import (
+    aligned,
+    aligned_model,
     key_range,
     place_of,
     put,
@@ -42,9 +44,10 @@ from headway.kernels.triton.numbers import as_operand, narrowed, operand
 def attention_forward_kernel(
     model, v, sink, cap, seen, spans, drop, sizes, out, lse,
     CAUSAL: tl.constexpr, D: tl.constexpr, W: tl.constexpr, D_V: tl.constexpr, W_V: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr,
+    BY: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """A program: M queries of a head. Rows that see nothing give 0, and without a sink a log-sum-exp of 0."""
+    model, v, out = aligned_model(model, BY), aligned(v, BY), aligned(out, BY)
     b, h, first = place_of(sizes.heads, sizes.queries, M)
     rows = first + tl.arange(0, M)
     q = operand(tile(model.q, b, h, first, sizes.queries, M, D, W))
@@ -79,9 +82,12 @@ def attention_forward_kernel(
 
 
 @triton.jit
-def attention_delta_kernel(sizes, out, d_out, delta, D_V: tl.constexpr, W_V: tl.constexpr, M: tl.constexpr):
+def attention_delta_kernel(
+    sizes, out, d_out, delta, D_V: tl.constexpr, W_V: tl.constexpr, BY: tl.constexpr, M: tl.constexpr
+):
     """A program: `delta` of M queries of a head. A kernel of its own: beside products its sums cost the registers that
     the products want, which is worse than reading the output's gradient once more."""
+    out, d_out = aligned(out, BY), aligned(d_out, BY)
     b, h, first = place_of(sizes.heads, sizes.queries, M)
     known = operand(tile(out, b, h, first, sizes.queries, M, D_V, W_V))
     slope = operand(tile(d_out, b, h, first, sizes.queries, M, D_V, W_V))
@@ -93,9 +99,10 @@ def attention_delta_kernel(sizes, out, d_out, delta, D_V: tl.constexpr, W_V: tl.
 def attention_queries_kernel(
     model, v, cap, seen, spans, drop, sizes, lse, d_out, delta, dq,
     CAUSAL: tl.constexpr, D: tl.constexpr, W: tl.constexpr, D_V: tl.constexpr, W_V: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr,
+    BY: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """A program: the gradient of M queries of a head."""
+    model, v, d_out, dq = aligned_model(model, BY), aligned(v, BY), aligned(d_out, BY), aligned(dq, BY)
     b, h, first = place_of(sizes.heads, sizes.queries, M)
     rows = first + tl.arange(0, M)
     slope = operand(tile(d_out, b, h, first, sizes.queries, M, D_V, W_V))
@@ -120,10 +127,11 @@ def attention_queries_kernel(
 def attention_keys_kernel(
     model, v, cap, seen, spans, drop, sizes, lse, d_out, delta, dk, dv,
     CAUSAL: tl.constexpr, D: tl.constexpr, W: tl.constexpr, D_V: tl.constexpr, W_V: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr,
+    BY: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """A program: gradients of N keys and values of a head, summed over the query heads that read them; of either alone
     where `dk` or `dv` is None."""
+    model, v, d_out = aligned_model(model, BY), aligned(v, BY), aligned(d_out, BY)
     b, key_head, first = place_of(sizes.heads // model.group, sizes.keys, N)
     k_tile = operand(tile(model.k, b, key_head, first, sizes.keys, N, D, W))
     v_tile = None
@@ -154,18 +162,19 @@ def attention_keys_kernel(
             if dk is not None:
                 d_key = tl.dot(as_operand(ds, like), q, d_key, input_precision="ieee")
     if dk is not None:
-        put(dk, b, key_head, first, sizes.keys, narrowed(d_key * model.scale, like), N, D, W)
+        put(aligned(dk, BY), b, key_head, first, sizes.keys, narrowed(d_key * model.scale, like), N, D, W)
     if dv is not None:
-        put(dv, b, key_head, first, sizes.keys, narrowed(d_value, like), N, D_V, W_V)
+        put(aligned(dv, BY), b, key_head, first, sizes.keys, narrowed(d_value, like), N, D_V, W_V)
 
 
 @triton.jit
 def attention_bias_kernel(
     model, v, cap, seen, drop, sizes, lse, d_out, delta, d_bias,
     CAUSAL: tl.constexpr, D: tl.constexpr, W: tl.constexpr, D_V: tl.constexpr, W_V: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr,
+    BY: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """A program: the gradient of a tile of a bias, fp32 contiguous [H, Q, K], summed over samples."""
+    model, v, d_out = aligned_model(model, BY), aligned(v, BY), aligned(d_out, BY)
     h, key_block, first = place_of(tl.cdiv(sizes.keys, N), sizes.queries, M)
     key = key_block * N
     rows = first + tl.arange(0, M)

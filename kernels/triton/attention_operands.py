@@ -35,11 +35,11 @@ def heads(x_BHSD: Tensor) -> Heads:
 
 
 def common(*xs_BHSD: Tensor) -> int:
-    """What all strides are multiples of, for `map_tiles.aligned`: numbers of 16 bytes, or 1."""
-    count = 16 // xs_BHSD[0].element_size()
-    strides = [stride for x in xs_BHSD for stride in x.stride()[:3]]
-    known = all(stride % 16 == 0 for stride in strides)
-    return 1 if known or any(stride % count for stride in strides) else count
+    """What all strides and widths are multiples of, for `map_tiles.aligned`: numbers of 16 bytes, or 1."""
+    count = 16 // min(x.element_size() for x in xs_BHSD)
+    steps = [step for x in xs_BHSD for step in (*x.stride()[:3], x.shape[-1])]
+    known = all(step % 16 == 0 for step in steps)
+    return 1 if known or any(step % count for step in steps) else count
 
 
 def biases(bias_HQK: Fixed | None) -> Biases:

@@ -34,12 +34,12 @@ from torch.autograd.function import once_differentiable
 from headway.kernels.attention.linear.delta import WIDEST
 from headway.kernels.attention.masks import Mask
 from headway.kernels.triton import delta_kernels as kernels
+from headway.kernels.triton.attention_operands import heads as heads_of
+from headway.kernels.triton.attention_operands import of_samples
 from headway.kernels.triton.state_tiles import (
     block,
     check,
     chunk_size,
-    documents_of,
-    heads_of,
     wide_config,
 )
 from headway.kernels.triton.tuning import Config, Space
@@ -101,7 +101,7 @@ def delta_rule(
     check("delta_rule", mask, q=q_BHSD, k=k_BHSD, v=v_BHSD)
     if k_BHSD.shape[3] > WIDEST:
         raise ValueError(f"head dimension {k_BHSD.shape[3]}: at most {WIDEST} fit into a program")
-    documents = documents_of(mask, q_BHSD.shape[0])
+    documents = of_samples(mask.documents, q_BHSD.shape[0])
     numbers = beta_BHS.float(), log_decay_BHS.float()
     out: Tensor = _DeltaRule.apply(q_BHSD, k_BHSD, v_BHSD, *numbers, documents)
     return out

@@ -35,12 +35,12 @@ from headway.kernels.attention.dense import score_scale
 from headway.kernels.attention.linear.gated import log_decay
 from headway.kernels.attention.masks import Mask
 from headway.kernels.triton import gated_kernels as kernels
+from headway.kernels.triton.attention_operands import heads as heads_of
+from headway.kernels.triton.attention_operands import of_samples
 from headway.kernels.triton.state_tiles import (
     block,
     check,
     chunk_size,
-    documents_of,
-    heads_of,
     state_rows,
     wide_config,
 )
@@ -101,7 +101,7 @@ def gated_linear(
         KernelUnavailable: a mask or dtypes that it does not take.
     """
     check("gated_linear", mask, q=q_BHSD, k=k_BKSD, v=v_BKSD)
-    documents = documents_of(mask, q_BHSD.shape[0])
+    documents = of_samples(mask.documents, q_BHSD.shape[0])
     logs = log_decay(decay)
     out: Tensor = _GatedLinear.apply(q_BHSD, k_BKSD, v_BKSD, logs, documents, score_scale(scale, q_BHSD))
     return out

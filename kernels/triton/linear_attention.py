@@ -32,14 +32,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from headway.kernels.attention.masks import Mask
+from headway.kernels.triton.attention_operands import heads as heads_of
+from headway.kernels.triton.attention_operands import of_samples
 from headway.kernels.triton.numbers import as_operand
 from headway.kernels.triton.state_tiles import (
     block,
     border,
     check,
     chunk_size,
-    documents_of,
-    heads_of,
     of_tokens,
     part,
     put_part,
@@ -94,7 +94,7 @@ def linear_attention(
     """
     check("linear_attention", mask, q=q_BHSM, k=k_BKSM, v=v_BKSD)
     level = None if level_BKS is None else level_BKS.detach().float().contiguous()
-    documents = documents_of(mask, q_BHSM.shape[0])
+    documents = of_samples(mask.documents, q_BHSM.shape[0])
     out: Tensor = _LinearAttention.apply(q_BHSM, k_BKSM, v_BKSD, level, documents, float(floor))
     return out
 

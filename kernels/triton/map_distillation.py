@@ -24,7 +24,7 @@ from headway.kernels.attention.slopes import Slopes, learned
 from headway.kernels.maps import operands
 from headway.kernels.maps.operands import Scores
 from headway.kernels.triton import map_kernels as kernels
-from headway.kernels.triton.attention_operands import Lowered, biases, heads, lowered, padded
+from headway.kernels.triton.attention_operands import Lowered, biases, common, heads, lowered, padded
 from headway.kernels.triton.map_configs import BIAS, FORWARD, KEYS, QUERIES
 from headway.kernels.triton.map_tiles import Model, Sizes
 from headway.kernels.triton.tuning import Config, Space
@@ -134,7 +134,7 @@ class _Call(NamedTuple):
             mask,
             Sizes(batch, count, queries, student.k.shape[2]),
             teacher.q.shape[1] // count,
-            {"LOSS": loss, "CAUSAL": mask.causal, **widths},
+            {"LOSS": loss, "CAUSAL": mask.causal, "BY": common(*teacher[:2], *student[:2]), **widths},
             key,
             student.q.device,
         )
@@ -190,11 +190,11 @@ def _forward(call: _Call) -> tuple[Tensor, tuple[Tensor | None, ...]]:
 def _log_sums(call: _Call, model: Model, lse: Tensor, whose: str) -> None:
     """Write the log-sum-exps of a model's rows; `whose`: T or S, in the names of widths."""
     size, config = call.sizes._replace(heads=lse.shape[1]), call.config(FORWARD)
-    widths = {key: call.constants[f"{key}_{whose}"] for key in "DW"}
+    constants = {key: call.constants[f"{key}_{whose}"] for key in "DW"}
+    constants |= {key: call.constants[key] for key in ("CAUSAL", "BY")}
     programs = size.batch * size.heads * triton.cdiv(size.queries, config.tiles["M"])
     given = model, *call.mask[:2], size, lse
-    causal = call.constants["CAUSAL"]
-    kernels.map_log_sums_kernel[programs,](*given, CAUSAL=causal, **widths, **config.options)
+    kernels.map_log_sums_kernel[programs,](*given, **constants, **config.options)
 
 
 def _backward(

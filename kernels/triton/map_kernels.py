@@ -29,6 +29,8 @@ import triton.language as tl
 from headway.kernels.triton.attention_tiles import keys_seen, queries_seen
 from headway.kernels.triton.map_losses import log_add, score_gradient, terms
 from headway.kernels.triton.map_tiles import (
+    aligned,
+    aligned_model,
     chunk,
     key_range,
     place_of,
@@ -126,9 +128,11 @@ def more(top, total, s):
 @triton.jit
 def map_log_sums_kernel(
     model, seen, spans, sizes, lse,
-    CAUSAL: tl.constexpr, D: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    CAUSAL: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
+    BY: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp of the rows' scores, [B, H, Q], of a model with `sizes.heads` heads; 0 where nothing is seen."""
+    model = aligned_model(model, BY)
     b, h, first = place_of(sizes.heads, sizes.queries, M)
     places = first + tl.arange(0, M)
     rows = places[:, None]
@@ -150,11 +154,12 @@ def map_divergence_kernel(
     teacher, student, seen, spans, sizes, lse_t, lse_s, values,
     LOSS: tl.constexpr, CAUSAL: tl.constexpr,
     D_T: tl.constexpr, W_T: tl.constexpr, D_S: tl.constexpr, W_S: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr,
+    BY: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """`kl` or `reverse_kl` of every row and both log-sum-exps, [B, H, Q], in one pass, where G = 1:
     KL(p || q) = sum_j p_j (t_j - s_j) - lse_t + lse_s, whose last two are subtracted by their parts, which are exact to
     more digits where the models are alike."""
+    teacher, student = aligned_model(teacher, BY), aligned_model(student, BY)
     b, h, first = place_of(sizes.heads, sizes.queries, M)
     places = first + tl.arange(0, M)
     rows = places[:, None]
@@ -195,10 +200,11 @@ def map_terms_kernel(
     teacher, student, seen, spans, sizes, lse_t, lse_s, values, centres, shares,
     LOSS: tl.constexpr, G: tl.constexpr, CAUSAL: tl.constexpr,
     D_T: tl.constexpr, W_T: tl.constexpr, D_S: tl.constexpr, W_S: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr,
+    BY: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """D of every row, [B, H, Q], from the log-sum-exps (`scores` needs none); the centre and 1 / n, [B, 1, Q], where
     they are not None."""
+    teacher, student = aligned_model(teacher, BY), aligned_model(student, BY)
     b, h, first = place_of(sizes.heads, sizes.queries, M)
     places = first + tl.arange(0, M)
     rows = places[:, None]
@@ -271,10 +277,11 @@ def map_queries_kernel(
     LOSS: tl.constexpr, G: tl.constexpr, CAUSAL: tl.constexpr,
     D_T: tl.constexpr, W_T: tl.constexpr, D_S: tl.constexpr, W_S: tl.constexpr,
     D_P: tl.constexpr, W_P: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr,
+    BY: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Gradient of M student queries; `upstream` [B]: that of a row's loss. `columns`: those of the student's keys that
     a launch multiplies with, where it computes a part of wide heads; else None. `dq` has these columns alone."""
+    teacher, student = aligned_model(teacher, BY), aligned_model(student, BY)
     b, h, first = place_of(sizes.heads, sizes.queries, M)
     rows = along(first, False, M)
     q_t = held(teacher.q, b, h, first, sizes.queries, G == 1, M, D_T, W_T)
@@ -292,10 +299,10 @@ def map_queries_kernel(
         ds = masked_gradient(t, s, seen, lse_s, centres, shares, b, h, rows, cols, sizes, LOSS, CAUSAL)
         part = k_s
         if columns is not None:
-            part = operand(tile(columns, b, h // student.group, key, sizes.keys, N, D_P, W_P))
+            part = operand(tile(aligned(columns, BY), b, h // student.group, key, sizes.keys, N, D_P, W_P))
         total = gradient_dot(ds, part, total, like)
     total *= student.scale * tl.load(upstream + b)
-    put(dq, b, h, first, sizes.queries, narrowed(total, like), M, D_P, W_P)
+    put(aligned(dq, BY), b, h, first, sizes.queries, narrowed(total, like), M, D_P, W_P)
 
 
 @triton.jit
@@ -304,10 +311,11 @@ def map_keys_kernel(
     LOSS: tl.constexpr, G: tl.constexpr, CAUSAL: tl.constexpr,
     D_T: tl.constexpr, W_T: tl.constexpr, D_S: tl.constexpr, W_S: tl.constexpr,
     D_P: tl.constexpr, W_P: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr,
+    BY: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Gradient of N student keys, summed over the query heads that read them. Scores are [N, M]: as they are, they
     are what the last product needs on its left. `columns`: of the student's queries; see `map_queries_kernel`."""
+    teacher, student = aligned_model(teacher, BY), aligned_model(student, BY)
     b, key_head, first = place_of(sizes.heads // student.group, sizes.keys, N)
     cols = along(first, False, N)
     k_s = held(student.k, b, key_head, first, sizes.keys, True, N, D_S, W_S)
@@ -327,10 +335,10 @@ def map_keys_kernel(
             ds = masked_gradient(t, s, seen, lse_s, centres, shares, b, h, rows, cols, sizes, LOSS, CAUSAL)
             part = q_s
             if columns is not None:
-                part = operand(tile(columns, b, h, query, sizes.queries, M, D_P, W_P))
+                part = operand(tile(aligned(columns, BY), b, h, query, sizes.queries, M, D_P, W_P))
             total = gradient_dot(ds, part, total, like)
     total *= student.scale * tl.load(upstream + b)
-    put(dk, b, key_head, first, sizes.keys, narrowed(total, like), N, D_P, W_P)
+    put(aligned(dk, BY), b, key_head, first, sizes.keys, narrowed(total, like), N, D_P, W_P)
 
 
 @triton.jit
@@ -338,9 +346,10 @@ def map_bias_kernel(
     teacher, student, seen, sizes, lse_t, lse_s, centres, shares, upstream, d_bias,
     LOSS: tl.constexpr, G: tl.constexpr, CAUSAL: tl.constexpr,
     D_T: tl.constexpr, W_T: tl.constexpr, D_S: tl.constexpr, W_S: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr,
+    BY: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of the student's bias, contiguous [H, Q, K], summed over samples."""
+    teacher, student = aligned_model(teacher, BY), aligned_model(student, BY)
     h, key_block, first = place_of(tl.cdiv(sizes.keys, N), sizes.queries, M)
     key = key_block * N
     rows = along(first, False, M)

@@ -157,6 +157,12 @@ def aligned(x, BY: tl.constexpr):
 
 
 @triton.jit
+def aligned_model(model, BY: tl.constexpr):
+    """`aligned` queries and keys."""
+    return Model(aligned(model.q, BY), aligned(model.k, BY), model.bias, model.scale, model.group)
+
+
+@triton.jit
 def put(x, b, head, first, length, value, N: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
     """Writes what `tile` reads."""
     start = start_of(x, b, head, first)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from headway.kernels.attention.choose import KernelUnavailable
 from headway.kernels.attention.masks import Mask
-from headway.kernels.triton.map_tiles import Heads, start_of, wide
+from headway.kernels.triton.map_tiles import start_of, wide
 from headway.kernels.triton.numbers import narrowed, operand
 from headway.kernels.triton.tuning import Config
 
@@ -55,18 +55,6 @@ def check(name: str, mask: Mask, **operands: Tensor) -> None:
         rule = f"{name} takes operands of one dtype, fp32 or bf16, not {found}"
     if rule is not None:
         raise KernelUnavailable("triton", rule, "chunked")
-
-
-def heads_of(x_BHSD: Tensor) -> Heads:
-    """As kernels take it: with its strides, or copied if its last is not 1."""
-    x_BHSD = x_BHSD if x_BHSD.stride(-1) == 1 else x_BHSD.contiguous()
-    return Heads(x_BHSD, *x_BHSD.stride()[:3])
-
-
-def documents_of(mask: Mask, batch: int) -> Tensor | None:
-    """int32 [B, S]: 32 bits hold them, and take half of the registers."""
-    x = mask.documents
-    return None if x is None else x.expand(batch, x.shape[1]).to(torch.int32).contiguous()
 
 
 def block(width: int, most: int) -> int:

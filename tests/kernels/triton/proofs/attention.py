@@ -256,9 +256,9 @@ def _compiled(dim: int, dtype: torch.dtype, *, places: bool = False) -> Callable
 COMPILED = {
     f"head dimension {dim}, {name}": _compiled(dim, dtype)
     for name, dtype in (("bf16", _B), ("fp32", _F))
-    for dim in (64, 128, 256)
+    for dim in (40, 64, 128, 256)
 } | {f"head dimension {dim}, bf16, places": _compiled(dim, _B, places=True) for dim in (64, 128, 256)}
-"""One for every row of tiles."""
+"""One for every row of tiles, and heads whose width 16 does not divide."""
 
 COSTS = {
     "attention_forward_kernel": costs.forward,
