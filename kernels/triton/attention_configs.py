@@ -75,22 +75,17 @@ def _choices(kernel: str, target: str, width: int, itemsize: int) -> list[tuple[
     return table[min(most for most in table if most >= width)]
 
 
-def _by_queries(kernel: str) -> Space:
-    """Of a kernel whose programs own queries."""
+def _space(kernel: str, owned: str, walked: str) -> Space:
+    """Of a kernel, and the names of its tiles' sizes."""
 
     def configs(target: str, width: int, itemsize: int) -> list[Config]:
-        rows = _choices(kernel, target, width, itemsize)
-        return [Config({"M": owned, "N": walked}, warps, stages) for owned, walked, warps, stages in rows]
-
-    return Space(f"attention_{kernel}", configs)
-
-
-def _by_keys(kernel: str) -> Space:
-    """Of a kernel whose programs own keys."""
-
-    def configs(target: str, width: int, itemsize: int) -> list[Config]:
-        rows = _choices(kernel, target, width, itemsize)
-        return [Config({"M": walked, "N": owned}, warps, stages) for owned, walked, warps, stages in rows]
+        most = (
+            255 if itemsize == 4 and width <= 64 and target != "gfx942" else None
+        )  # wider ones take all there are
+        return [
+            Config({owned: own, walked: walk}, warps, stages, most)
+            for own, walk, warps, stages in _choices(kernel, target, width, itemsize)
+        ]
 
     return Space(f"attention_{kernel}", configs)
 
@@ -100,7 +95,7 @@ def _delta_configs(target: str, width: int, itemsize: int) -> list[Config]:
     return [Config({"M": max(16, size // width)}, 4, 1) for size in (4096, 2048)]
 
 
-FORWARD, QUERIES, BIAS = (_by_queries(kernel) for kernel in ("forward", "queries", "bias"))
-KEYS, VALUES = (_by_keys(kernel) for kernel in ("keys", "values"))
+FORWARD, QUERIES, BIAS = (_space(kernel, "M", "N") for kernel in ("forward", "queries", "bias"))
+KEYS, VALUES = (_space(kernel, "N", "M") for kernel in ("keys", "values"))
 """Of gradients of keys, with values or alone; of values alone."""
 DELTA = Space("attention_delta", _delta_configs)
