@@ -107,6 +107,16 @@ def _norm_spaces() -> tuple[Space, Space]:
     return FORWARD, BACKWARD
 
 
+def test_a_bound_of_registers_is_nvidias_and_leaves_room_for_a_program() -> None:
+    from headway.kernels.triton import map_configs
+
+    assert "maxnreg" not in Config({"R": 8}).options
+    for target in TARGETS:
+        for config in map_configs.KEYS.of(target, width=64, itemsize=4):
+            assert config.options.get("maxnreg") == (None if target == "gfx942" else 255)
+            assert 32 * config.warps * (config.registers or 0) <= 65536, "registers of a multiprocessor"
+
+
 def test_what_cannot_be_launched_is_never_chosen() -> None:
     from triton.runtime.errors import OutOfResources
 
