@@ -29,7 +29,7 @@ fast: $(VENV)/.ready-dev
 	$(PYTEST) -m "not slow and not matrix and not long and not slurm"
 
 # Pairs and threes of axes, from which layout to which a run can go on, launchers, hosts whose link is cut, servers that
-# fail; each process has its own pool of ranks.
+# fail, more cases of the Triton kernels; each process has its own pool of ranks.
 matrix: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadgroup -m "matrix and not long"
 
