@@ -114,7 +114,8 @@ class Run:
         return [line for line in jobs.notes(self.folder) if line["kind"] == "fault"]
 
     def recover(self, fault: str, start: int, timeout: float = 120) -> Cost:
-        """After a fault: wait until start number `start` has come further than the run was; note the cost, and return it."""
+        """After a fault: wait until start number `start` has come further than the run was, and note the cost,
+        which is returned."""
         begin, reached = time.monotonic(), self.step()
 
         def started() -> bool:
